@@ -120,15 +120,16 @@ def set_up(config: TrainingConfig, accelerator: Accelerator, record: RunRecord) 
     model = build_model(source, config, tokenizer).to(accelerator.device).train()
     if config.sample_every:  # to hear of a prompt that does not fit now, and not at the first sample
         encode_prompt(model, tokenizer, config.sample_prompt, config.sample_tokens)
+    model.loss_chunk_tokens = config.loss_chunk_tokens
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     if resume_from:
         checkpoints.load_optimizer(resume_from, optimizer)
 
     console.say(f"run         {record.folder}, tracker {choose_tracker(config.report_to) or 'none'}")
     console.say(f"device      {describe_device(accelerator, config.mixed_precision)}")
-    console.say(f"model       {model.num_parameters():,} parameters, from {source}")
+    console.say(f"model       {model.num_parameters():,} parameters, from {source}, dropout {config.dropout:g}")
     console.say(
         f"data        {config.data_dir}: {train_set.n_tokens:,} training tokens, "
         f"{'shuffled' if train_set.is_shuffled else 'in source order'}"
@@ -186,6 +187,8 @@ def train(run: Run) -> None:
         if step == plan.max_steps:
             break
 
+        # Dropout's masks follow from the step, so that a resumed run draws the same.
+        torch.manual_seed(config.seed + step * plan.n_processes + accelerator.process_index)
         started = time.perf_counter()
         learning_rate = compute_learning_rate(
             step,

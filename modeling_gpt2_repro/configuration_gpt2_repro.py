@@ -11,6 +11,9 @@ MODEL_SIZES = {
     "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
+# Options of `transformers.GPT2Config` that change what the same weights compute, and the only values that we know.
+GPT2_OPTIONS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+
 # The classes that `trust_remote_code=True` finds in a saved folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2_repro.GPT2ReproConfig",
@@ -23,6 +26,9 @@ AUTO_MAP = {
 class GPT2ReproConfig(PreTrainedConfig):
     """Shape of a GPT-2 model, in the field names of `transformers.GPT2Config`. The defaults are the 124M model.
 
+    `from_pretrained` also reads folders whose `model_type` is `gpt2`, but for their dropout: that belongs to a run of
+    training and not to the weights, so it is 0.0 unless it is asked for (`from_pretrained(..., resid_pdrop=0.1)`).
+
     Args:
         vocab_size: rows of the token embedding and of the tied head; GPT-2's tokenizer has 50,257 ids.
         n_positions: longest sequence in tokens, the rows of the learned position embedding.
@@ -33,12 +39,16 @@ class GPT2ReproConfig(PreTrainedConfig):
         activation_function: GPT-2 uses the tanh approximation of GELU, which transformers calls `gelu_new`.
         resid_pdrop, embd_pdrop, attn_pdrop: dropout probabilities; 0.0 because each pre-training token is seen once.
         layer_norm_epsilon: added to the variance in every layer norm.
-        initializer_range: standard deviation of the initial weights before residual scaling.
+        initializer_range: standard deviation of the initial weights; a few kinds of them have a fraction of it.
+
+    Raises:
+        ValueError: `n_embd` is not divisible by `n_head`; an option of `transformers.GPT2Config` that this
+            architecture lacks; a model of another type.
     """
 
     model_type = "gpt2_repro"
     _auto_class = "AutoConfig"  # saving copies this file beside the configuration
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -65,9 +75,24 @@ class GPT2ReproConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        for name, known in GPT2_OPTIONS.items():
+            if kwargs.get(name, known) != known:
+                raise ValueError(f"{name}={kwargs[name]} is not supported: a GPT-2 here has {name}={known}")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd ({self.n_embd}) has to be divisible by n_head ({self.n_head})")
         super().__post_init__(**kwargs)
         # Set here, because saving a model would only name the class being saved, and a folder serves all of them.
         self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type == "gpt2":
+            config_dict = {name: value for name, value in config_dict.items() if not name.endswith("_pdrop")}
+        elif model_type != cls.model_type:
+            raise ValueError(f"{pretrained_model_name_or_path} is a {model_type} model, not a GPT-2-shaped one")
+        return {**config_dict, "model_type": cls.model_type}, kwargs
 
 
 __all__ = ["MODEL_SIZES", "GPT2ReproConfig"]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -23,17 +24,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2_repro import GPT2ReproConfig
 
+# Positions whose logits exist at once in the training loss: few on a CPU, enough to keep a GPU busy.
+LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+OTHER_LOSS_CHUNK_TOKENS = 2048
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out, the only implementation that can return its weights.
 
     Shapes: `query` (batch, heads, queries, head_dim), `key` and `value` (batch, heads, keys, head_dim), the additive
@@ -48,13 +44,50 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """The vocabulary head and its cross-entropy, a chunk of positions at a time: all logits never exist at once.
+
+    `apply(hidden_states, weight, targets, chunk_tokens)` takes (tokens, n_embd), (vocab_size, n_embd) and (tokens,)
+    ids, of which -100 is ignored, and returns the sum of the negative log-likelihoods in nats. Gradients are computed
+    on the way, while a chunk's logits exist, so that nothing is computed twice. The products run in autocast's dtype,
+    everything after them in float32. Matrix units want a multiple of 128 rows, which 50,257 is not: the weight is
+    padded inside the product, and the padding masked to a probability of exactly 0.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, chunk_tokens):
+        device_type, vocab_size = hidden_states.device.type, weight.shape[0]
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        head = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 128))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        grad_states, grad_head = torch.empty_like(hidden_states), torch.zeros_like(head, dtype=torch.float32)
+        for start in range(0, hidden_states.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            states, ids = hidden_states[chunk].to(dtype), targets[chunk].unsqueeze(1)
+            is_counted, ids = ids != -100, ids.clamp(min=0)
+            logits = (states @ head.t()).float()
+            logits[:, vocab_size:] = -math.inf
+            log_probabilities = logits.log_softmax(dim=-1)
+            loss -= (log_probabilities.gather(1, ids) * is_counted).sum()
+            if any(ctx.needs_input_grad):  # the gradient of the logits is their softmax, less 1 at the target
+                minus_one = torch.full_like(ids, -1, dtype=torch.float32)
+                grad_logits = log_probabilities.exp_().scatter_add_(1, ids, minus_one).mul_(is_counted).to(dtype)
+                grad_states[chunk] = grad_logits @ head
+                grad_head += grad_logits.t() @ states
+        ctx.save_for_backward(grad_states, grad_head[:vocab_size].to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None
+
+
 class GPT2ReproAttention(nn.Module):
     """Causal multi-head self-attention with one fused projection for queries, keys and values."""
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
         super().__init__()
-        if config.n_embd % config.n_head != 0:
-            raise ValueError(f"n_embd ({config.n_embd}) has to be divisible by n_head ({config.n_head})")
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.n_embd // config.n_head
@@ -62,7 +95,7 @@ class GPT2ReproAttention(nn.Module):
         self.is_causal = True
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.c_proj.is_residual_projection = True
+        self.c_proj.init_scale = 1 / math.sqrt(2 * config.n_layer)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -83,15 +116,9 @@ class GPT2ReproAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        dropout = self.config.attn_pdrop if self.training else 0.0
         attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         attn_output = self.c_proj(attn_output.reshape(*input_shape, -1))
         return self.resid_dropout(attn_output), attn_weights
@@ -105,8 +132,10 @@ class GPT2ReproMLP(nn.Module):
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = Conv1D(n_inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, n_inner)
-        self.c_proj.is_residual_projection = True
+        self.c_proj.init_scale = 1 / math.sqrt(2 * config.n_layer)
         self.act = ACT2FN[config.activation_function]
+        if config.activation_function == "gelu_new":  # one kernel in place of transformers' eight, the same function
+            self.act = nn.GELU(approximate="tanh")
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -123,16 +152,8 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2ReproMLP(config)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        attn_output, _ = self.attn(
-            self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
@@ -145,6 +166,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2ReproBlock"]
+    _input_embed_layer = "wte"
     _skip_keys_device_placement = ["past_key_values"]
     # OpenAI's files carry the causal mask as a buffer of every attention module.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
@@ -155,20 +177,32 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
+        """Load as transformers does, but answer weights of other shapes with a `ValueError` that names one."""
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loading_info = super().from_pretrained(*args, **kwargs)
+        if loading_info["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, saved, wanted = min(loading_info["mismatched_keys"])
+            raise ValueError(
+                f"{name} is {tuple(saved)} in the checkpoint, but its config.json asks for {tuple(wanted)}"
+            )
+        return (model, loading_info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as GPT-2 does: normal with `initializer_range`, biases zero, layer norms one.
 
         The projections that write to the residual stream are scaled by 1/sqrt(residual layers), two in each block
-        (GPT-2 paper, section 2.3). The mark sits on the projection itself because transformers visits only modules
+        (GPT-2 paper, section 2.3), and the position embedding has half the token embedding's deviation (OpenAI's
+        `src/model.py`: 0.01 and 0.02). The scale sits on the module itself because transformers visits only modules
         that own parameters.
         """
         super()._init_weights(module)
-        if isinstance(module, Conv1D):
-            std = self.config.initializer_range
-            if getattr(module, "is_residual_projection", False):
-                std /= math.sqrt(2 * self.config.n_layer)
+        if isinstance(module, Conv1D) or hasattr(module, "init_scale"):
+            std = self.config.initializer_range * getattr(module, "init_scale", 1.0)
             init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, Conv1D):
             init.zeros_(module.bias)
 
 
@@ -181,17 +215,12 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wpe.init_scale = 0.5
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([GPT2ReproBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.wte = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -217,35 +246,28 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            sequence_length = inputs_embeds.shape[1]
-            if sequence_length > self.config.n_positions:
-                raise ValueError(
-                    f"input of {sequence_length} tokens is longer than n_positions ({self.config.n_positions})"
-                )
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(sequence_length, device=inputs_embeds.device).unsqueeze(0) + past_length
+            # A static cache's length is a tensor, whose value must not be asked for in a compiled graph.
+            length = inputs_embeds.shape[1] + (past_length if isinstance(past_length, int) else 0)
+            if length > self.config.n_positions:
+                raise ValueError(f"input of {length} tokens is longer than n_positions ({self.config.n_positions})")
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        kwargs |= {"past_key_values": past_key_values, "position_ids": position_ids}
         for block in self.h:
-            hidden_states = block(
-                hidden_states,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
+            hidden_states = block(hidden_states, attention_mask=causal_mask, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
-    """GPT-2 with its language-modelling head, which is the token embedding used a second time."""
+    """GPT-2 with its language-modelling head, which is the token embedding used a second time.
+
+    Attributes:
+        loss_chunk_tokens: positions whose logits exist at once where the loss is computed without returning them; a
+            matter of speed and memory only. `None` means a good number for the device (`LOSS_CHUNK_TOKENS`).
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -254,6 +276,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_chunk_tokens = None
         self.post_init()
 
     @can_return_tuple
@@ -265,9 +288,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, sequence, vocab_size) in the model's dtype, and the mean loss in nats if asked for.
@@ -275,10 +298,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Args:
             labels: (batch, sequence) ids in the place of their own tokens, shifted here; -100 is ignored.
             shift_labels: (batch, sequence) ids already in the place of the token before them, as windows of T+1
-                tokens give them. While training, this form returns the loss alone, because autocast wrappers would
-                copy the logits to float32 on the way out.
+                tokens give them. Not in the signature, because the Trainer would then ask for both kinds.
             logits_to_keep: compute logits for the last that many positions, or for these indices; 0 means all.
+            skip_logits: compute the loss of `shift_labels` without returning logits, hence in little memory; by
+                default while training.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -288,16 +313,29 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        head, loss, logits = self.lm_head, None, None
+        skip_logits = shift_labels is not None and (self.training if skip_logits is None else skip_logits)
+        # An adapter in the head's place, a hook or an offloaded weight: then the module alone knows what it computes.
+        has_hooks = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
+        if skip_logits and type(head) is nn.Linear and head.bias is None and not has_hooks:
+            loss = HeadCrossEntropy.apply(
+                hidden_states.flatten(0, 1),
+                head.weight if torch.is_grad_enabled() else head.weight.detach(),
+                shift_labels.flatten(),
+                self.loss_chunk_tokens or LOSS_CHUNK_TOKENS.get(hidden_states.device.type, OTHER_LOSS_CHUNK_TOKENS),
             )
+            n_targets = kwargs.get("num_items_in_batch")
+            loss = loss / ((shift_labels != -100).sum() if n_targets is None else n_targets)
+        else:
+            logits = head(hidden_states)
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+                )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=None if self.training and shift_labels is not None else logits,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -11,7 +11,6 @@ from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 DEFAULT_SIZE = "124M"
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 class ShapeSettings(Protocol):
@@ -22,19 +21,21 @@ class ShapeSettings(Protocol):
     n_head: int | None
     n_embd: int | None
     sequence_length: int
+    dropout: float
     seed: int
 
 
 def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
     """Build a model in float32 on the CPU: from `scratch` by the seed alone, or from a folder or Hub id.
 
-    OpenAI's checkpoints bring a dropout of 0.1 with them, which is left out: pre-training sees each token once.
+    Dropout is the settings' in either case, whatever existing weights were trained with.
 
     Raises:
         UserError: no such model, or one that contradicts the settings or the tokenizer.
     """
     wanted = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
     wanted = {name: value for name, value in wanted.items() if value is not None}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
     if source == "scratch":
         shape = {**_get_shape(settings.model_size or DEFAULT_SIZE), **wanted}
         if shape["n_embd"] % shape["n_head"]:
@@ -48,10 +49,11 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
                 bos_token_id=eos_token_id,
                 eos_token_id=eos_token_id,
                 **shape,
+                **dropouts,
             )
         )
 
-    model = _load_gpt2(source)
+    model = _load_gpt2(source, dropouts)
     if settings.model_size is not None:
         wanted = {**_get_shape(settings.model_size), **wanted}
     for name, value in {**wanted, "vocab_size": len(tokenizer)}.items():
@@ -72,17 +74,12 @@ def _get_shape(model_size: str) -> dict[str, int]:
     return MODEL_SIZES[model_size]
 
 
-def _load_gpt2(source: str) -> GPT2ReproForCausalLM:
+def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:
     """Load a GPT-2-shaped model whole: transformers only warns where it fills a hole with random numbers."""
     try:
-        model_type = GPT2ReproConfig.get_config_dict(source)[0].get("model_type")
-        if model_type not in ("gpt2", GPT2ReproConfig.model_type):
-            raise UserError(f"{source} is a {model_type} model: only GPT-2-shaped ones can be trained here")
         model, loading_info = GPT2ReproForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **NO_DROPOUT
+            source, dtype=torch.float32, output_loading_info=True, **dropouts
         )
-    except UserError:
-        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {source}: {error}") from error
     if loading_info["missing_keys"]:

@@ -144,6 +144,20 @@ def test_resumed_run_ends_with_the_same_weights(shards, tmp_path, finished_run, 
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_dropout_is_off_unless_asked_for_and_resumes_with_the_same_masks(shards, tmp_path, finished_run, capsys):
+    quick = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "dropout": 0.1}
+    whole = run_training(shards, tmp_path, "whole", **quick)
+    assert "dropout 0.1" in capsys.readouterr().out
+    assert read_losses(whole)[1] != read_losses(finished_run)[1]
+    assert json.loads((whole / "final" / "config.json").read_text())["resid_pdrop"] == 0.0
+
+    killed = tmp_path / "killed" / "checkpoints"
+    killed.mkdir(parents=True)
+    (whole / "checkpoints" / "step_0000006").rename(killed / "step_0000006")
+    resumed = run_training(shards, tmp_path, "killed", **quick)
+    assert list(read_losses(resumed).items()) == list(read_losses(whole).items())[6:]
+
+
 def test_finished_run_is_left_alone_unless_asked(shards, tmp_path, capsys):
     run = run_training(shards, tmp_path, save_every=100)
     before = (run / "metrics.jsonl").read_text()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -41,11 +42,15 @@ def evaluate_loss(
     """
     windows = range(min(n_windows, len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    # Ours can do without the logits, which are most of the memory; another causal language model may not.
+    options = {"skip_logits": True} if "skip_logits" in signature(model.forward).parameters else {}
     with evaluation_mode(model), accelerator.autocast():
         for start in range(0, len(windows), batch_size):
             batch = torch.stack([dataset[window] for window in windows[start : start + batch_size]])
             inputs, targets = batch[:, :-1].to(accelerator.device), batch[:, 1:].contiguous()
-            mean_loss = model(input_ids=inputs, shift_labels=targets.to(accelerator.device), use_cache=False).loss
+            mean_loss = model(
+                input_ids=inputs, shift_labels=targets.to(accelerator.device), use_cache=False, **options
+            ).loss
             sums += torch.tensor(
                 [mean_loss.item() * targets.numel(), targets.numel(), token_byte_lengths[targets.numpy()].sum()],
                 dtype=torch.float64,

@@ -91,22 +91,25 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict(torch.load(checkpoint / TRAINING_STATE / "optimizer.pt", "cpu", weights_only=True))
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write weights, configuration, the model's two code files, generation settings and the tokenizer."""
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write weights, configuration, the model's two code files, generation settings and the tokenizer, if any."""
+    eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=True, top_k=50
+        bos_token_id=eos_token_id, eos_token_id=eos_token_id, do_sample=True, top_k=50
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
-def save_published_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_published_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write a model folder that names itself GPT-2, which is what its tensors are.
 
     Plain `AutoModelForCausalLM.from_pretrained(folder)` opens it as transformers' own `GPT2LMHeadModel`, with nothing
-    of ours installed; with `trust_remote_code=True` the code files in it give our class.
+    of ours installed; with `trust_remote_code=True` the code files in it give our class. Dropout belongs to a run and
+    not to the weights: it is written as 0.0.
     """
     save_model(folder, model, tokenizer)
     # to_dict and not the saved file, which leaves out what equals our defaults: stock GPT-2's dropouts default to 0.1.
-    config = {**model.config.to_dict(), "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    write_json(folder / "config.json", config)
+    config = {name: 0.0 if name.endswith("_pdrop") else value for name, value in model.config.to_dict().items()}
+    write_json(folder / "config.json", config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})

@@ -16,7 +16,6 @@ KNOWN_ELSEWHERE = {
     "compute_dtype": "use --mixed_precision (bf16, fp16 or no)",
     "dataset": "use --data_dir, the folder that prepare_data.py wrote",
     "decay_lr": "use --lr_schedule (cosine, wsd or constant)",
-    "dropout": "pre-training here uses no dropout",
     "dtype": "use --mixed_precision (bf16, fp16 or no)",
     "eval_interval": "use --eval_every (steps)",
     "eval_iters": "use --eval_tokens (tokens, the same ones at every evaluation and on any hardware)",
@@ -57,6 +56,7 @@ KNOWN_ELSEWHERE = {
 # Settings that leave the weights as they are: they may differ when a run is resumed.
 OPERATIONAL = {
     *("data_dir", "output_dir", "run_name", "init_from", "epochs", "max_steps", "micro_batch_size", "compile"),
+    "loss_chunk_tokens",
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
     *("report_to", "wandb_project"),
@@ -100,12 +100,20 @@ class TrainingConfig:
     beta1: float = setting(0.9, "AdamW's decay of the gradient mean")
     beta2: float = setting(0.95, "AdamW's decay of the squared-gradient mean")
     grad_clip: float = setting(1.0, "largest global gradient norm")
+    dropout: float = setting(
+        0.0, "probability, at embeddings, attention and residuals; OpenAI trained with 0.1 and several epochs"
+    )
 
     mixed_precision: Literal["bf16", "fp16", "no"] = setting(
         "bf16", "autocast; where the device has no bf16 the run uses float32 and says so"
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile of the training step; auto: on where a compiler for the device is found"
+    )
+    loss_chunk_tokens: int | None = setting(
+        None,
+        "tokens whose logits exist at once in the loss; a matter of speed and memory; not given: 1024 on a CPU, "
+        "8192 on CUDA",
     )
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
 
@@ -143,12 +151,12 @@ class TrainingConfig:
         for name in not_negative:
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} has to be 0 or more, not {getattr(self, name)}")
-        for name in ("max_steps", "hellaswag_limit", "n_layer", "n_head", "n_embd"):
+        for name in ("max_steps", "hellaswag_limit", "n_layer", "n_head", "n_embd", "loss_chunk_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} has to be 1 or more, not {getattr(self, name)}")
         if not math.isfinite(self.epochs) or self.seed >= 2**63:
             raise UserError("--epochs has to be finite, and --seed below 2**63")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} has to be in [0, 1), not {getattr(self, name)}")
         if self.eval_every and self.eval_tokens < self.sequence_length:

@@ -44,6 +44,13 @@ def test_loss_is_the_mean_over_the_first_windows(model, windows, batch_size):
     assert result.bpb == pytest.approx(nats / math.log(2) / BYTE_LENGTHS[targets].sum(), rel=1e-6)
 
 
+def test_logits_are_not_asked_of_a_model_that_can_do_without(model, windows):
+    outputs = []
+    model.register_forward_hook(lambda _, arguments, output: outputs.append(output))
+    evaluate_loss(model, list(windows), 7, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator())
+    assert [output.logits for output in outputs] == [None, None]
+
+
 def test_more_windows_than_there_are_means_all(model, windows):
     result = evaluate_loss(
         model, list(windows), 10**6, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator()
