@@ -32,7 +32,7 @@ def may_import(importer: str, imported: str) -> bool:
     importer_room, imported_room = importer.split(".")[0], imported.split(".")[0]
     if imported in SCRIPTS:
         return False
-    if importer in SCRIPTS or importer == "__init__":
+    if importer in SCRIPTS or importer in ("__init__", "nanogpt"):  # the last is a command of its own
         return True
     if importer in ("configuration_gpt2_repro", PACKAGE):
         return importer == PACKAGE and imported == "configuration_gpt2_repro"
