@@ -1,13 +1,15 @@
 """Turn a text corpus into shards of token ids: corpus -> tokens -> global shuffle -> `.npy` shards and a manifest."""
 
+import contextlib
 import dataclasses
 import errno
+import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -22,9 +24,10 @@ from modeling_gpt2_repro.data.corpora import (
     build_file_corpus,
     build_hub_corpus,
 )
-from modeling_gpt2_repro.data.pipeline import ShardOptions, build_shards
+from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
 from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_manifest, verify_folder
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 
@@ -66,6 +69,12 @@ class PrepareSettings:
     no_shuffle: bool = setting(False, "keep the training documents in source order")
     num_workers: int | None = setting(None, "processes; none means all cores")
     overwrite: bool = setting(False, "replace an existing folder of shards")
+    stage: Literal["all", "tokenize", "write"] = setting(
+        "all",
+        "what to do of the work, for engines that schedule many processes: tokenize the corpus's files, or write the "
+        "shuffled documents to shards, either with --task; a last call with all completes the folder",
+    )
+    task: str = setting("0/1", "the share i/N of a --stage that this process does, i from 0 to N-1")
     verify: bool = setting(False, "check the shards in --output_dir against their manifest and exit")
 
 
@@ -86,8 +95,13 @@ KNOWN_ELSEWHERE = {
     "overwrite_cache": "to start afresh is --overwrite",
 }
 
+WRITE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.EIO, errno.ENAMETOOLONG),
+}
+
 # What a run may change and still make the same folder.
-NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "verify")
+NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "stage", "task", "verify")
 
 
 @reports_user_errors
@@ -103,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_already_there(folder, settings, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
         return 0
-    corpus = build_corpus(settings)
     options = ShardOptions(
         shard_size=settings.shard_size,
         val_tokens=settings.val_tokens,
@@ -112,25 +125,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         shuffle=not settings.no_shuffle,
         num_workers=settings.num_workers or count_cores(),
     )
-    started = time.perf_counter()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    request = Request(build_corpus(settings), tokenizer, settings.tokenizer, options, list_recorded(settings))
+    with explained_errors(folder):
+        if settings.stage != "all":
+            pieces = run_stage(folder, request, settings.stage, parse_share(settings.task))
+            print(f"--stage {settings.stage} --task {settings.task}: {pieces} pieces are finished")
+            return 0
+        if not settings.overwrite and (finished := count_finished_pieces(folder)):
+            print(f"going on in {get_work_path(folder)}, where {finished} pieces are finished")
+        started = time.perf_counter()
         with tqdm(total=settings.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
             manifest = build_shards(
                 folder,
-                corpus,
-                tokenizer,
-                settings.tokenizer,
-                options,
-                settings=list_recorded(settings),
+                request,
+                overwrite=settings.overwrite,
                 report_progress=lambda tokens: bar.update(tokens - bar.n),
             )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise
-        raise UserError(f"cannot write {folder}: {error.strerror} (about 4 bytes a token are needed)") from error
     report(manifest, folder, time.perf_counter() - started)
     return 0
+
+
+@contextlib.contextmanager
+def explained_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk into a `UserError`, and tell with any of these what is finished already."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            if error.errno not in WRITE_ERRORS:
+                raise
+            message = f"cannot write {folder}: {error.strerror} (about 4 bytes a token are needed)"
+        if finished := count_finished_pieces(folder):
+            message += f". {finished} finished pieces are kept: the same command goes on from there"
+        raise UserError(message) from error
 
 
 def check_settings(settings: PrepareSettings) -> None:
@@ -139,10 +167,22 @@ def check_settings(settings: PrepareSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: has to be at least 1")
+    if parse_share(settings.task) != (0, 1) and settings.stage == "all":
+        raise UserError("--task is a share of a --stage: add --stage tokenize or --stage write")
+    if settings.stage != "all" and settings.overwrite:
+        raise UserError("--overwrite cannot be given with --stage, whose processes would remove each other's work")
     if not 0 <= settings.seed < 2**64:
         raise UserError(f"--seed {settings.seed}: has to be from 0 to 2**64 - 1")
     if settings.document_separator == "":
         raise UserError("--document_separator is empty: leave it out to take each file as one document")
+
+
+def parse_share(task: str) -> tuple[int, int]:
+    """Return (i, N) of `--task i/N`."""
+    match = re.fullmatch(r"(\d+)/(\d+)", task)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"--task {task}: has to be i/N with i from 0 to N-1, such as 0/8")
+    return int(match[1]), int(match[2])
 
 
 def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -218,6 +258,6 @@ def report(manifest: Manifest, folder: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    # A terminated run cleans up behind itself like an interrupted one.
+    # A terminated run ends its workers like an interrupted one; what is finished stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -44,10 +44,7 @@ def create_folder_atomically(path: str | Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
+        sync_tree(temporary)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -68,6 +65,14 @@ def compute_checksum(path: str | Path) -> str:
     """Return `sha256:<hex digest>` of a file's bytes."""
     with open(path, "rb") as stream:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all files under `folder` durable."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def sync_folder(folder: str | Path) -> None:

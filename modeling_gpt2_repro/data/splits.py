@@ -5,6 +5,7 @@ each bucket in the final shards is known before a token is touched, and any work
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from modeling_gpt2_repro.data.shuffle import (
     select_training,
     select_validation,
 )
-from modeling_gpt2_repro.data.tokenized import Run, read_documents, slice_tokens
+from modeling_gpt2_repro.data.tokenized import Run, create_piece, read_documents, slice_tokens
 from modeling_gpt2_repro.errors import UserError
 
 # What a worker holds of a bucket while it sorts it: 32 MB of ids.
@@ -37,6 +38,19 @@ class Part:
     runs: list[Run]
     key_range: tuple[int, int] | None
     position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOutcome:
+    """What a finished part holds.
+
+    Attributes:
+        documents: those that begin in each shard of the split.
+        duplicates: among the documents of a bucket; 0 for a part in source order.
+    """
+
+    documents: list[int]
+    duplicates: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +175,8 @@ def plan_splits(
     return SplitPlan(val, train, copies, parts, [val_writer, train_writer], duplicates)
 
 
-def write_part(folder: Path, part: Part, selection: Selection) -> tuple[np.ndarray, int]:
-    """Write one part from the tasks' files in `folder` to its shards.
-
-    Returns:
-        The documents that begin in each shard of the split, int64 of shape `(shards,)`, and the duplicates among the
-        documents of a bucket (0 for a part in source order).
-    """
+def write_part(folder: Path, number: int, part: Part, selection: Selection) -> PartOutcome:
+    """Write part `number` from the tasks' files in `folder` to its shards, and then its outcome to `folder`."""
     rows: list[np.ndarray] = []
     pieces: list[np.ndarray] = []
     for run in part.runs:
@@ -179,20 +188,33 @@ def write_part(folder: Path, part: Part, selection: Selection) -> tuple[np.ndarr
         rows.append(found)
         pieces.extend(slice_tokens(folder, run, found))
     documents = np.concatenate(rows)
-    shards = len(part.writer.names)
-    if len(documents) == 0:
-        return np.zeros(shards, dtype=np.int64), 0
     in_bucket = part.key_range is not None
     if in_bucket:
         order = order_by_key(documents)
         documents = documents[order]
         pieces = [pieces[index] for index in order.tolist()]
-    part.writer.write(part.position, np.concatenate(pieces))
+    if pieces:
+        part.writer.write(part.position, np.concatenate(pieces))
     starts = part.position + np.cumsum(documents["tokens"], dtype=np.int64) - documents["tokens"]
     if part.writer.split == "train" and selection.cut_tokens:
         starts = starts[documents["position"] != selection.validation_documents]
-    begun = np.bincount(starts // part.writer.shard_size, minlength=shards)
-    return begun, count_repeated(documents["key"]) if in_bucket else 0
+    begun = np.bincount(starts // part.writer.shard_size, minlength=len(part.writer.names))
+    outcome = PartOutcome(begun.tolist(), count_repeated(documents["key"]) if in_bucket else 0)
+    with create_piece(_get_outcome_path(folder, number)) as stream:
+        stream.write(json.dumps(dataclasses.asdict(outcome)).encode())
+    return outcome
+
+
+def load_outcome(folder: Path, number: int) -> PartOutcome | None:
+    """Return what `write_part` returned, in whichever process; `None` for a part that is not finished."""
+    try:
+        return PartOutcome(**json.loads(_get_outcome_path(folder, number).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _get_outcome_path(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06d}.json"
 
 
 def _place_runs(writer: SplitWriter, runs: list[Run], run_tokens: list[int]) -> list[Part]:

@@ -2,25 +2,29 @@
 
     task-000000.tokens.bin      the documents' ids, uint16, each with the end-of-text id in front
     task-000000.documents.npy   one row a document (shuffle.DOCUMENT_DTYPE), in the order of the tokens
-    task-000000.json            the summary, written last: a task with it is complete
+    task-000000.json            the summary, written last: a task with it is finished
 
 The tokens lie in runs: what fitted in memory together, a stretch of source order, sorted by key inside. A bucket's
 documents are then one contiguous piece of each run.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import json
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from modeling_gpt2_repro.data.corpora import Task
 from modeling_gpt2_repro.data.shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
 from modeling_gpt2_repro.data.tokenization import DocumentEncoder, get_text_buffers
-from modeling_gpt2_repro.files import write_json
 
 # 32 MB of ids; the most that a worker holds beside one batch.
 TOKENS_PER_RUN = 2**24
@@ -34,6 +38,7 @@ class TaskSummary:
         task: its number in source order.
         empty: null or empty documents, which are skipped.
         run_ends: the row after the last document of each run.
+        digest: XXH3-128 of the tokens and the rows, by which a later process knows that they are whole.
     """
 
     task: int
@@ -42,6 +47,7 @@ class TaskSummary:
     bytes: int
     empty: int
     run_ends: list[int]
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +72,27 @@ def tokenize_task(
     max_tokens: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     report_tokens: Callable[[int], None] = lambda tokens: None,
-) -> TaskSummary:
-    """Tokenise task `number` into `folder`.
+) -> TaskSummary | None:
+    """Tokenise task `number` into `folder`; return `None`, and finish nothing, where `should_stop()` after a batch.
 
-    Reading ends at the first batch with which the task has `max_tokens` tokens, or after which `should_stop()`.
+    Reading ends at the first batch with which the task has `max_tokens` tokens.
     """
     run = _Run(encoder.spec.eot_id)
     rows: list[np.ndarray] = []
     run_ends: list[int] = []
     documents = tokens = text_bytes = empty = 0
+    digest = xxhash.xxh3_128()
 
     def finish_run() -> None:
         nonlocal run
         run_rows, run_tokens = run.arrange(shuffle, first_offset=tokens - run.tokens)
-        run_tokens.tofile(stream)
+        stream.write(run_tokens.data)  # not `tofile`, whose error on a full disk does not say so
+        digest.update(run_tokens.data)
         rows.append(run_rows)
         run_ends.append(documents)
         run = _Run(encoder.spec.eot_id)
 
-    with open(folder / f"{_name(number)}.tokens.bin", "wb") as stream:
+    with create_piece(folder / f"{_name(number)}.tokens.bin") as stream:
         for batch in task.read_batches():
             texts = drop_empty(batch)
             empty += len(batch) - len(texts)
@@ -100,16 +108,42 @@ def tokenize_task(
             report_tokens(len(ids) + len(texts))
             if run.tokens >= TOKENS_PER_RUN:
                 finish_run()
-            if (max_tokens is not None and tokens >= max_tokens) or should_stop():
+            if max_tokens is not None and tokens >= max_tokens:
                 break
+            if should_stop():
+                return None
         if run.tokens:
             finish_run()
-    np.save(
-        folder / f"{_name(number)}.documents.npy",
-        np.concatenate(rows) if rows else np.empty(0, DOCUMENT_DTYPE),
-    )
-    summary = TaskSummary(number, documents, tokens, text_bytes, empty, run_ends)
-    write_json(folder / f"{_name(number)}.json", dataclasses.asdict(summary))
+    all_rows = np.concatenate(rows) if rows else np.empty(0, DOCUMENT_DTYPE)
+    digest.update(all_rows.tobytes())
+    with create_piece(folder / f"{_name(number)}.documents.npy") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(all_rows))
+        stream.write(all_rows.tobytes())
+    summary = TaskSummary(number, documents, tokens, text_bytes, empty, run_ends, digest.hexdigest())
+    with create_piece(folder / f"{_name(number)}.json") as stream:
+        stream.write(json.dumps(dataclasses.asdict(summary)).encode())
+    return summary
+
+
+def load_summary(folder: Path, number: int, *, check: bool) -> TaskSummary | None:
+    """Return a finished task's summary, `None` for one that is not finished, or is damaged and has to be done again.
+
+    Args:
+        check: read all that the task wrote and compare its digest.
+    """
+    try:
+        content = json.loads((folder / f"{_name(number)}.json").read_text(encoding="utf-8"))
+        summary = TaskSummary(**content)
+        if check:
+            digest = xxhash.xxh3_128()
+            with open(folder / f"{_name(number)}.tokens.bin", "rb") as stream:
+                while block := stream.read(2**24):
+                    digest.update(block)
+            digest.update(np.load(folder / f"{_name(number)}.documents.npy").tobytes())
+            if digest.hexdigest() != summary.digest:
+                return None
+    except (OSError, ValueError, TypeError, EOFError):
+        return None
     return summary
 
 
@@ -144,6 +178,23 @@ def slice_tokens(folder: Path, run: Run, rows: np.ndarray) -> Iterator[np.ndarra
     tokens = np.asarray(np.memmap(folder / f"{_name(run.task)}.tokens.bin", dtype="<u2", mode="r"))
     for start, length in zip(rows["offset"].tolist(), rows["tokens"].tolist(), strict=True):
         yield tokens[start : start + length]
+
+
+@contextlib.contextmanager
+def create_piece(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes its name when it is complete.
+
+    Its temporary name is its own, because the same task may run twice at once. Nothing waits for the disk: what was
+    lost with the power shows in a digest.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def drop_empty(texts: pa.LargeStringArray) -> pa.LargeStringArray:

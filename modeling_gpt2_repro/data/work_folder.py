@@ -1,0 +1,162 @@
+"""The folder in which shards are made, `NAME.partial` beside the final `NAME`: who may work in it, and on what.
+
+It outlives its processes. A run that was killed is started again and finds the finished pieces there; several
+processes, on several machines that see the folder, may each make a share of the pieces.
+
+    plan.json       what is being made: settings, source and tokenizer; later runs have to agree
+    lock            held shared by a process that makes a share, exclusively by one that makes everything left
+    unfinished/     the finished pieces of both stages
+    *.npy           the shards
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from modeling_gpt2_repro.data.shards import WORK_FOLDER
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, sync_folder, sync_tree, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart there
+    fcntl = None
+
+LOCK_NAME = "lock"
+PLAN_NAME = "plan.json"
+# The workers of a process that was killed hold its lock until they have noticed.
+LOCK_SECONDS = 3.0
+# Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
+WORK_VERSION = 1
+# Known to fit only once the corpus has been read: a run that failed for them may be repeated with others.
+PLANNING_SETTINGS = ("shard_size", "val_tokens")
+
+
+class WorkFolder:
+    """A work folder that this process has locked.
+
+    Attributes:
+        path: the folder, where the shards are written.
+        pieces: the folder of finished pieces.
+    """
+
+    def __init__(self, final: Path):
+        self.final = final.resolve()  # a link stays one, and what it points at is replaced
+        self.path = get_work_path(self.final)
+        self.pieces = self.path / WORK_FOLDER
+
+    def agree_on(self, plan: dict[str, Any]) -> None:
+        """Record what is being made, or check that it is the same.
+
+        Raises:
+            UserError: the folder was begun with other settings, another source or another tokenizer.
+        """
+        plan = json.loads(json.dumps({"version": WORK_VERSION, **plan}))
+        path = self.path / PLAN_NAME
+        if not path.exists():
+            write_json(path, plan)
+            return
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            then, now = begun.pop("settings"), plan["settings"]
+            changes = [f"{name} ({then[name]} there)" for name in now if name in then and then[name] != now[name]]
+            changes += [name for name, value in begun.items() if value != plan[name]]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}): --overwrite starts afresh") from error
+        if changes:
+            raise UserError(
+                f"{self.path} was begun with other settings: {', '.join(changes)}. Give those again to go on, or "
+                "--overwrite to start afresh, or another --output_dir"
+            )
+        if then != now:
+            write_json(path, plan)
+
+    def reopen_planning(self) -> None:
+        """Let the next run choose the settings of the splits anew, because these turned out not to fit."""
+        path = self.path / PLAN_NAME
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan["settings"] = {name: value for name, value in plan["settings"].items() if name not in PLANNING_SETTINGS}
+        write_json(path, plan)
+
+    def publish(self) -> None:
+        """Remove what served the making, synchronise the rest to disk, and give it the final name."""
+        shutil.rmtree(self.pieces)
+        (self.path / PLAN_NAME).unlink()
+        sync_tree(self.path)
+        (self.path / LOCK_NAME).unlink()
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.path.replace(self.final)
+        sync_folder(self.final.parent)
+
+
+def get_work_path(final: Path) -> Path:
+    """Return where the shards of the folder `final` are made."""
+    return final.with_name(final.name + TEMPORARY_SUFFIX)
+
+
+def count_finished_pieces(final: Path) -> int:
+    """Return how many pieces an earlier run has left for the folder `final`."""
+    return len(list((get_work_path(final.resolve()) / WORK_FOLDER).glob("*.json")))
+
+
+@contextlib.contextmanager
+def open_work_folder(
+    final: Path, plan: dict[str, Any], *, alone: bool, overwrite: bool = False
+) -> Iterator[WorkFolder]:
+    """Lock the work folder of `final`, made where it is missing and emptied for `overwrite`, and agree on `plan`.
+
+    What is finished stays there on an exception; a folder without a finished piece is removed.
+
+    Args:
+        plan: what is made there (see `WorkFolder.agree_on`).
+        alone: keep all other processes out; otherwise only those that want to be alone.
+
+    Raises:
+        UserError: another process works there, or on something else.
+    """
+    work = WorkFolder(final)
+    with _lock(work.path, alone) as lock:
+        if overwrite:
+            for path in work.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_NAME:
+                    path.unlink()
+        work.agree_on(plan)
+        if not alone and fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        work.pieces.mkdir(exist_ok=True)
+        try:
+            yield work
+        except BaseException:
+            if alone and work.pieces.is_dir() and not list(work.pieces.glob("*.json")):
+                shutil.rmtree(work.path)
+            raise
+
+
+def _lock(folder: Path, alone: bool) -> IO:
+    """Lock `folder`; at first exclusively in any case, so that a single process writes the plan."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    modes = itertools.repeat("EX") if alone else itertools.cycle(("EX", "SH"))
+    for mode in modes:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / LOCK_NAME, "a")  # noqa: SIM115, the caller closes it
+        try:
+            if fcntl is not None:
+                fcntl.flock(stream, getattr(fcntl, f"LOCK_{mode}") | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_nlink:  # or whoever had the lock has finished, and removed it
+                return stream
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                stream.close()
+                raise UserError(f"another prepare_data.py is working on {folder}: wait for it, or stop it") from error
+            time.sleep(0.05)
+        stream.close()
+    raise AssertionError("the modes never end")

@@ -1,0 +1,224 @@
+"""Making shards in several goes: killed runs, shares of the work, and everything that may lie in the way."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
+
+import prepare_data
+from modeling_gpt2_repro.data import local_files, splits, tokenized
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch):
+    """Some 15 tasks and 15 parts, where one of each would do."""
+    monkeypatch.setattr(local_files, "TASK_BYTES", 2500)
+    monkeypatch.setattr(tokenized, "TOKENS_PER_RUN", 500)
+    monkeypatch.setattr(splits, "TOKENS_PER_BUCKET", 2000)
+
+
+@pytest.fixture
+def flags(tmp_path, corpus, tokenizer):  # noqa: F811
+    return [f"--files={corpus}", "--shard_size=7000", f"--tokenizer={tokenizer.name_or_path}", "--num_workers=2"]
+
+
+@pytest.fixture
+def expected(flags, tmp_path):
+    """The files of a run that nothing happened to."""
+    assert prepare_data.main([*flags, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    return hash_folder(tmp_path / "whole")
+
+
+def list_pieces(folder) -> dict[str, int]:
+    found = {}
+    for path in (folder.with_name(folder.name + ".partial") / "unfinished").glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # a run that ends removes them
+            found[path.name] = path.stat().st_ino
+    return found
+
+
+def start(flags) -> multiprocessing.Process:
+    process = FORK.Process(target=lambda: sys.exit(prepare_data.main(flags)))
+    process.start()
+    return process
+
+
+def kill_after(process, folder, n_pieces: int) -> dict[str, int]:
+    """Kill the process once it has finished so many pieces, or ends; return what is finished."""
+    while process.is_alive() and len(list_pieces(folder)) < n_pieces:
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return list_pieces(folder)
+
+
+def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, expected, tmp_path, capfd):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    pieces, kills = {}, 0
+    delays = random.Random(0)
+    while not folder.exists():
+        process = start(flags)
+        workers = []
+        while process.is_alive() and not workers:
+            workers = psutil.Process(process.pid).children()
+        time.sleep(delays.uniform(0, 0.01))
+        finished = kill_after(process, folder, len(pieces) + 2)
+        assert psutil.wait_procs(workers, timeout=30)[1] == [], "a worker outlived its parent"
+        if not folder.exists():
+            kills += 1
+            assert pieces.items() <= finished.items(), "a finished piece was made again"
+            pieces = finished
+            assert not (folder.with_name("out.partial") / "manifest.json").exists() or len(pieces) > 20
+    assert kills >= 4
+    assert hash_folder(folder) == expected
+    assert not folder.with_name("out.partial").exists()
+    assert "pieces are finished" in capfd.readouterr().out
+
+
+def test_other_settings_are_named_and_overwrite_starts_afresh(run, corpus, flags, expected, tmp_path):  # noqa: F811
+    folder = tmp_path / "out"
+    kill_after(start([*flags, f"--output_dir={folder}"]), folder, 3)
+    pieces = list_pieces(folder)
+    code, _, err = run(*flags, "--seed", 1, "--shard_size", 9000)
+    assert code == 2
+    assert "was begun with other settings: shard_size (7000 there), seed (1337 there)" in err
+    assert list_pieces(folder) == pieces
+
+    with open(corpus, "a") as stream:
+        stream.write(json.dumps({"text": "one more"}) + "\n")
+    code, _, err = run(*flags)
+    assert code == 2
+    assert "other settings: source" in err
+    assert run(*flags, "--overwrite")[0] == 0
+    assert hash_folder(folder) != expected
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "summary"])
+def test_damaged_piece_is_made_again(flags, expected, tmp_path, damage):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    kill_after(start(flags), folder, 8)
+    pieces = folder.with_name("out.partial") / "unfinished"
+    damaged = (
+        pieces
+        / {
+            "flip": "task-000000.tokens.bin",
+            "truncate": "task-000001.documents.npy",
+            "remove": "task-000000.tokens.bin",
+            "summary": "task-000001.json",
+        }[damage]
+    )
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.unlink() if damage == "remove" else damaged.write_bytes(content[: None if damage == "flip" else 100])
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+
+
+def test_two_runs_on_one_folder(flags, tmp_path, capfd):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    first = start(flags)
+    while not list_pieces(folder):
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)
+    for more in ([], ["--stage=tokenize"], ["--overwrite"]):
+        assert prepare_data.main([*flags, *more]) == 2
+        assert "another prepare_data.py is working on" in capfd.readouterr().err
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0
+
+
+def test_shares_of_both_stages_in_any_order_make_the_same_folder(flags, expected, tmp_path, capfd):
+    """Each share in a process of its own; those of a stage run at the same time, one of them twice."""
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    for stage in ("tokenize", "write"):
+        shares = [start([*flags, f"--stage={stage}", f"--task={i}/3"]) for i in (2, 0, 2)]
+        for share in shares:
+            share.join()
+            assert share.exitcode == 0
+        if stage == "tokenize":
+            assert prepare_data.main([*flags, "--stage=write"]) == 2
+            assert "task 1 " in (err := capfd.readouterr().err) and "--stage tokenize first" in err
+        assert prepare_data.main([*flags, f"--stage={stage}", "--task=1/3"]) == 0
+    before = list_pieces(folder)
+    assert {name[:4] for name in before} == {"task", "part"}
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+
+
+def test_run_completes_what_a_share_began(flags, expected, tmp_path):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    assert prepare_data.main([*flags, "--stage=tokenize", "--task=1/2"]) == 0
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (["--task=0/2"], "--task is a share of a --stage"),
+        (["--stage=write", "--task=2/2"], "--task 2/2: has to be i/N"),
+        (["--stage=write", "--task=one"], "--task one: has to be i/N"),
+        (["--stage=tokenize", "--overwrite"], "--overwrite cannot be given with --stage"),
+        (["--stage=tokenise"], "tokenize"),
+    ],
+)
+def test_mistaken_shares(run, flags, more, reason):  # noqa: F811
+    code, _, err = run(*flags, *more)
+    assert code == 2
+    assert reason in err
+
+
+def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noqa: F811
+    code, _, err = run(*flags, "--val_tokens", 10**9)
+    assert code == 2
+    assert "too few for a training split and a validation split" in err
+    pieces = list_pieces(tmp_path / "out")
+    assert pieces
+    code, out, _ = run(*flags, "--val_tokens", 500)
+    assert code == 0
+    assert f"{len(pieces)} pieces are finished" in out
+
+
+@pytest.mark.parametrize("limit", [3_000, 12_000])
+def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
+    """A real process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    script = (
+        "import sys, prepare_data\n"
+        "from modeling_gpt2_repro.data import local_files as l, splits as s, tokenized as t\n"
+        "l.TASK_BYTES, t.TOKENS_PER_RUN, s.TOKENS_PER_BUCKET = 2500, 500, 2000; sys.exit(prepare_data.main())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        cwd=os.path.dirname(prepare_data.__file__),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr and "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not folder.exists()
+    pieces = list_pieces(folder)
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+    assert bool(pieces) == ("finished pieces are kept" in result.stderr) == (limit > 10_000)
