@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.arguments import parse_arguments
-from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
-from modeling_gpt2_repro.data.order import WindowOrder, divide_windows
+from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer, read_ahead
+from modeling_gpt2_repro.data.order import WindowOrder
 from modeling_gpt2_repro.data.tokenization import token_byte_lengths
 from modeling_gpt2_repro.devices import (
     describe_device,
@@ -178,6 +178,12 @@ def train(run: Run) -> None:
     """The loop: evaluate and save the model after `step` updates, and make the next update."""
     config, plan, accelerator, optimizer = run.config, run.plan, run.accelerator, run.optimizer
     order = WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(run.train_set.is_shuffled))
+    steps = range(plan.first_step, plan.max_steps)
+    micro_batches = order.divide_steps(
+        steps, config.windows_per_step, plan.n_processes, accelerator.process_index, plan.micro_batch_size
+    )
+    batches = read_ahead(run.train_set, micro_batches, accelerator.device)
+    n_micro_steps = config.windows_per_step // (plan.n_processes * plan.micro_batch_size)
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.max_steps + 1):
         if step == 0 or step > plan.first_step:  # a resumed step was evaluated before it was saved
@@ -199,32 +205,28 @@ def train(run: Run) -> None:
             schedule=config.lr_schedule,
         )
         set_learning_rate(optimizer, learning_rate)
-        windows = order.windows_of_step(step, config.windows_per_step)
-        micro_batches = divide_windows(windows, plan.n_processes, accelerator.process_index, plan.micro_batch_size)
         loss = torch.zeros((), device=accelerator.device)
-        for micro_step, micro_batch in enumerate(micro_batches):
-            batch = run.train_set.read(micro_batch).to(accelerator.device, non_blocking=True)
-            is_last_micro_step = micro_step == len(micro_batches) - 1
+        for micro_step in range(n_micro_steps):
+            batch = next(batches)
+            is_last_micro_step = micro_step == n_micro_steps - 1
             with contextlib.nullcontext() if is_last_micro_step else accelerator.no_sync(run.loss_model):
-                micro_loss = run.loss_model(batch) / len(micro_batches)
+                micro_loss = run.loss_model(batch) / n_micro_steps
                 accelerator.backward(micro_loss)
             loss += micro_loss.detach()
         grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip).item()
         if not math.isfinite(grad_norm) and accelerator.scaler is None:  # fp16's scaler skips such steps
             raise UserError(
-                f"the gradient of step {step + 1} (windows {windows[0]} to {windows[-1]} of its order) is not finite; "
-                "nothing was saved over the last checkpoint: lower --learning_rate"
+                f"the gradient of step {step + 1} is not finite: lower --learning_rate; no checkpoint was overwritten"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss = accelerator.reduce(loss, reduction="mean").item()
-        seconds = time.perf_counter() - started
 
         metrics = {
             "train/loss": loss,
             "train/lr": learning_rate,
             "train/grad_norm": grad_norm,
-            "train/tokens_per_second": config.tokens_per_step / seconds,
+            "train/tokens_per_second": config.tokens_per_step / (time.perf_counter() - started),
             **plan.count_progress(step + 1, config),
             "train/elapsed_seconds": time.monotonic() - run.record.started,
             "train/peak_memory_gb": measure_peak_memory(accelerator.device),

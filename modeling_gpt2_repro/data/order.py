@@ -4,6 +4,7 @@ Nothing here knows of ranks, micro-steps or where a run was interrupted; those o
 same step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,14 @@ class WindowOrder:
                 of_epoch = epochs == epoch
                 windows[of_epoch] = permute(windows[of_epoch], self.n_windows, self.seed, int(epoch))
         return windows
+
+    def divide_steps(
+        self, steps: Iterable[int], windows_per_step: int, n_ranks: int, rank: int, micro_batch_size: int
+    ) -> Iterator[np.ndarray]:
+        """Yield the micro-batches of one rank, window ids of shape (micro_batch_size,), one update after another."""
+        for step in steps:
+            windows = self.windows_of_step(step, windows_per_step)
+            yield from divide_windows(windows, n_ranks, rank, micro_batch_size)
 
 
 def divide_windows(windows: np.ndarray, n_ranks: int, rank: int, micro_batch_size: int) -> np.ndarray:

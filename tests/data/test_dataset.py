@@ -1,13 +1,14 @@
 """Windows out of memory-mapped shards."""
 
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from modeling_gpt2_repro.data.dataset import TokenDataset
+from modeling_gpt2_repro.data.dataset import TokenDataset, read_ahead
 from modeling_gpt2_repro.errors import UserError
 
 
@@ -64,3 +65,34 @@ def test_anonymous_memory_does_not_grow_with_the_corpus(tmp_path):
     for start in range(0, len(dataset) - 64, 64):
         dataset.read(np.arange(start, start + 64))
     assert read_anonymous_memory() - before < n_tokens * 2 / 10
+
+
+def build_batches(n_windows: int, size: int = 3) -> list[np.ndarray]:
+    return np.random.default_rng(0).permutation(n_windows)[: n_windows // size * size].reshape(-1, size)
+
+
+def test_reading_ahead_gives_the_same_batches_in_order(tmp_path):
+    np.save(tmp_path / "train_000001.npy", np.arange(1000, dtype=np.uint16))
+    dataset = TokenDataset(str(tmp_path), "train", 8, 1000)
+    micro_batches = build_batches(len(dataset))
+    batches = list(read_ahead(dataset, iter(micro_batches), torch.device("cpu")))
+    assert len(batches) == len(micro_batches)
+    assert all(torch.equal(batch, dataset.read(ids)) for batch, ids in zip(batches, micro_batches, strict=True))
+
+
+def test_reading_ahead_raises_where_the_batch_is_due_and_leaves_no_thread(tmp_path):
+    tokens = np.arange(1000, dtype=np.uint16)
+    tokens[500] = 60_000
+    np.save(tmp_path / "train_000001.npy", tokens)
+    dataset = TokenDataset(str(tmp_path), "train", 10, 1000)
+    in_order = np.arange(99)[:, None]
+    n_read = 0
+    with pytest.raises(UserError, match="token id 60000"):
+        for _ in read_ahead(dataset, in_order, torch.device("cpu")):
+            n_read += 1
+    assert n_read == 49  # window 49 holds tokens 490 to 500
+
+    batches = read_ahead(dataset, in_order, torch.device("cpu"))
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
