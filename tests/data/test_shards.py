@@ -149,6 +149,7 @@ def rewrite(folder, tokens, checksum=True):
         ([EOT, 1, 2, 3, 4, EOT, 1, 2, 3, 5], False, "checksum"),
         ([EOT, 1, 2, 3, 4, EOT, 1, 2, 3, 100], True, "beyond the vocabulary"),
         ([EOT, 1, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 documents instead of 2"),
+        ([EOT, EOT, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 empty documents, the first ends at position 1"),
     ],
 )
 def test_verify_sees_what_opening_does_not(folder, tokens, checksum, reason):
@@ -203,3 +204,28 @@ def test_manifest_that_is_no_json(folder):
     (folder / MANIFEST_NAME).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_manifest(folder)
+
+
+def test_verify_tells_renamed_foreign_and_missing_shards_apart(folder):
+    (folder / "x_train_000001.npy").rename(folder / "x_train_000009.npy")
+    np.save(folder / "y_train_000001.npy", np.zeros(3, np.uint16))
+    (folder / "x_train_000003.npy").unlink()
+    with pytest.raises(UserError) as caught:
+        verify_folder(folder)
+    for problem in (
+        "x_train_000001.npy is there as x_train_000009.npy",
+        "y_train_000001.npy is not in the manifest",
+        "x_train_000003.npy is missing",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_verify_sees_a_split_that_begins_inside_a_document(folder):
+    tokens = np.load(folder / "x_val_000000.npy")
+    tokens[[0, 1]] = tokens[[1, 0]]
+    np.save(folder / "x_val_000000.npy", tokens)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["shards"][0]["checksum"] = compute_checksum(folder / "x_val_000000.npy")
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"x_val_000000\.npy begins inside a document"):
+        verify_folder(folder)
