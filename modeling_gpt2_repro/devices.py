@@ -120,3 +120,13 @@ def measure_peak_memory(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1024 if sys.platform == "linux" else 1) / 1e9
+
+
+def measure_private_memory() -> int | None:
+    """Return this process's resident memory that mirrors no file, in bytes; `None` elsewhere than on Linux."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            _, resident, shared = map(int, stream.read().split()[:3])
+    except OSError:
+        return None
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")

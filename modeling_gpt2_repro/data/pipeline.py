@@ -35,8 +35,7 @@ from modeling_gpt2_repro.data.splits import (
 )
 from modeling_gpt2_repro.data.tokenization import (
     DocumentEncoder,
-    EncoderSpec,
-    build_encoder_spec,
+    build_encoder,
     fingerprint_tokenizer,
     token_byte_lengths,
 )
@@ -112,11 +111,11 @@ def build_shards(
         UserError: a tokenizer or a corpus that cannot be used, a corpus too small for both splits, or another process
             or another request that the work folder belongs to. Finished pieces are kept.
     """
-    spec = build_encoder_spec(request.tokenizer, request.tokenizer_name)
+    encoder = build_encoder(request.tokenizer, request.tokenizer_name)
     plan = request.describe()
     with (
         open_work_folder(folder, plan, alone=True, overwrite=overwrite) as work,
-        _open_pool(work, spec, request.options, report_progress) as (pool, state),
+        _open_pool(work, encoder, request.options, report_progress) as (pool, state),
     ):
         summaries = _tokenize(pool, state, request.corpus.tasks)
         read, selection, splits = _plan(work, request, summaries)
@@ -157,8 +156,8 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
     plan = request.describe()
     with open_work_folder(folder, plan, alone=False) as work:
         if stage == "tokenize":
-            spec = build_encoder_spec(request.tokenizer, request.tokenizer_name)
-            with _open_pool(work, spec, request.options) as (pool, _):
+            encoder = build_encoder(request.tokenizer, request.tokenizer_name)
+            with _open_pool(work, encoder, request.options) as (pool, _):
                 jobs = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
                 return sum(1 for _ in pool.map_in_order(_run_task, jobs))
         summaries = _collect_summaries(work, request)
@@ -170,27 +169,26 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
 class _SharedState:
     """What this process and its workers share: where the pieces are, how to make them, and two signals."""
 
-    def __init__(self, work: WorkFolder, spec: EncoderSpec | None, options: ShardOptions):
+    def __init__(self, work: WorkFolder, encoder: DocumentEncoder | None, options: ShardOptions):
         context = multiprocessing.get_context(START_METHOD)
         self.pieces = work.pieces
-        self.spec = spec
+        self.encoder = encoder
         self.options = options
         self.tokens_read = context.Value("q", 0)
         self.is_enough = context.Value("b", False)
 
 
 _state: _SharedState
-_encoder: DocumentEncoder
 
 
 @contextlib.contextmanager
 def _open_pool(
     work: WorkFolder,
-    spec: EncoderSpec | None,
+    encoder: DocumentEncoder | None,
     options: ShardOptions,
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[tuple[WorkerPool, _SharedState]]:
-    state = _SharedState(work, spec, options)
+    state = _SharedState(work, encoder, options)
     pool = WorkerPool(
         options.num_workers, _start_worker, (state,), on_wait=lambda: report_progress(state.tokens_read.value)
     )
@@ -202,10 +200,8 @@ def _open_pool(
 
 
 def _start_worker(state: _SharedState) -> None:
-    global _state, _encoder
+    global _state
     _state = state
-    if state.spec is not None:
-        _encoder = DocumentEncoder(state.spec)
 
 
 def _tokenize(pool: WorkerPool, state: _SharedState, tasks: Iterable[Task]) -> list[TaskSummary]:
@@ -248,7 +244,7 @@ def _run_task(number: int, task: Task) -> TaskSummary | None:
         number,
         task,
         _state.pieces,
-        _encoder,
+        _state.encoder,
         seed=_state.options.seed,
         shuffle=_state.options.shuffle,
         max_tokens=_state.options.max_tokens,

@@ -19,6 +19,7 @@ import tokenizers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.hub import HUB_TIMEOUT_SECONDS, ask_hub
+from modeling_gpt2_repro.devices import measure_private_memory
 from modeling_gpt2_repro.errors import UserError
 
 GPT2_TOKENIZER = "openai-community/gpt2"
@@ -27,10 +28,12 @@ GPT2_NAMES = (GPT2_TOKENIZER, "gpt2")
 # Shards hold 16-bit token ids.
 MAX_VOCAB_SIZE = 2**16
 
-# gigatoken remembers every word it has met. Ordinary prose hardly adds to that after the first few megabytes, but text
-# of unique words costs it about 100 bytes a word: rebuilding (0.2 s) after this much text keeps the worst case near
-# 1.5 GB for 15 % of the engine's time.
-TEXT_BYTES_PER_ENGINE = 128 * 2**20
+# gigatoken remembers every word it has met, in tables that double as they fill: about 100 bytes a word, without end
+# where the words are ever new. Prose grows it so slowly that building it anew (0.1 s) at this size costs nothing; text
+# of nothing but new words has that done every two million words, for a fifth of the time.
+ENGINE_BYTES = 128 * 2**20
+# Where a process cannot see its own memory: the text whose new words would take that much.
+TEXT_BYTES_PER_ENGINE = 16 * 2**20
 
 # What engines are known to treat differently: contractions, runs of spaces, newlines, digits, marks, emoji, scripts
 # without spaces, control characters, and the text of special tokens.
@@ -109,14 +112,14 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
-    """What a worker process needs in order to build its own `DocumentEncoder`."""
+    """What a process needs in order to build a `DocumentEncoder`."""
 
     tokenizer_json: str
     eot_id: int
     uses_gigatoken: bool
 
 
-def build_encoder_spec(tokenizer: PreTrainedTokenizerFast, name: str) -> EncoderSpec:
+def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> "DocumentEncoder":
     """Check that `tokenizer` can make shards and choose the engine: gigatoken, or tokenizers for what it cannot load.
 
     Raises:
@@ -134,13 +137,14 @@ def build_encoder_spec(tokenizer: PreTrainedTokenizerFast, name: str) -> Encoder
     definition.update(truncation=None, padding=None, post_processor=None)
     # gigatoken has no switch for special tokens: without their entries it takes their text as text.
     definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
-    spec = EncoderSpec(json.dumps(definition), tokenizer.eos_token_id, uses_gigatoken=True)
     try:
-        encoder = DocumentEncoder(spec)
+        encoder = DocumentEncoder(
+            dataclasses.replace(reference, tokenizer_json=json.dumps(definition), uses_gigatoken=True)
+        )
     except (ValueError, RuntimeError, TypeError, NotImplementedError):
-        return reference
+        return DocumentEncoder(reference)
     check_engines_agree(encoder, DocumentEncoder(reference), name)
-    return spec
+    return encoder
 
 
 def check_engines_agree(encoder: "DocumentEncoder", reference: "DocumentEncoder", name: str) -> None:
@@ -155,11 +159,17 @@ def check_engines_agree(encoder: "DocumentEncoder", reference: "DocumentEncoder"
 
 
 class DocumentEncoder:
-    """Encodes documents as ordinary text, on the calling thread."""
+    """Encodes documents as ordinary text, on the calling thread.
+
+    A forked worker goes on with its parent's; a spawned one, to which it is pickled, builds it anew.
+    """
 
     def __init__(self, spec: EncoderSpec):
         self.spec = spec
         self._build_engine()
+
+    def __reduce__(self):
+        return DocumentEncoder, (self.spec,)
 
     def encode(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         """Encode a batch.
@@ -175,17 +185,24 @@ class DocumentEncoder:
             offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
             return np.fromiter((i for ids in encodings for i in ids), np.uint16, count=offsets[-1]), offsets
         text_offsets, text = get_text_buffers(documents)
-        text_bytes = int(text_offsets[-1] - text_offsets[0])
-        if self._text_bytes + text_bytes > TEXT_BYTES_PER_ENGINE and self._text_bytes:
+        if self._is_too_large():
             self._build_engine()
-        self._text_bytes += text_bytes
+        self._text_bytes += int(text_offsets[-1] - text_offsets[0])
         encoded = self._engine.encode_batch(_view_as_awkward(text_offsets, text), parallel=False).layout
         offsets = np.asarray(encoded.offsets.data, dtype=np.int64)
         tokens = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]].astype(np.uint16)
         return tokens, offsets - offsets[0]
 
+    def _is_too_large(self) -> bool:
+        memory = measure_private_memory()
+        if memory is None:
+            return self._text_bytes > TEXT_BYTES_PER_ENGINE
+        return memory - self._memory_before > ENGINE_BYTES
+
     def _build_engine(self) -> None:
+        self._engine = None  # the old one first, so that the two never exist together
         self._text_bytes = 0
+        self._memory_before = measure_private_memory()
         if self.spec.uses_gigatoken:
             self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.spec.tokenizer_json))
         else:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +14,19 @@ from modeling_gpt2_repro.data import tokenization
 from modeling_gpt2_repro.data.tokenization import (
     DocumentEncoder,
     EncoderSpec,
-    build_encoder_spec,
+    build_encoder,
     check_engines_agree,
     fingerprint_tokenizer,
     load_tokenizer,
     token_byte_lengths,
 )
+from modeling_gpt2_repro.devices import measure_private_memory
 from modeling_gpt2_repro.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def gigatoken_spec(tokenizer):
-    spec = build_encoder_spec(tokenizer, "gpt2")
+    spec = build_encoder(tokenizer, "gpt2").spec
     assert spec.uses_gigatoken
     return spec
 
@@ -86,12 +88,32 @@ def test_rebuilt_engine_gives_the_same_ids(gigatoken_spec, monkeypatch):
     texts = [f"word{i} " * 20 for i in range(50)]
     expected = encode(gigatoken_spec, texts)
     monkeypatch.setattr(tokenization, "TEXT_BYTES_PER_ENGINE", 3000)
+    monkeypatch.setattr(tokenization, "measure_private_memory", lambda: None)  # as elsewhere than on Linux
     encoder = DocumentEncoder(gigatoken_spec)
     engines = set()
     for text, ids in zip(texts, expected, strict=True):
         assert encoder.encode(pa.array([text], pa.large_string()))[0].tolist() == ids
         engines.add(encoder._engine)
     assert len(engines) > 1
+
+
+@pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
+def test_ever_new_words_take_bounded_memory(gigatoken_spec):
+    encoder = DocumentEncoder(gigatoken_spec)
+    letters = np.random.default_rng(0).integers(97, 123, (5_000_000, 8), dtype=np.uint8)
+    letters[:, 0] = 32
+    texts = [words.tobytes().decode() for words in np.array_split(letters, 50)]
+    before = measure_private_memory()
+    growth = []
+    for text in texts:
+        encoder.encode(pa.array([text], pa.large_string()))
+        growth.append(measure_private_memory() - before)
+    assert max(growth) < 250e6  # 350e6 and rising where nothing is forgotten
+
+
+def test_an_encoder_travels_to_another_process(gigatoken_spec):
+    encoder = pickle.loads(pickle.dumps(DocumentEncoder(gigatoken_spec)))
+    assert encoder.encode(pa.array(["Hello world"], pa.large_string()))[0].tolist() == PUBLISHED["Hello world"]
 
 
 def test_different_engines_stop_the_run(gigatoken_spec, reference_spec):
@@ -116,7 +138,7 @@ def test_nothing_is_cut_or_put_around_a_document(tokenizer):
         single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 50256)]
     )
     framing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    spec = build_encoder_spec(framing, "framing")
+    spec = build_encoder(framing, "framing").spec
     assert spec.uses_gigatoken
     reference = EncoderSpec(backend.to_str(), 50256, uses_gigatoken=False)
     expected = [PUBLISHED["Hello, I'm a language model,"]]
@@ -143,19 +165,19 @@ def test_too_large_vocabulary_is_refused():
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(65_537)}, unk_token="w0"))
     large = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
     with pytest.raises(UserError, match="65,536"):
-        build_encoder_spec(large, "large")
+        build_encoder(large, "large")
 
 
 def test_tokenizer_without_end_of_text_is_refused():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(UserError, match="eos_token"):
-        build_encoder_spec(words, "words")
+        build_encoder(words, "words")
 
 
 def test_tokenizer_unknown_to_gigatoken_uses_the_reference():
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
-    spec = build_encoder_spec(tokenizer, "words")
+    spec = build_encoder(tokenizer, "words").spec
     assert not spec.uses_gigatoken
     assert encode(spec, ["a"]) == [[0]]
 
@@ -165,7 +187,7 @@ def test_small_local_tokenizer(tmp_path):
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(alphabet))} | {"<|endoftext|>": 256}
     GPT2TokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
-    spec = build_encoder_spec(tokenizer, "bytes")
+    spec = build_encoder(tokenizer, "bytes").spec
     (ids,) = encode(spec, ["ä<|endoftext|>"])
     assert len(ids) == 2 + len("<|endoftext|>")
     assert token_byte_lengths(tokenizer).tolist() == [1] * 256 + [0]
