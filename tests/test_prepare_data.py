@@ -170,6 +170,31 @@ def test_another_seed_gives_another_order_of_the_same(run, corpus, tmp_path):
     assert split_documents(tmp_path / "1", "val") == split_documents(tmp_path / "2", "val")
 
 
+def compute_spectral_peak(folder, tokens_per_step):
+    """Return the largest power of the share of `a`s a step, in multiples of the median power."""
+    tokens = np.concatenate(open_split(folder, "train"))
+    n_steps = len(tokens) // tokens_per_step
+    share = (tokens[: n_steps * tokens_per_step] == ord("a") - ord("!")).reshape(n_steps, -1).mean(axis=1)
+    assert 0.3 < share.mean() < 0.7
+    power = np.abs(np.fft.rfft(share - share.mean())[1:]) ** 2
+    return power.max() / np.median(power)
+
+
+@pytest.mark.parametrize("period", [70, 600])
+def test_shuffle_leaves_no_period_of_the_source_order(run, tmp_path, monkeypatch, period):
+    monkeypatch.setattr(local_files, "TASK_BYTES", 8000)  # an eighth of the longer period
+    # Power of noise is exponentially distributed: of 300 frequencies the largest has 23 times the median with a
+    # probability of 4e-5. The text tells each document from the others, so that it has a key of its own.
+    phases = 2 * np.pi * np.arange(6000) / period
+    letters = np.random.default_rng(0).random((6000, 40)) < 0.5 + 0.3 * np.sin(phases)[:, None]
+    lines = [f"{number} " + "".join("ba"[letter] for letter in row) for number, row in enumerate(letters.astype(int))]
+    (tmp_path / "waves.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    for order, flags in (("shuffled", []), ("in_order", ["--no_shuffle"])):
+        run("--files", tmp_path / "waves.jsonl", "--val_tokens", 100, *flags, output_dir=tmp_path / order)
+    assert compute_spectral_peak(tmp_path / "in_order", tokens_per_step=450) > 300
+    assert compute_spectral_peak(tmp_path / "shuffled", tokens_per_step=450) < 23
+
+
 def test_second_run_is_byte_identical(run, corpus, tmp_path):
     run("--files", corpus)
     before = hash_folder(tmp_path / "out")
