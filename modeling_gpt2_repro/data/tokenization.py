@@ -30,8 +30,8 @@ MAX_VOCAB_SIZE = 2**16
 
 # gigatoken remembers every word it has met, in tables that double as they fill: about 100 bytes a word, without end
 # where the words are ever new. Prose grows it so slowly that building it anew (0.1 s) at this size costs nothing; text
-# of nothing but new words has that done every two million words, for a fifth of the time.
-ENGINE_BYTES = 128 * 2**20
+# of nothing but new words has that done every million or two, for a fifth of the time.
+ENGINE_BYTES = 96 * 2**20
 # Where a process cannot see its own memory: the text whose new words would take that much.
 TEXT_BYTES_PER_ENGINE = 16 * 2**20
 
