@@ -9,6 +9,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import gigatoken
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_gpt2_repro.data.hub import HUB_TIMEOUT_SECONDS, ask_hub
 from modeling_gpt2_repro.devices import measure_private_memory
@@ -90,23 +93,32 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Return how many UTF-8 bytes each id stands for, int64 of shape `(vocab_size,)`; special tokens stand for none.
+def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[bytes]:
+    """Return the UTF-8 bytes that each id stands for, which may be a part of a character; special tokens as written.
 
-    A byte-level BPE spells each byte as one character, so that ids which are a part of a character are counted right.
+    Decoding an id on its own would not do: it makes U+FFFD of a part of a character, and may drop a leading space.
     """
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    byte_of_symbol = {symbol: bytes([byte]) for byte, symbol in bytes_to_unicode().items()}
     added = tokenizer.added_tokens_decoder
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
+
+    def spell(index: int, piece: str) -> bytes:
         if index in added:
-            lengths[index] = 0 if added[index].special else len(added[index].content.encode())
-        elif byte_level:
-            lengths[index] = len(token)
-        elif token.startswith("<0x") and token.endswith(">"):
-            lengths[index] = 1
-        else:
-            lengths[index] = len(token.replace("▁", " ").encode())
+            return added[index].content.encode()
+        if byte_level:
+            return b"".join(byte_of_symbol.get(symbol, symbol.encode()) for symbol in piece)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("▁", " ").encode()
+
+    ids = [int(index) for index in ids]
+    return [spell(index, piece) for index, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)]
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Return how many UTF-8 bytes each id stands for, int64 of shape `(vocab_size,)`; special tokens for none."""
+    lengths = np.array([len(spelling) for spelling in spell_tokens(tokenizer, range(len(tokenizer)))], dtype=np.int64)
+    lengths[[index for index, token in tokenizer.added_tokens_decoder.items() if token.special]] = 0
     return lengths
 
 

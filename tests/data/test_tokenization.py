@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data import tokenization
@@ -18,6 +18,7 @@ from modeling_gpt2_repro.data.tokenization import (
     check_engines_agree,
     fingerprint_tokenizer,
     load_tokenizer,
+    spell_tokens,
     token_byte_lengths,
 )
 from modeling_gpt2_repro.devices import measure_private_memory
@@ -128,6 +129,24 @@ def test_byte_lengths_add_up_to_the_text(tokenizer):
     assert lengths[50256] == 0
     for text in ("plain", "naïve 日本語 🙂 " * 3, "\x00\x7f \u2028"):
         assert lengths[tokenizer(text)["input_ids"]].sum() == len(text.encode())
+
+
+def test_spells_parts_of_characters_and_special_tokens(tokenizer):
+    text = "it\u2019s naïve 日本語 🙂\x00\n  x"
+    ids = tokenizer(text)["input_ids"]
+    assert b"".join(spell_tokens(tokenizer, ids)) == text.encode()
+    spellings = spell_tokens(tokenizer, np.array([447, 247, 262, 50256]))
+    assert spellings == [b"\xe2\x80", b"\x99", b" the", b"<|endoftext|>"]
+
+
+def test_spells_tokens_of_other_families():
+    """SentencePiece's: a space is an underscore of its own, a byte without a token is spelled in hexadecimal."""
+    vocabulary = {"<s>": 0, "<0xE2>": 1, "▁the": 2, "the": 3}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="the"))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>")
+    assert spell_tokens(tokenizer, range(4)) == [b"<s>", b"\xe2", b" the", b"the"]
+    assert token_byte_lengths(tokenizer).tolist() == [0, 1, 4, 3]
 
 
 def test_nothing_is_cut_or_put_around_a_document(tokenizer):
