@@ -182,6 +182,15 @@ def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
     """Memory-map the shards of a split, in order, each uint16 of shape `(tokens,)`.
 
     Raises:
+        UserError: as `map_files`.
+    """
+    return list(map_files(folder, split).values())
+
+
+def map_files(folder: str | Path, split: Split) -> dict[Path, np.ndarray]:
+    """Memory-map the shards of a split, in order, by their files.
+
+    Raises:
         UserError: a missing or unfinished folder, no shards of that split, or a shard that is damaged, truncated, of
             another type, or of another size than the manifest says.
     """
@@ -193,7 +202,7 @@ def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
     names = _list_names(folder, split, manifest)
     if not names:
         raise UserError(f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy)")
-    shards = []
+    shards = {}
     for name in names:
         tokens = _map_shard(folder / name)
         if name in expected and len(tokens) != expected[name]:
@@ -201,7 +210,7 @@ def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
                 f"{folder / name} has {len(tokens):,} tokens where the manifest says {expected[name]:,}: make the "
                 "folder again with --overwrite"
             )
-        shards.append(tokens)
+        shards[folder / name] = tokens
     return shards
 
 
@@ -209,6 +218,20 @@ def iterate_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield a shard piece by piece: the position of each piece's first token, and the piece as a plain array."""
     for start in range(0, len(tokens), TOKENS_PER_CHUNK):
         yield start, np.asarray(tokens[start : start + TOKENS_PER_CHUNK])
+
+
+def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
+    """Say how many ids of a shard no vocabulary of `vocab_size` has, and where the first one is; there is one."""
+    beyond = first = 0
+    for start, chunk in iterate_chunks(tokens):
+        positions = np.flatnonzero(chunk >= vocab_size)
+        if len(positions) and not beyond:
+            first = start + int(positions[0])
+        beyond += len(positions)
+    return (
+        f"holds {beyond:,} ids beyond the vocabulary of {vocab_size:,}, the first, {int(tokens[first])}, at position "
+        f"{first:,}"
+    )
 
 
 def verify_folder(folder: str | Path) -> Manifest:
@@ -312,26 +335,19 @@ def _check_file(path: Path, n_tokens: int, shard: Shard, manifest: Manifest) -> 
 
 
 def _check_tokens(tokens: np.ndarray, shard: Shard, manifest: Manifest, follows_eot: bool) -> list[str]:
-    documents = beyond = empty = 0
-    first_beyond = first_empty = 0
+    documents = empty = first_empty = largest_id = 0
     for start, chunk in iterate_chunks(tokens):
         is_eot = chunk == manifest.eot_id
         documents += int(np.count_nonzero(is_eot))
-        if int(chunk.max()) >= manifest.vocab_size:
-            positions = np.flatnonzero(chunk >= manifest.vocab_size)
-            first_beyond = first_beyond if beyond else start + int(positions[0])
-            beyond += len(positions)
+        largest_id = max(largest_id, int(chunk.max()))
         positions = np.flatnonzero(is_eot & np.concatenate([[follows_eot], is_eot[:-1]]))
         if len(positions):
             first_empty = first_empty if empty else start + int(positions[0])
             empty += len(positions)
         follows_eot = is_eot[-1]
     problems = []
-    if beyond:
-        problems.append(
-            f"holds {beyond:,} ids beyond the vocabulary of {manifest.vocab_size:,}, the first, "
-            f"{int(tokens[first_beyond])}, at position {first_beyond:,}"
-        )
+    if largest_id >= manifest.vocab_size:
+        problems.append(describe_ids_beyond(tokens, manifest.vocab_size))
     if documents != shard.documents:
         problems.append(f"has {documents:,} documents instead of {shard.documents:,}")
     if empty:

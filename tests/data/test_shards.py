@@ -14,6 +14,7 @@ from modeling_gpt2_repro.data.shards import (
     SplitWriter,
     Totals,
     load_manifest,
+    map_files,
     open_split,
     save_manifest,
     verify_folder,
@@ -66,6 +67,12 @@ def test_shards_are_plain_npy(folder):
     opened = open_split(folder, "train")
     assert np.array_equal(np.concatenate(opened), np.concatenate(parts))
     assert np.concatenate(opened)[[1, 6, 24]].tolist() == [1, 6, 24]
+
+
+def test_shards_are_known_by_their_files(folder):
+    assert [path.name for path in map_files(folder, "train")] == [f"x_train_00000{i}.npy" for i in (1, 2, 3)]
+    for path, tokens in map_files(folder, "train").items():
+        assert np.array_equal(tokens, np.load(path))
 
 
 def test_manifest_survives_the_disk(folder):
@@ -147,7 +154,11 @@ def rewrite(folder, tokens, checksum=True):
     ("tokens", "checksum", "reason"),
     [
         ([EOT, 1, 2, 3, 4, EOT, 1, 2, 3, 5], False, "checksum"),
-        ([EOT, 1, 2, 3, 4, EOT, 1, 2, 3, 100], True, "beyond the vocabulary"),
+        (
+            [EOT, 1, 2, 3, 4, EOT, 1, 2, 102, 100],
+            True,
+            "2 ids beyond the vocabulary of 100, the first, 102, at position 8",
+        ),
         ([EOT, 1, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 documents instead of 2"),
         ([EOT, EOT, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 empty documents, the first ends at position 1"),
     ],
