@@ -1,0 +1,299 @@
+"""What a folder of shards holds: exact statistics in one pass over its files, and documents from anywhere in it.
+
+Everything is counted from the tokens on disk. Memory does not grow with the corpus: the counts of ids and of chunks
+are small, and so is that of document lengths, because n tokens make documents of at most sqrt(2n) different lengths
+(141,421 for ten billion tokens).
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from modeling_gpt2_repro.data.dataset import load_data_tokenizer
+from modeling_gpt2_repro.data.shards import (
+    Manifest,
+    Split,
+    describe_ids_beyond,
+    iterate_chunks,
+    list_splits,
+    load_manifest,
+    map_files,
+)
+from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, MAX_VOCAB_SIZE, token_byte_lengths
+from modeling_gpt2_repro.errors import UserError
+
+# Lengths are collected up to this many, 8 MB, before they are counted.
+PENDING_LENGTHS = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document as it lies in the shards.
+
+    Attributes:
+        position: of its end-of-text id, which stands in front of it, in `file`.
+        tokens: its length, with that id; it may go on in the next file.
+        ids: without that id, uint16; no more than were asked for.
+    """
+
+    split: Split
+    file: str
+    position: int
+    tokens: int
+    ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DocumentIndex:
+    """Where the documents of a split begin: one number a chunk, so that a document is found by reading one chunk.
+
+    Attributes:
+        files: the split's shards in order.
+        chunk_starts: the position of each chunk in the split, int64 of shape `(chunks,)`; none lies in two files.
+        documents_before: documents that begin before each chunk, and before the end, int64 of shape `(chunks + 1,)`.
+    """
+
+    split: Split
+    files: dict[Path, np.ndarray]
+    eot_id: int
+    chunk_starts: np.ndarray
+    documents_before: np.ndarray
+
+    @property
+    def documents(self) -> int:
+        """Documents that begin in the split."""
+        return int(self.documents_before[-1])
+
+    def read_document(self, number: int, max_ids: int) -> Document:
+        """Read document `number`, counted from 0 in the order of the split, with up to `max_ids` of its ids."""
+        start, end = self._find_start(number), self._find_start(number + 1)
+        file_ends = self._list_file_ends()
+        file = bisect.bisect_right(file_ends, start)
+        ids = self._read(start + 1, min(end, start + 1 + max_ids))
+        position = start - (file_ends[file] - len(self._tokens[file]))
+        return Document(self.split, list(self.files)[file].name, position, end - start, ids)
+
+    @property
+    def _tokens(self) -> list[np.ndarray]:
+        return list(self.files.values())
+
+    def _list_file_ends(self) -> list[int]:
+        return np.cumsum([len(tokens) for tokens in self._tokens]).tolist()
+
+    def _find_start(self, number: int) -> int:
+        """Return where a document begins in the split; behind the last one lies the split's end."""
+        if number == self.documents:
+            return self._list_file_ends()[-1]
+        chunk = int(np.searchsorted(self.documents_before, number, side="right")) - 1
+        start = int(self.chunk_starts[chunk])
+        end = int(self.chunk_starts[chunk + 1]) if chunk + 1 < len(self.chunk_starts) else self._list_file_ends()[-1]
+        positions = np.flatnonzero(self._read(start, end) == self.eot_id)
+        return start + int(positions[number - self.documents_before[chunk]])
+
+    def _read(self, start: int, end: int) -> np.ndarray:
+        pieces = [np.empty(0, np.uint16)]
+        for tokens in self._tokens:
+            if start < len(tokens) and end > 0:
+                pieces.append(np.asarray(tokens[max(0, start) : end]))
+            start, end = start - len(tokens), end - len(tokens)
+        return np.concatenate(pieces)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitStatistics:
+    """One split, counted.
+
+    A document is an end-of-text id and what follows it up to the next one, in whatever files; lengths include that id.
+
+    Attributes:
+        tokens: all tokens.
+        tokens_before_first: those in front of the first end-of-text id: the rest of a document that began elsewhere.
+            They are in `tokens` and `token_counts` and belong to no document.
+        text_bytes: UTF-8 bytes that the tokens stand for.
+        token_counts: how often each id occurs, int64 of shape `(vocab_size,)`.
+        lengths: the lengths that documents have, in tokens, ascending, int64; `length_counts`: how many have each.
+        index: finds documents.
+    """
+
+    split: Split
+    tokens: int
+    tokens_before_first: int
+    text_bytes: int
+    token_counts: np.ndarray
+    lengths: np.ndarray
+    length_counts: np.ndarray
+    index: DocumentIndex
+
+    @property
+    def documents(self) -> int:
+        """Documents that begin in the split."""
+        return self.index.documents
+
+    @property
+    def ids_in_use(self) -> int:
+        """How many ids of the vocabulary occur at all."""
+        return int(np.count_nonzero(self.token_counts))
+
+    @property
+    def documents_without_text(self) -> int:
+        """Documents that are an end-of-text id and nothing else."""
+        return int(self.length_counts[self.lengths == 1].sum())
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens a document."""
+        return (self.tokens - self.tokens_before_first) / self.documents
+
+    def find_length(self, percent: int) -> int:
+        """Return the smallest length that at least `percent` percent of the documents do not exceed."""
+        documents = np.cumsum(self.length_counts)
+        rank = max(1, -(-percent * int(documents[-1]) // 100))
+        return int(self.lengths[np.searchsorted(documents, rank)])
+
+    def count_lengths(self, edges: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Count the documents of a length in [edges[i], edges[i + 1]) for each i, int64."""
+        below = np.concatenate([[0], np.cumsum(self.length_counts)])
+        return np.diff(below[np.searchsorted(self.lengths, edges)])
+
+    def list_most_common(self, count: int) -> list[int]:
+        """Return up to `count` ids that occur, the most common first, the lower id first among equals."""
+        order = np.argsort(-self.token_counts, kind="stable")[:count]
+        return order[self.token_counts[order] > 0].tolist()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inspection:
+    """A folder of shards: its manifest, where it has one, its tokenizer, its splits, and some documents."""
+
+    folder: Path
+    manifest: Manifest | None
+    tokenizer_name: str
+    tokenizer: PreTrainedTokenizerFast
+    splits: list[SplitStatistics]
+    documents: list[Document]
+
+
+def inspect_folder(
+    folder: Path,
+    n_documents: int,
+    seed: int,
+    max_ids: int,
+    report_progress: Callable[[int, int], None] = lambda tokens, total: None,
+) -> Inspection:
+    """Count what lies in `folder` and read `n_documents` of its documents, with up to `max_ids` ids each.
+
+    GPT-2's tokenizer is taken for that of a folder without a manifest.
+
+    Args:
+        report_progress: called now and then with the number of tokens read since, and of all that there are.
+
+    Raises:
+        UserError: a missing or unfinished folder, one without shards or tokens, a damaged shard or manifest, a
+            tokenizer that is not to be had or is not the shards', or ids that it does not have.
+    """
+    manifest = load_manifest(folder)
+    # Without any shards, what is wrong with the folder is said for the split that every folder has.
+    files = {split: map_files(folder, split) for split in list_splits(folder) or ["train"]}
+    total = sum(len(tokens) for of_split in files.values() for tokens in of_split.values())
+    if not total:
+        raise UserError(f"the shards of {folder} hold no tokens: make the folder again")
+    tokenizer = load_data_tokenizer(folder)
+    byte_lengths = token_byte_lengths(tokenizer)
+    splits = [
+        scan_split(
+            split, files[split], tokenizer.eos_token_id, byte_lengths, lambda tokens: report_progress(tokens, total)
+        )
+        for split in files
+    ]
+    return Inspection(
+        folder=folder,
+        manifest=manifest,
+        tokenizer_name=manifest.tokenizer if manifest is not None else GPT2_TOKENIZER,
+        tokenizer=tokenizer,
+        splits=splits,
+        documents=choose_documents([statistics.index for statistics in splits], n_documents, seed, max_ids),
+    )
+
+
+def scan_split(
+    split: Split,
+    files: dict[Path, np.ndarray],
+    eot_id: int,
+    byte_lengths: np.ndarray,
+    report_progress: Callable[[int], None] = lambda tokens: None,
+) -> SplitStatistics:
+    """Count one split in one pass.
+
+    Args:
+        files: the split's shards in order.
+        byte_lengths: UTF-8 bytes of each id, of shape `(vocab_size,)`.
+        report_progress: called after each chunk with its number of tokens.
+
+    Raises:
+        UserError: a shard has an id from `vocab_size` on.
+    """
+    vocab_size = len(byte_lengths)
+    token_counts = np.zeros(MAX_VOCAB_SIZE, dtype=np.int64)
+    lengths = length_counts = last_start = np.empty(0, dtype=np.int64)
+    pending: list[np.ndarray] = []
+    chunk_starts, documents_before = [], [0]
+    n_tokens = 0
+    for path, tokens in files.items():
+        for position, chunk in iterate_chunks(tokens):
+            counts = np.bincount(chunk, minlength=MAX_VOCAB_SIZE)
+            if counts[vocab_size:].any():
+                raise UserError(
+                    f"{path} {describe_ids_beyond(tokens, vocab_size)}: it is damaged, or another tokenizer wrote it"
+                )
+            token_counts += counts
+            starts = np.concatenate([last_start, n_tokens + position + np.flatnonzero(chunk == eot_id)])
+            chunk_starts.append(n_tokens + position)
+            documents_before.append(documents_before[-1] + len(starts) - len(last_start))
+            pending.append(np.diff(starts))
+            last_start = starts[-1:]
+            if sum(map(len, pending)) > PENDING_LENGTHS:
+                lengths, length_counts = _add_lengths(lengths, length_counts, np.concatenate(pending))
+                pending = []
+            report_progress(len(chunk))
+        n_tokens += len(tokens)
+    pending.append(n_tokens - last_start)
+    lengths, length_counts = _add_lengths(lengths, length_counts, np.concatenate(pending))
+    return SplitStatistics(
+        split=split,
+        tokens=n_tokens,
+        tokens_before_first=n_tokens - int(lengths @ length_counts),
+        text_bytes=int(token_counts[:vocab_size] @ byte_lengths),
+        token_counts=token_counts[:vocab_size],
+        lengths=lengths,
+        length_counts=length_counts,
+        index=DocumentIndex(split, files, eot_id, np.array(chunk_starts), np.array(documents_before)),
+    )
+
+
+def choose_documents(indices: Sequence[DocumentIndex], count: int, seed: int, max_ids: int) -> list[Document]:
+    """Read `count` different documents, each as likely as any other of all splits, in the order of the splits.
+
+    The choice is a function of the seed and the number of documents; all of them where there are no more than `count`.
+    """
+    n_documents = [index.documents for index in indices]
+    generator = np.random.default_rng(seed)
+    numbers = generator.choice(sum(n_documents), min(count, sum(n_documents)), replace=False, shuffle=False)
+    documents = []
+    for index in indices:
+        of_split = numbers[(numbers >= 0) & (numbers < index.documents)]
+        documents += [index.read_document(int(number), max_ids) for number in np.sort(of_split)]
+        numbers = numbers - index.documents
+    return documents
+
+
+def _add_lengths(lengths: np.ndarray, counts: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add lengths, one a document, to the counts of the different ones."""
+    new_lengths, new_counts = np.unique(new, return_counts=True)
+    merged, places = np.unique(np.concatenate([lengths, new_lengths]), return_inverse=True)
+    merged_counts = np.zeros(len(merged), dtype=np.int64)
+    np.add.at(merged_counts, places, np.concatenate([counts, new_counts]))
+    return merged, merged_counts
