@@ -4,15 +4,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from modeling_gpt2_repro.files import open_atomically
+from modeling_gpt2_repro.reporting.figures import TRAIN_COLOUR, VAL_COLOUR, build_figure, finish_axes, save_figure
 from modeling_gpt2_repro.reporting.run_folder import name_hellaswag_items, read_settings
 from modeling_gpt2_repro.training.tracking import METRICS, read_json_lines
 
 CURVES = "curves.png"
-TRAIN_COLOUR, VAL_COLOUR = "#1f77b4", "#d62728"
 
 
 def draw_curves(run_folder: str | Path) -> Path:
@@ -30,8 +28,7 @@ def draw_curves(run_folder: str | Path) -> Path:
         x, y = zip(*points, strict=True) if points else ((), ())
         return np.array(x), np.array(y)
 
-    # A figure of its own and not pyplot's, which keeps global state and may look for a display.
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = build_figure(12, 7.5)
     grid = figure.add_gridspec(2, 4, height_ratios=(2, 1))
     loss_axes = figure.add_subplot(grid[0, :3])
     multiple_choice_axes = figure.add_subplot(grid[0, 3])
@@ -47,8 +44,7 @@ def draw_curves(run_folder: str | Path) -> Path:
     figure.suptitle(run_folder.name)
 
     path = run_folder / CURVES
-    with open_atomically(path, "wb") as stream:
-        figure.savefig(stream, dpi=110, format="png")
+    save_figure(figure, path)
     return path
 
 
@@ -84,5 +80,4 @@ def _draw_line(axes: Axes, title: str, points: tuple[np.ndarray, np.ndarray], ma
 def _finish(axes: Axes) -> None:
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    finish_axes(axes)
