@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum, write_json
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, write_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
@@ -25,6 +25,8 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 # A folder with this in it is being written, or its writer was killed.
 WORK_FOLDER = "unfinished"
+# What `prepare_data.py --inspect` draws beside the shards.
+INSPECTION_NAME = "inspection.png"
 
 # llm.c, dev/data/data_common.py: 256 int32 of header (magic, version, number of tokens), then uint16 ids.
 LLMC_MAGIC = 20240520
@@ -260,9 +262,10 @@ def verify_folder(folder: str | Path) -> Manifest:
 
 
 def is_shard_folder(folder: str | Path) -> bool:
-    """Tell whether everything in `folder` was written by this module, so that it may be replaced."""
-    pattern = re.compile(rf".*_(val|train)_\d{{6}}\.npy|{re.escape(MANIFEST_NAME)}")
-    return all(pattern.fullmatch(path.name) or path.name == WORK_FOLDER for path in Path(folder).iterdir())
+    """Tell whether everything in `folder` was written by `prepare_data.py`, so that it may be replaced."""
+    ours = {MANIFEST_NAME, WORK_FOLDER, INSPECTION_NAME, INSPECTION_NAME + TEMPORARY_SUFFIX}
+    pattern = re.compile(r".*_(val|train)_\d{6}\.npy")
+    return all(path.name in ours or pattern.fullmatch(path.name) for path in Path(folder).iterdir())
 
 
 def _list_names(folder: Path, split: Split, manifest: Manifest | None) -> list[str]:
