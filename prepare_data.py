@@ -25,12 +25,14 @@ from modeling_gpt2_repro.data.corpora import (
     build_file_corpus,
     build_hub_corpus,
 )
+from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
 from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_manifest, verify_folder
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 
 
 @dataclasses.dataclass
@@ -77,6 +79,11 @@ class PrepareSettings:
     )
     task: str = setting("0/1", "the share i/N of a --stage that this process does, i from 0 to N-1")
     verify: bool = setting(False, "check the shards in --output_dir against their manifest and exit")
+    inspect: int | None = setting(
+        None,
+        "show this many documents of the shards in --output_dir, chosen by --seed, and statistics of all of them, as "
+        "text and as inspection.png beside them, and exit",
+    )
 
 
 KNOWN_ELSEWHERE = {
@@ -102,7 +109,7 @@ WRITE_ERRORS = {
 }
 
 # What a run may change and still make the same folder.
-NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "stage", "task", "verify")
+NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "stage", "task", "verify", "inspect")
 
 
 @reports_user_errors
@@ -111,11 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.freeze()
     settings = parse_arguments(PrepareSettings, argv, description=__doc__, known_elsewhere=KNOWN_ELSEWHERE)
     folder = Path(settings.output_dir)
+    check_settings(settings)
     if settings.verify:
         manifest = verify_folder(folder)
         print(f"{folder}: {len(manifest.shards)} shards are as the manifest says")
+    if settings.inspect is not None:
+        inspect(folder, settings.inspect, settings.seed)
+    if settings.verify or settings.inspect is not None:
         return 0
-    check_settings(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     if is_already_there(folder, settings, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
@@ -166,10 +176,10 @@ def explained_errors(folder: Path) -> Iterator[None]:
 
 def check_settings(settings: PrepareSettings) -> None:
     """Raise a `UserError` for values that no run can use."""
-    for name in ("shard_size", "val_tokens", "max_tokens", "num_workers"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: has to be at least 1")
+    for name in ("shard_size", "val_tokens", "max_tokens", "num_workers", "inspect"):
+        value, least = getattr(settings, name), 0 if name == "inspect" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: has to be at least {least}")
     if parse_share(settings.task) != (0, 1) and settings.stage == "all":
         raise UserError("--task is a share of a --stage: add --stage tokenize or --stage write")
     if settings.stage != "all" and settings.overwrite:
@@ -258,6 +268,22 @@ def report(manifest: Manifest, folder: Path, seconds: float) -> None:
         print(f"{split}: {totals.tokens:,} tokens, {totals.documents:,} documents, {shards} shards")
     order = f"shuffled with seed {manifest.seed}" if manifest.shuffled else "in source order"
     print(f"training documents {order}; everything is in {folder}")
+
+
+def inspect(folder: Path, n_documents: int, seed: int) -> None:
+    """Print what lies in `folder`, and draw it."""
+    # Matplotlib takes half a second to load, and nothing else here needs it.
+    from modeling_gpt2_repro.reporting.corpus_figure import draw_inspection
+
+    with tqdm(unit=" tokens", unit_scale=True, disable=None, delay=1) as bar:
+
+        def report_progress(tokens: int, total: int) -> None:
+            bar.total = total
+            bar.update(tokens)
+
+        inspection = inspect_folder(folder, n_documents, seed, PREVIEW_IDS, report_progress)
+    print(describe_inspection(inspection, sys.stdout.encoding or "utf-8"), end="\n\n", flush=True)
+    print(f"drawn as {draw_inspection(inspection)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -295,6 +296,171 @@ def test_built_in_corpus(run, tmp_path):
     assert manifest.shards[0].file == "docstrings_val_000000.npy"
 
 
+def split_shown(out):
+    """What --inspect shows of each document: its split, file, position and tokens, and its text."""
+    header = re.compile(r"--- (train|val), (\S+), position ([\d,]+), ([\d,]+) tokens ---\n")
+    first, *parts = header.split(out.rpartition("\n\ndrawn as ")[0] + "\n\n")
+    shown = [(*parts[i : i + 4], parts[i + 4].removesuffix("\n\n")) for i in range(0, len(parts), 5)]
+    return first, [
+        (split, file, *(int(n.replace(",", "")) for n in where), text) for split, file, *where, text in shown
+    ]
+
+
+def test_inspect_shows_documents_and_what_was_written(run, corpus, texts, tmp_path):
+    run("--files", corpus, "--val_tokens", 6000, "--shard_size", 3000)
+    manifest, folder = load_manifest(tmp_path / "out"), tmp_path / "out"
+    before = hash_folder(folder)
+    code, out, err = run("--inspect", 40)
+    assert code == 0, err
+    statistics, documents = split_shown(out)
+    for told in (
+        f"1 files: {corpus}",
+        "shuffled with seed 1337",
+        "2 training documents repeat",
+        "40 of 299 documents",
+    ):
+        assert told in statistics
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in statistics.splitlines()}
+    for name, unit in (("tokens", "tokens"), ("documents", "documents"), ("bytes of text", "bytes")):
+        assert rows[name] == [f"{getattr(totals, unit):,}" for totals in (manifest.val, manifest.train)]
+    assert "by the manifest" not in statistics
+    assert len(documents) == 40 == len(set(documents))
+    assert {split for split, *_ in documents} == {"val", "train"}
+    for split, file, position, tokens, text in documents:
+        assert f"_{split}_" in file
+        assert np.load(folder / file)[position] == EOT
+        assert text in texts
+        assert tokens == 1 + len(text.encode())
+    assert hash_folder(folder) == before | {"inspection.png": hash_folder(folder)["inspection.png"]}
+
+
+def test_inspect_repeats_itself_and_another_seed_does_not(run, corpus, tmp_path):
+    run("--files", corpus)
+    first = (*run("--inspect", 5), hash_folder(tmp_path / "out"))
+    assert (*run("--inspect", 5), hash_folder(tmp_path / "out")) == first
+    other = run("--inspect", 5, "--seed", 2)[1]
+    assert split_shown(other)[0] == split_shown(first[1])[0]
+    assert split_shown(other)[1] != split_shown(first[1])[1]
+    statistics, documents = split_shown(run("--inspect", 0)[1])
+    assert documents == []
+    assert split_shown(first[1])[0].startswith(statistics.rstrip())
+
+
+def test_an_inspected_folder_is_the_same_folder_to_everyone(run, corpus, tmp_path):
+    run("--files", corpus)
+    code, out, _ = run("--verify", "--inspect", 1)
+    assert (code, "as the manifest says" in out, len(split_shown(out)[1])) == (0, True, 1)
+    assert run("--verify")[0] == 0
+    assert "already there" in run("--files", corpus)[1]
+    assert "inspect" not in load_manifest(tmp_path / "out").settings
+    # Also what a drawing that was killed has left.
+    (tmp_path / "out" / "inspection.png.partial").write_bytes(b"half")
+    assert run("--files", corpus, "--overwrite", "--seed", 7)[0] == 0
+    assert not list((tmp_path / "out").glob("inspection*"))
+
+
+def test_inspect_tells_of_a_validation_split_that_ends_inside_a_document(run, tmp_path):
+    (tmp_path / "play.txt").write_text("".join(f"Line {i} of the play, and long.\n" for i in range(500)))
+    run("--files", tmp_path / "play.txt", "--val_tokens", 501)
+    _, out, _ = run("--inspect", 9)
+    statistics, documents = split_shown(out)
+    assert "the last validation document goes on in the training split" in statistics
+    assert "train begins inside a document" in statistics
+    assert "1 of 1 documents" in statistics
+    assert [document[:4] for document in documents] == [("val", "play_val_000000.npy", 0, 501)]
+
+
+def test_inspect_reads_other_programs_shards(run, tmp_path):
+    for folder in ("npy", "bin"):
+        (tmp_path / folder).mkdir()
+        for split, ids in (("val", [50256, 15496, 995]), ("train", [262, 50256, 314, 1101])):
+            if folder == "npy":
+                np.save(tmp_path / folder / f"edufineweb_{split}_000000.npy", np.array(ids, np.uint16))
+                continue
+            header = np.zeros(256, "<i4")
+            header[:3] = 20240520, 1, len(ids)
+            content = header.tobytes() + np.array(ids, "<u2").tobytes()
+            (tmp_path / folder / f"x_{split}_000000.bin").write_bytes(content)
+        code, out, err = run("--inspect", 5, output_dir=tmp_path / folder)
+        assert code == 0, err
+        statistics, documents = split_shown(out)
+        assert "no manifest: taken for ids of openai-community/gpt2" in statistics
+        assert "train begins inside a document: its 1 tokens" in statistics
+        assert [(split, tokens, text) for split, _, _, tokens, text in documents] == [
+            ("val", 3, "Hello world"),
+            ("train", 3, " I'm"),
+        ]
+        assert (tmp_path / folder / "inspection.png").exists()
+
+
+def remove_tokenizer(folder, manifest):
+    manifest["tokenizer"] = "no-such-user/no-such-tokenizer"
+
+
+def change_fingerprint(folder, manifest):
+    manifest["tokenizer_fingerprint"] = "sha256:0"
+
+
+def truncate_shard(folder, manifest):
+    path = folder / "corpus_train_000001.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def write_foreign_id(folder, manifest):
+    tokens = np.load(folder / "corpus_train_000001.npy", mmap_mode="r+")
+    tokens[77] = EOT + 1
+
+
+def leave_unfinished(folder, manifest):
+    (folder / "unfinished").mkdir()
+
+
+def block_picture(folder, manifest):
+    (folder / "inspection.png").mkdir()
+
+
+def remove_shards(folder, manifest):
+    manifest["shards"] = []
+    nothing = {"documents": 0, "tokens": 0, "bytes": 0}
+    manifest |= dict.fromkeys(("read", "train", "val", "validation_copies"), nothing)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (remove_tokenizer, "cannot load the tokenizer 'no-such-user/no-such-tokenizer'|cannot reach the Hub"),
+        (change_fingerprint, "is not the one that"),
+        (truncate_shard, "corpus_train_000001.npy is no whole .npy file"),
+        (
+            write_foreign_id,
+            "corpus_train_000001.npy holds 1 ids beyond the vocabulary of 257, the first, 257, at pos.* 77",
+        ),
+        (leave_unfinished, "unfinished"),
+        (block_picture, r"cannot write .*inspection\.png"),
+        (remove_shards, "holds no train shards"),
+    ],
+)
+def test_a_folder_that_cannot_be_inspected_is_one_line(run, corpus, tmp_path, damage, reason):
+    run("--files", corpus)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    damage(tmp_path / "out", manifest)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = run("--inspect", 2)
+    assert code == 2
+    assert re.search(reason, err)
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out" / "inspection.png").is_file()
+
+
+def test_inspect_tells_what_the_manifest_counts_otherwise(run, corpus, tmp_path):
+    run("--files", corpus)
+    tokens = np.load(tmp_path / "out" / "corpus_train_000001.npy", mmap_mode="r+")
+    tokens[np.flatnonzero(tokens == EOT)[5]] = 3
+    tokens.flush()
+    documents = load_manifest(tmp_path / "out").train.documents
+    assert f"train has {documents:,} documents by the manifest: --verify" in run("--inspect", 0)[1]
+
+
 def make_bad(name, content):
     def make(folder):
         (folder / name).write_bytes(content)
@@ -321,6 +487,8 @@ BAD_INPUTS = {
     "other flag": (lambda folder: ["--num_proc", "4"], "--num_workers"),
     "bad number": (lambda folder: ["--shard_size", "0"], "at least 1"),
     "nothing to verify": (lambda folder: ["--verify"], "there is no data folder"),
+    "nothing to inspect": (lambda folder: ["--inspect", "3"], "there is no data folder"),
+    "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect -1: has to be at least 0"),
 }
 
 
