@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
+from accelerate.utils.memory import should_reduce_batch_size
 
 from modeling_gpt2_repro.errors import UserError
 
@@ -120,6 +121,11 @@ def measure_peak_memory(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1024 if sys.platform == "linux" else 1) / 1e9
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an exception of torch's means that the device, or the machine, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def measure_private_memory() -> int | None:

@@ -16,6 +16,7 @@ DEFAULT_SIZE = "124M"
 class ShapeSettings(Protocol):
     """The settings of a run that decide its model; `None` leaves the shape to `model_size`, or to existing weights."""
 
+    init_from: str
     model_size: str | None
     n_layer: int | None
     n_head: int | None
@@ -33,27 +34,13 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
     Raises:
         UserError: no such model, or one that contradicts the settings or the tokenizer.
     """
-    wanted = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
     if source == "scratch":
-        shape = {**_get_shape(settings.model_size or DEFAULT_SIZE), **wanted}
-        if shape["n_embd"] % shape["n_head"]:
-            raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
-        eos_token_id = tokenizer.eos_token_id
+        config = _build_config(settings, len(tokenizer), tokenizer.eos_token_id)
         torch.manual_seed(settings.seed)
-        return GPT2ReproForCausalLM(
-            GPT2ReproConfig(
-                vocab_size=len(tokenizer),
-                n_positions=settings.sequence_length,
-                bos_token_id=eos_token_id,
-                eos_token_id=eos_token_id,
-                **shape,
-                **dropouts,
-            )
-        )
+        return GPT2ReproForCausalLM(config)
 
-    model = _load_gpt2(source, dropouts)
+    model = _load_gpt2(source, _get_dropouts(settings))
+    wanted = _get_wanted_shape(settings)
     if settings.model_size is not None:
         wanted = {**_get_shape(settings.model_size), **wanted}
     for name, value in {**wanted, "vocab_size": len(tokenizer)}.items():
@@ -66,6 +53,46 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
             f"{source}"
         )
     return model
+
+
+def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCausalLM:
+    """Build the model that a run would train, without its weights: on the meta device, to count its parameters.
+
+    Raises:
+        UserError: a shape that does not work, or an `init_from` without a configuration.
+    """
+    if settings.init_from == "scratch":
+        config = _build_config(settings, vocab_size, eos_token_id=None)
+    else:
+        try:
+            config = GPT2ReproConfig.from_pretrained(settings.init_from)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the configuration of {settings.init_from}: {error}") from error
+    with torch.device("meta"):
+        return GPT2ReproForCausalLM(config)
+
+
+def _build_config(settings: ShapeSettings, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
+    shape = {**_get_shape(settings.model_size or DEFAULT_SIZE), **_get_wanted_shape(settings)}
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
+    return GPT2ReproConfig(
+        vocab_size=vocab_size,
+        n_positions=settings.sequence_length,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        **shape,
+        **_get_dropouts(settings),
+    )
+
+
+def _get_wanted_shape(settings: ShapeSettings) -> dict[str, int]:
+    wanted = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
 
 
 def _get_shape(model_size: str) -> dict[str, int]:

@@ -18,7 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import modeling_gpt2_repro
 import prepare_data
 import train
+from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
+from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.micro_step import WindowLoss
+from modeling_gpt2_repro.weights import build_model
 
 N_STEPS = 12
 SMALL = {
@@ -230,21 +234,202 @@ def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(shards, tmp_path
     assert read_losses(run) == read_losses(finished_run)
 
 
-def test_two_processes_run_the_experiment_of_one(shards, tmp_path, finished_run):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+def launch(n_processes: int, argv: list[str]) -> subprocess.CompletedProcess:
+    """Run train.py as several real processes on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={n_processes}"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    result = subprocess.run(
-        [*command, str(REPOSITORY / "train.py"), *flags(shards, tmp_path, micro_batch_size=2)],
+    return subprocess.run(
+        [*command, str(REPOSITORY / "train.py"), *argv],
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
     )
+
+
+def test_two_processes_run_the_experiment_of_one(shards, tmp_path):
+    # 30 updates; a learning rate at which rounding in another order does not grow to something else.
+    settings = {"max_steps": 30, "learning_rate": 3e-3, "eval_every": 15, "hellaswag_every": 30, "save_every": 0}
+    alone = run_training(shards, tmp_path, "alone", **settings)
+    result = launch(2, flags(shards, tmp_path, "together", micro_batch_size=2, **settings))
     assert result.returncode == 0, result.stderr
     assert "2 process(es) x 2 micro-step(s) x 2 sequence(s)" in result.stdout
-    for name in ("train/loss", "val/loss", "hellaswag/acc_norm"):
-        ours, expected = read_series(tmp_path / "run", name), read_series(finished_run, name)
+    for name in ("train/loss", "train/grad_norm", "val/loss", "hellaswag/acc_norm"):
+        ours, expected = read_series(tmp_path / "together", name), read_series(alone, name)
         assert list(ours) == list(expected)
         assert np.allclose(list(ours.values()), list(expected.values()), atol=1e-4), name
+    assert len(read_losses(alone)) == 30
+    ours, expected = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "together", alone))
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], atol=1e-4, rtol=0, msg=name)
+    together = (tmp_path / "together" / "samples.jsonl").read_text()
+    assert together == (alone / "samples.jsonl").read_text()
+
+
+def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(shards, tmp_path, tokenizer):
+    """The same windows, accumulation, clipping, schedule and optimizer, on transformers' own model."""
+    n_steps, settings = 20, {"learning_rate": 1e-3, "eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
+    run = run_training(
+        shards, tmp_path, max_steps=n_steps, micro_batch_size=2, grad_clip=0.5, shuffle_windows="off", **settings
+    )
+
+    shape = TrainingConfig(n_layer=2, n_head=2, n_embd=16, sequence_length=32)
+    build_model("scratch", shape, tokenizer).save_pretrained(tmp_path / "start")
+    stock = GPT2LMHeadModel.from_pretrained(
+        tmp_path / "start", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, ignore_mismatched_sizes=False
+    ).train()
+    decayed = [parameter for parameter in stock.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in stock.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    tokens = torch.from_numpy(
+        np.concatenate([np.load(path) for path in sorted(shards.glob("*_train_*.npy"))]).astype(int)
+    )
+    losses, norms = {}, {}
+    for step in range(n_steps):
+        # Two steps of warm-up (512 tokens of 256 a step), then half a cosine down to a tenth.
+        progress = (step - 2) / (n_steps - 2)
+        decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        learning_rate = 1e-3 * ((step + 1) / 2 if step < 2 else decay)
+        windows = torch.stack([tokens[32 * i : 32 * i + 33] for i in range(8 * step, 8 * step + 8)])
+        logits = stock(windows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norms[step + 1] = torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.5).item()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        losses[step + 1] = loss.item()
+    assert max(norms.values()) > 0.5  # or clipping is not seen
+    assert read_losses(run) == pytest.approx(losses, abs=1e-5)
+    assert read_series(run, "train/grad_norm") == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_run_evaluates_samples_and_resumes_to_the_same_weights(shards, tmp_path, finished_run, capsys):
+    torch._dynamo.reset()
+    run = run_training(shards, tmp_path, compile="on")
+    assert "torch.compile failed" not in capsys.readouterr().out
+    # The training step is the one graph: no evaluation and no sample went through the compiler.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for name in ("train/loss", "val/loss"):
+        ours, expected = read_series(run, name), read_series(finished_run, name)
+        assert list(ours) == list(expected)
+        assert np.allclose(list(ours.values()), list(expected.values()), atol=1e-3), name
+    assert all("_orig_mod" not in name for name in load_file(run / "checkpoints/step_0000012/model.safetensors"))
+
+    (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(run / "checkpoints" / "step_0000006", tmp_path / "resumed" / "checkpoints" / "step_0000006")
+    torch._dynamo.reset()
+    resumed = run_training(shards, tmp_path, "resumed", compile="on")
+    assert list(read_losses(resumed).items()) == list(read_losses(run).items())[6:]
+    ours, expected = (load_file(folder / "final" / "model.safetensors") for folder in (resumed, run))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_speed_is_of_training_alone(finished_run):
+    rates, waits, shares = (
+        read_series(finished_run, f"train/{name}") for name in ("tokens_per_second", "data_wait_seconds", "mfu")
+    )
+    elapsed = read_series(finished_run, "train/elapsed_seconds")
+    assert list(rates) == list(waits) == list(shares) == list(range(1, N_STEPS + 1))
+    training = sum(256 / rate for rate in rates.values())
+    # Twelve small updates, and beside them three evaluations, samples, pictures and two checkpoints.
+    assert training < 0.8 * elapsed[N_STEPS]
+    assert all(0 <= waits[step] <= 256 / rates[step] for step in rates)
+    assert all(0 < share < 1 for share in shares.values())
+
+
+@pytest.fixture
+def random_shards(tmp_path) -> Path:
+    """Shards of random ids, no two windows of which begin alike."""
+    folder = tmp_path / "random"
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(0, 50256, 5000).astype(np.uint16)
+    np.save(folder / "x_val_000000.npy", ids[:1000])
+    np.save(folder / "x_train_000001.npy", ids[1000:])
+    return folder
+
+
+def poison(monkeypatch, shards: Path, update: int, fault) -> None:
+    """Let `fault(loss)` take the place of the loss of the windows of one update, wherever it is computed."""
+    forward, dataset = WindowLoss.forward, TokenDataset(str(shards), "train", 32, 50257)
+    bad = set(dataset.read(range(8 * (update - 1), 8 * update))[:, 0].tolist())
+
+    def poisoned(self, windows: torch.Tensor) -> torch.Tensor:
+        loss = forward(self, windows)
+        return fault(loss) if bad & set(windows[:, 0].tolist()) else loss
+
+    monkeypatch.setattr(WindowLoss, "forward", poisoned)
+
+
+def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, random_shards, update=7, fault=lambda loss: loss * math.nan)
+    quick = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 3, "shuffle_windows": "off"}
+    assert train.main(flags(random_shards, tmp_path, **quick)) == 2
+    error = capsys.readouterr().err
+    assert "update 7 has a loss of nan" in error and "--skip_steps 7:7" in error
+    run = tmp_path / "run"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["update"], status["windows"]) == ("failed", 7, list(range(48, 56)))
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_0000003", "step_0000006"]
+    before = load_file(run / "checkpoints" / "step_0000006" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in before.values())
+
+    run_training(random_shards, tmp_path, **quick, skip_steps="7:7")
+    assert "skipped     updates 7 to 7" in capsys.readouterr().out
+    assert list(read_losses(run)) == [step for step in range(1, N_STEPS + 1) if step != 7]
+    whole = read_losses(run)
+    # What was skipped is kept: going on from a later checkpoint needs no flag, and ends the same.
+    shutil.rmtree(run / "checkpoints" / "step_0000012")
+    run_training(random_shards, tmp_path, **quick)
+    assert "skipped     updates 7 to 7" in capsys.readouterr().out
+    assert read_losses(run) == whole
+    assert (
+        train.main(flags(random_shards, tmp_path, **quick, skip_steps="5:5", resume=run / "checkpoints/step_0000009"))
+        == 2
+    )
+    assert "the checkpoint has made these updates, up to 9" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, monkeypatch, capsys):
+    def run_out(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    poison(monkeypatch, random_shards, update=7, fault=run_out)
+    assert train.main(flags(random_shards, tmp_path, shuffle_windows="off")) == 2
+    assert "resume with --micro_batch_size 4," in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step_0000006").is_dir()
+
+
+def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys):
+    assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0), "--smoke"]) == 0
+    out = capsys.readouterr().out
+    assert "median of 8" in out and "MFU" in out and "GB at most" in out
+    assert "came back bit by bit" in out and "for 100 steps, evaluations included" in out
+    assert "step 10: val/loss" in out and "step 10 sample" in out and "step 0:" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_prints_the_arithmetic_and_touches_nothing(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "start_accelerator", None)
+    assert train.main([*flags(shards, tmp_path), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out and "12 steps = " in out and "3 x 512 validation tokens" in out
+    assert list(tmp_path.iterdir()) == []
+    # Before the data are there the number of steps has to be given.
+    assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan", "--max_steps=19073"]) == 0
+    assert "124,439,808 parameters" in capsys.readouterr().out
+    assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan"]) == 2
+    assert "make it with prepare_data.py" in capsys.readouterr().err
+
+
+def test_a_cpu_run_of_more_than_a_week_has_to_be_meant(shards, tmp_path, capsys):
+    endless = {"max_steps": 10**9, "eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0}
+    assert train.main(flags(shards, tmp_path, **endless)) == 2
+    assert "--yes starts it all the same" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def count_tokens(folder: Path, split: str) -> int:
@@ -269,6 +454,8 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"block_size": 64}, "unknown setting --block_size: use --sequence_length"),
         ({"lerning_rate": 1}, "did you mean --learning_rate?"),
         ({"compile": "maybe"}, "--compile"),
+        ({"skip_steps": "7"}, "--skip_steps 7: has to be A:B"),
+        ({"plan_tokens_per_second": 0}, "--plan_tokens_per_second has to be"),
     ],
 )
 def test_mistakes_end_with_one_line_and_leave_nothing(changes, message, shards, tmp_path, capsys):
@@ -313,5 +500,5 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, capsys):
 
 def test_diverging_run_stops_before_it_harms_the_last_checkpoint(shards, tmp_path, capsys):
     assert train.main(flags(shards, tmp_path, learning_rate=1e30, save_every=1, grad_clip=1e30)) == 2
-    assert "is not finite" in capsys.readouterr().err
+    assert "a loss of nan" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"

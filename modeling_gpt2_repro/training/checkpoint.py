@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     experiment: dict[str, Any],
+    skips: Sequence[range],
     keep: int,
 ) -> None:
     """Write `folder/step_NNNNNNN`, whole or not at all, then delete all but the newest `keep` (0: delete none).
@@ -30,12 +32,14 @@ def save_checkpoint(
         step: completed updates.
         model: the plain module, neither compiled nor distributed.
         experiment: what a resumed run may not change; kept as JSON.
+        skips: updates that the run passes over.
     """
     with create_folder_atomically(folder / f"step_{step:07d}") as temporary:
         save_model(temporary, model, tokenizer)
         (temporary / TRAINING_STATE).mkdir()
         torch.save(optimizer.state_dict(), temporary / TRAINING_STATE / "optimizer.pt")
-        write_json(temporary / TRAINING_STATE / "state.json", {"step": step, "experiment": experiment})
+        state = {"step": step, "experiment": experiment, "skips": [[skip.start, skip.stop] for skip in skips]}
+        write_json(temporary / TRAINING_STATE / "state.json", state)
     if keep:
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -59,8 +63,8 @@ def choose_checkpoint(requested: str, folder: Path) -> Path | None:
     return Path(requested)
 
 
-def check_experiment(checkpoint: Path, experiment: dict[str, Any]) -> int:
-    """Return the step of a checkpoint of the same experiment.
+def load_progress(checkpoint: Path, experiment: dict[str, Any]) -> tuple[int, list[range]]:
+    """Return the step of a checkpoint of the same experiment, and the updates that it was told to pass over.
 
     Raises:
         UserError: the folder is not a checkpoint, or one of another experiment.
@@ -68,6 +72,7 @@ def check_experiment(checkpoint: Path, experiment: dict[str, Any]) -> int:
     try:
         state = json.loads((checkpoint / TRAINING_STATE / "state.json").read_text(encoding="utf-8"))
         step, saved = int(state["step"]), state["experiment"]
+        skips = [range(start, stop) for start, stop in state["skips"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint} is not a checkpoint to resume from ({error}): give a folder like "
@@ -83,12 +88,23 @@ def check_experiment(checkpoint: Path, experiment: dict[str, Any]) -> int:
             f"{checkpoint} is of another experiment: {', '.join(different)}. Give another --run_name, or "
             "--resume_from_checkpoint never to replace that run"
         )
-    return step
+    return step, skips
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give `optimizer` the moments and update counts of a checkpoint."""
     optimizer.load_state_dict(torch.load(checkpoint / TRAINING_STATE / "optimizer.pt", "cpu", weights_only=True))
+
+
+def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Check that a checkpoint gives back the weights and the optimizer's state, to the last bit."""
+    reloaded = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(reloaded[name], tensor.cpu()), f"{name} came back from {checkpoint} as something else"
+    saved = torch.load(checkpoint / TRAINING_STATE / "optimizer.pt", "cpu", weights_only=True)["state"]
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(saved[index][name]), torch.as_tensor(value).cpu()), f"{name} of {index}"
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -2,11 +2,12 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from modeling_gpt2_repro.arguments import setting
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training.skipping import parse_skips
 
 # Names that people bring along from nanoGPT, llm.c and the transformers Trainer.
 KNOWN_ELSEWHERE = {
@@ -59,8 +60,9 @@ OPERATIONAL = {
     "loss_chunk_tokens",
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
-    *("report_to", "wandb_project"),
+    *("report_to", "wandb_project", "skip_steps", "plan", "plan_tokens_per_second", "smoke", "yes"),
 }
+SMOKE_STEPS = 10
 
 
 @dataclass
@@ -107,6 +109,7 @@ class TrainingConfig:
     mixed_precision: Literal["bf16", "fp16", "no"] = setting(
         "bf16", "autocast; where the device has no bf16 the run uses float32 and says so"
     )
+    tf32: bool = setting(True, "compute what stays in float32 as TF32 where the device has it; False: exactly, slower")
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile of the training step; auto: on where a compiler for the device is found"
     )
@@ -133,11 +136,28 @@ class TrainingConfig:
         aliases=["--resume"],
     )
 
+    skip_steps: list[str] = setting(
+        [],
+        "updates to pass over because their data break the run, as A:B, both included; several may be given; kept in "
+        "the checkpoints",
+    )
+
     seed: int = setting(1337, "of the initial weights, the window order and the samples")
     report_to: Literal["auto", "wandb", "none"] = setting(
         "auto", "tracker; auto: wandb if a key is present, else none"
     )
     wandb_project: str = setting("gpt2-repro", "wandb project")
+
+    plan: bool = setting(False, "print the arithmetic of the run and exit: nothing is computed, no device is needed")
+    plan_tokens_per_second: float | None = setting(
+        None, "rate, of all devices together, at which --plan counts the hours; not given: a few examples"
+    )
+    smoke: bool = setting(
+        False,
+        f"try the run out: {SMOKE_STEPS} real steps, one evaluation, a checkpoint saved and loaded again; then print "
+        "measured tokens/s, peak memory and hours, and leave nothing behind",
+    )
+    yes: bool = setting(False, "start also what is projected to take more than a week on a CPU")
 
     def __post_init__(self) -> None:
         positive = ("sequence_length", "tokens_per_step", "sample_tokens", "learning_rate", "grad_clip", "epochs")
@@ -151,7 +171,8 @@ class TrainingConfig:
         for name in not_negative:
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} has to be 0 or more, not {getattr(self, name)}")
-        for name in ("max_steps", "hellaswag_limit", "n_layer", "n_head", "n_embd", "loss_chunk_tokens"):
+        at_least_one = ("max_steps", "hellaswag_limit", "n_layer", "n_head", "n_embd", "loss_chunk_tokens")
+        for name in (*at_least_one, "plan_tokens_per_second"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} has to be 1 or more, not {getattr(self, name)}")
         if not math.isfinite(self.epochs) or self.seed >= 2**63:
@@ -169,6 +190,7 @@ class TrainingConfig:
             )
         if self.micro_batch_size != "auto" and not re.fullmatch(r"0*[1-9]\d*", self.micro_batch_size):
             raise UserError(f"--micro_batch_size has to be auto or 1 or more, not {self.micro_batch_size}")
+        self.skips  # noqa: B018, to hear of a mistake in it now
         if "/" in self.run_name or self.run_name in ("", ".", ".."):
             raise UserError(f"--run_name {self.run_name!r} has to be a plain folder name (see --output_dir)")
 
@@ -176,6 +198,21 @@ class TrainingConfig:
     def experiment(self) -> dict[str, Any]:
         """The settings that decide the weights, which a resumed run may not change."""
         return {name: value for name, value in asdict(self).items() if name not in OPERATIONAL}
+
+    @property
+    def skips(self) -> list[range]:
+        """The updates that `skip_steps` says to pass over."""
+        return parse_skips(self.skip_steps)
+
+    def as_smoke_test(self) -> "TrainingConfig":
+        """Return the settings of a trial that leaves the run folder alone and reports to nobody."""
+        return replace(
+            self,
+            run_name=f"{self.run_name}-smoke",
+            resume_from_checkpoint="never",
+            report_to="none",
+            save_every=self.save_every or SMOKE_STEPS,
+        )
 
     @property
     def windows_per_step(self) -> int:

@@ -10,7 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from torch.utils.data import Dataset
 
-from modeling_gpt2_repro.devices import can_compile
+from modeling_gpt2_repro.devices import can_compile, is_out_of_memory
 from modeling_gpt2_repro.errors import UserError
 
 
@@ -77,7 +77,9 @@ def _try_sizes(
                 loss.backward()
                 loss.item()
                 seconds = time.perf_counter() - start
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False
         loss_model.zero_grad(set_to_none=True)
         if accelerator.num_processes > 1:

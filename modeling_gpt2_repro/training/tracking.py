@@ -75,6 +75,11 @@ class RunRecord:
 
     def log_samples(self, step: int, texts: list[str]) -> None:
         """Record texts that the model wrote after `step` updates."""
+        for tracker in self.accelerator.trackers if self.is_open else ():
+            if tracker.name == "wandb":
+                tracker.log_table(
+                    "samples", columns=["step", "text"], data=[[step, text] for text in texts], step=step
+                )
         self._append(SAMPLES, "".join(json.dumps({"step": step, "text": t}, ensure_ascii=False) + "\n" for t in texts))
 
     def set_status(self, status: str, **details: Any) -> None:

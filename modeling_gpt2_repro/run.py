@@ -1,0 +1,222 @@
+"""A training run, put together: all that the loop in `train.py` works with, built and checked before step 1."""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
+from modeling_gpt2_repro.data.shards import load_manifest
+from modeling_gpt2_repro.devices import ACCELERATOR_MICRO_BATCH_SIZE, describe_device, get_largest_micro_batch_size
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
+from modeling_gpt2_repro.evaluation.sampling import encode_prompt
+from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from modeling_gpt2_repro.training import checkpoint as checkpoints
+from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
+from modeling_gpt2_repro.training.console import Console, format_duration
+from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
+from modeling_gpt2_repro.training.optim import build_adamw
+from modeling_gpt2_repro.training.plan import (
+    HELLASWAG_ITEMS,
+    TOKENS_PER_HELLASWAG_ITEM,
+    Plan,
+    count_flops_per_token,
+)
+from modeling_gpt2_repro.training.preflight import check_disk, check_duration, estimate_disk_bytes
+from modeling_gpt2_repro.training.skipping import merge_skips
+from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
+from modeling_gpt2_repro.training.tracking import RunRecord, choose_tracker
+from modeling_gpt2_repro.weights import build_model, build_skeleton
+
+GPT2_VOCAB_SIZE = 50257
+
+
+@dataclass
+class Inputs:
+    """What a run reads; what is never evaluated is `None`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_set: TokenDataset
+    val_set: TokenDataset | None
+    hellaswag: EncodedHellaSwag | None
+
+    def count_eval_tokens(self, config: TrainingConfig) -> int:
+        """Return the tokens of one validation."""
+        return min(config.eval_tokens, self.val_set.n_tokens) if self.val_set else 0
+
+
+@dataclass
+class Run:
+    """What the loop works with. `model` is the plain module; `loss_model` wraps it, compiled and distributed.
+
+    Attributes:
+        experiment: what a resumed run may not change.
+        skips: updates that are passed over.
+        micro_batch_sizes: the sizes that divide a step, largest first.
+    """
+
+    config: TrainingConfig
+    plan: Plan
+    accelerator: Accelerator
+    record: RunRecord
+    console: Console
+    inputs: Inputs
+    model: GPT2ReproForCausalLM
+    loss_model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    experiment: dict
+    skips: list[range]
+    micro_batch_sizes: list[int]
+    peak: Peak
+    clock: Clock = field(default_factory=Clock)
+
+
+def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
+    """Open the shards and load what the run is evaluated on.
+
+    Raises:
+        UserError: any of it is missing, damaged, or does not belong together.
+    """
+    tokenizer = load_data_tokenizer(config.data_dir)
+    train_set, val_set = (
+        TokenDataset(config.data_dir, split, config.sequence_length, len(tokenizer)) if wanted else None
+        for split, wanted in (("train", True), ("val", config.eval_every))
+    )
+    hellaswag = None
+    if config.hellaswag_every:
+        with accelerator.main_process_first():
+            items = load_hellaswag(config.hellaswag_file, config.hellaswag_limit)
+        hellaswag = encode_hellaswag(items, tokenizer, "original")
+    return Inputs(tokenizer, train_set, val_set, hellaswag)
+
+
+def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecord) -> Run | None:
+    """Build everything that the loop needs and say what it will do; `None` where the run is finished already.
+
+    What would fail at the end of the night is checked on the way; the run folder is touched last.
+
+    Raises:
+        UserError: something that the run could not end well with.
+    """
+    console = Console(enabled=accelerator.is_main_process)
+    inputs = load_inputs(config, accelerator)
+    max_steps = config.derive_max_steps(len(inputs.train_set))
+    experiment = {**config.experiment, "max_steps": max_steps, "train_tokens": inputs.train_set.n_tokens}
+    resume_from = checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder / "checkpoints")
+    first_step, saved_skips = checkpoints.load_progress(resume_from, experiment) if resume_from else (0, [])
+    skips = merge_skips(saved_skips, config.skips, first_step)
+    is_finished = (record.folder / "final").is_dir()
+    if is_finished and resume_from and first_step >= max_steps:
+        console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
+        return None
+    if is_finished and resume_from is None and config.resume_from_checkpoint == "auto":
+        raise UserError(
+            f"{record.folder} holds a finished run: give another --run_name, or --resume_from_checkpoint never to "
+            "replace it"
+        )
+
+    source = str(resume_from) if resume_from else config.init_from
+    model = build_model(source, config, inputs.tokenizer).to(accelerator.device).train()
+    if config.sample_every:  # to hear of a prompt that does not fit now, and not at the first sample
+        encode_prompt(model, inputs.tokenizer, config.sample_prompt, config.sample_tokens)
+    model.loss_chunk_tokens = config.loss_chunk_tokens
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
+    if resume_from:
+        checkpoints.load_optimizer(resume_from, optimizer)
+
+    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
+    plan = Plan(
+        n_processes=accelerator.num_processes,
+        micro_batch_size=sizes[0],
+        first_step=first_step,
+        max_steps=max_steps,
+        last_step=min(max_steps, SMOKE_STEPS) if config.smoke else max_steps,
+        n_windows=len(inputs.train_set),
+        n_parameters=model.num_parameters(),
+        flops_per_token=count_flops_per_token(model, config.sequence_length),
+        eval_tokens=inputs.count_eval_tokens(config),
+        hellaswag_tokens=inputs.hellaswag.n_tokens if inputs.hellaswag else 0,
+    )
+    n_saves = 1 if config.smoke else plan.count_due(config.save_every)
+    check_disk(record.folder, estimate_disk_bytes(plan.n_parameters, config.keep_checkpoints, n_saves))
+    peak = choose_peak(accelerator.device, accelerator.mixed_precision)
+    order = "shuffled" if inputs.train_set.is_shuffled else "in source order"
+    console.say(f"run         {record.folder}, tracker {choose_tracker(config.report_to) or 'none'}")
+    console.say(f"device      {describe_device(accelerator, config.mixed_precision)}")
+    console.say(f"peak        {peak.flops / 1e12:,.2f} TFLOP/s a process, {peak.source}")
+    console.say(f"model       {plan.n_parameters:,} parameters, from {source}, dropout {config.dropout:g}")
+    console.say(f"data        {config.data_dir}: {inputs.train_set.n_tokens:,} training tokens, {order}")
+
+    loss_model, micro_batch_size, seconds_per_token = fit_micro_batch(
+        WindowLoss(model), inputs.train_set, sizes, config.compile, accelerator, console.say
+    )
+    loss_model, optimizer = accelerator.prepare(loss_model, optimizer)
+    plan = replace(plan, micro_batch_size=micro_batch_size)
+    seconds = plan.estimate_seconds(config, accelerator.num_processes / seconds_per_token)
+    check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
+    console.say(plan.describe_step(config))
+    console.say(plan.describe_length(config))
+    console.say(f"time        about {format_duration(seconds)} from step {first_step:,}, evaluations included")
+    for skip in skips:
+        console.say(f"skipped     updates {skip.start:,} to {skip.stop - 1:,}")
+    record.start(config, first_step if resume_from else None)
+    return Run(
+        config=config,
+        plan=plan,
+        accelerator=accelerator,
+        record=record,
+        console=console,
+        inputs=inputs,
+        model=model,
+        loss_model=loss_model,
+        optimizer=optimizer,
+        experiment=experiment,
+        skips=skips,
+        micro_batch_sizes=sizes,
+        peak=peak,
+    )
+
+
+def describe_plan(config: TrainingConfig) -> list[str]:
+    """Return the arithmetic of a run in lines, from its settings and, where they are prepared, its data.
+
+    Nothing is computed and no device is needed: the micro-batch is the one that a GPU's trial begins with.
+
+    Raises:
+        UserError: settings that do not work, or no data and no `max_steps`.
+    """
+    has_data = Path(config.data_dir).is_dir()
+    n_windows, eval_tokens, vocab_size = None, config.eval_tokens, GPT2_VOCAB_SIZE
+    if has_data or config.max_steps is None:
+        manifest = load_manifest(config.data_dir)
+        vocab_size = manifest.vocab_size if manifest is not None else GPT2_VOCAB_SIZE
+        n_windows = len(TokenDataset(config.data_dir, "train", config.sequence_length, vocab_size))
+        if config.eval_every:
+            val_set = TokenDataset(config.data_dir, "val", config.sequence_length, vocab_size)
+            eval_tokens = min(eval_tokens, val_set.n_tokens)
+    n_items = min(config.hellaswag_limit or HELLASWAG_ITEMS, HELLASWAG_ITEMS)
+    if config.hellaswag_every and config.hellaswag_file is not None:
+        n_items = len(load_hellaswag(config.hellaswag_file, config.hellaswag_limit))
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    model = build_skeleton(config, vocab_size)
+    plan = Plan(
+        n_processes=n_processes,
+        micro_batch_size=config.list_micro_batch_sizes(n_processes, ACCELERATOR_MICRO_BATCH_SIZE)[0],
+        first_step=0,
+        max_steps=config.derive_max_steps(n_windows or 0),
+        last_step=config.derive_max_steps(n_windows or 0),
+        n_windows=n_windows,
+        n_parameters=model.num_parameters(),
+        flops_per_token=count_flops_per_token(model, config.sequence_length),
+        eval_tokens=eval_tokens,
+        hellaswag_tokens=TOKENS_PER_HELLASWAG_ITEM * n_items,
+    )
+    return plan.describe_costs(config)

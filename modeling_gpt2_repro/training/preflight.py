@@ -1,0 +1,46 @@
+"""What would fail at the end of the night, found out before the first step."""
+
+import os
+import shutil
+from pathlib import Path
+
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training.console import format_duration
+
+# Float32 weights, and AdamW's two moments of each.
+WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
+LONGEST_CPU_RUN_SECONDS = 7 * 24 * 3600
+
+
+def estimate_disk_bytes(n_parameters: int, keep_checkpoints: int, n_saves: int) -> int:
+    """Return the disk that a run takes at most: the checkpoints kept, one more while it is written, and `final/`.
+
+    Args:
+        keep_checkpoints: 0 keeps all.
+        n_saves: checkpoints that the rest of the run writes.
+    """
+    kept = min(n_saves, keep_checkpoints + 1) if keep_checkpoints else n_saves
+    return n_parameters * (kept * (WEIGHT_BYTES + OPTIMIZER_BYTES) + WEIGHT_BYTES)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise a `UserError` where `folder`, or what it will be made in, cannot take a run of that size."""
+    folder = folder.resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {existing}, where --output_dir is: choose a folder that you may write to")
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"the run needs up to {needed_bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: make "
+            "room, choose another --output_dir, or keep fewer checkpoints with --keep_checkpoints"
+        )
+
+
+def check_duration(seconds: float, device_type: str, is_accepted: bool) -> None:
+    """Raise a `UserError` for a run on a CPU that is projected to take more than a week, unless that was accepted."""
+    if device_type == "cpu" and seconds > LONGEST_CPU_RUN_SECONDS and not is_accepted:
+        raise UserError(
+            f"on this CPU the run would take about {format_duration(seconds)}: --yes starts it all the same; "
+            "configs/laptop.yaml is a model that a CPU can train, --plan shows the arithmetic"
+        )

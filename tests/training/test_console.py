@@ -1,0 +1,57 @@
+"""What a person sees of a run."""
+
+import io
+import sys
+
+import pytest
+
+from modeling_gpt2_repro.training import console as console_module
+from modeling_gpt2_repro.training.console import Console, format_duration
+
+METRICS = {"train/loss": 3.14159, "train/lr": 6e-4, "train/grad_norm": 0.5, "train/tokens_per_second": 123456.0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_steps(console: Console, n_steps: int) -> None:
+    console.start(0, n_steps)
+    for step in range(1, n_steps + 1):
+        console.show_step(step, METRICS)
+    console.close()
+
+
+def test_plain_lines_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
+    now = iter(range(0, 1000, 5))  # five seconds a step
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(now))
+    run_steps(Console(enabled=True), 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "4/10", "7/10", "10/10"]
+    assert "loss 3.142  lr 6.0e-04  grad norm 0.50  123,456 tokens/s" in lines[0]
+    assert lines[1].endswith("30 s left")
+
+
+def test_one_bar_on_a_terminal(capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run_steps(Console(enabled=True), 3)
+    shown = terminal.getvalue()
+    assert "3/3" in shown and "loss 3.142" in shown and "123,456 tokens/s" in shown
+    assert "\n" not in shown.rstrip("\n")
+    assert capsys.readouterr().out == ""
+
+
+def test_only_one_process_speaks(capsys):
+    console = Console(enabled=False)
+    console.say("hello")
+    run_steps(console, 3)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(45, "45 s"), (720, "12 min"), (3.4 * 3600, "3.4 h"), (11 * 86400, "11 days")]
+)
+def test_durations_as_people_write_them(seconds, text):
+    assert format_duration(seconds) == text

@@ -1,0 +1,33 @@
+"""What goes wrong in the middle of a run is said so that it can be put right."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training.faults import NonFiniteError, explained_out_of_memory
+
+
+def test_a_broken_update_names_its_windows_and_the_way_past():
+    error = NonFiniteError(7, float("nan"), float("inf"), np.arange(48, 56))
+    assert "update 7 has a loss of nan" in str(error)
+    assert "windows 48 to 55" in str(error)
+    assert "--skip_steps 7:7" in str(error)
+    assert error.details == {"update": 7, "windows": list(range(48, 56))}
+    assert "8 windows of" in str(NonFiniteError(7, 1.0, float("inf"), np.array([9, 4, 1, 30, 2, 5, 7, 8])))
+
+
+@pytest.mark.parametrize("size, smaller", [(8, "--micro_batch_size 4,"), (1, "a smaller --model_size,")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: x")]
+)
+def test_memory_that_runs_out_names_the_next_smaller_size(size, smaller, error):
+    with pytest.raises(UserError, match=smaller) as raised, explained_out_of_memory([8, 4, 2, 1], size):
+        raise error
+    assert "--gradient_checkpointing" in str(raised.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shape") as raised, explained_out_of_memory([1], 1):
+        raise RuntimeError("shape mismatch")
+    assert not isinstance(raised.value, UserError)

@@ -1,0 +1,70 @@
+"""The arithmetic of a run, checked against figures that people know."""
+
+from dataclasses import replace
+
+import pytest
+
+from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.plan import Plan, count_flops_per_token
+from modeling_gpt2_repro.weights import build_skeleton
+
+REPRODUCTION = Plan(
+    n_processes=8,
+    micro_batch_size=64,
+    first_step=0,
+    max_steps=19_073,
+    last_step=19_073,
+    n_windows=9_623_046,
+    n_parameters=124_439_808,
+    flops_per_token=855_259_000,
+    eval_tokens=10_485_760,
+    hellaswag_tokens=3_002_558,
+)
+
+
+@pytest.mark.parametrize(
+    "model_size, n_parameters", [("124M", 124_439_808), ("350M", 354_823_168), ("1558M", 1_557_611_200)]
+)
+def test_parameters_and_flops_of_the_published_sizes(model_size, n_parameters):
+    config = TrainingConfig(model_size=model_size)
+    model = build_skeleton(config, vocab_size=50257)
+    assert model.num_parameters() == n_parameters
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    shape = model.config
+    in_matrices = n_parameters - 1024 * shape.n_embd
+    attention = 12 * shape.n_layer * shape.n_embd * 1024
+    assert count_flops_per_token(model, 1024) == 6 * in_matrices + attention
+
+
+@pytest.mark.parametrize(
+    "max_steps, first_step, every", [(10, 0, 5), (12, 0, 5), (12, 7, 5), (12, 10, 5), (3, 0, 250)]
+)
+def test_counts_what_is_due_in_the_rest_of_the_run(max_steps, first_step, every):
+    plan = replace(REPRODUCTION, max_steps=max_steps, last_step=max_steps, first_step=first_step)
+    # A resumed run's first step counts where it is due, an upper bound: it was evaluated before it was saved.
+    start = first_step - first_step % every
+    due = [step for step in range(start, max_steps + 1) if plan.is_due(every, step)]
+    assert plan.count_due(every) == len(due)
+    assert plan.count_due(0) == 0
+
+
+def test_duration_follows_from_the_rate_and_includes_evaluations():
+    config = TrainingConfig(max_steps=19_073)
+    training = 19_073 * 524_288
+    # 77 multiples of 250 from 0 to 19,000, and the end; a forward pass is a third of a training step.
+    evaluation = 78 * (10_485_760 + 3_002_558) / 3
+    assert REPRODUCTION.estimate_seconds(config, 1e6) == pytest.approx((training + evaluation) / 1e6)
+    alone = replace(config, eval_every=0, hellaswag_every=0)
+    assert REPRODUCTION.estimate_seconds(alone, 1e6) == pytest.approx(training / 1e6)
+
+
+def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
+    text = "\n".join(REPRODUCTION.describe_costs(TrainingConfig(max_steps=19_073)))
+    assert "524,288 tokens = 8 process(es) x 1 micro-step(s) x 64 sequence(s) x 1,024 tokens" in text
+    assert "on 1 process(es) 8 micro-step(s) x 64 sequence(s)" in text
+    assert "19,073 steps = 1.015 epochs, 9,999,745,024 tokens; warm-up 715 steps" in text
+    assert "PaLM paper" in text and "8.55e+18 in all" in text
+    assert "78 x 10,485,760 validation tokens" in text
+    assert "2.9 h at 1,000,000 tokens/s" in text
+    at_a_rate = REPRODUCTION.describe_costs(TrainingConfig(max_steps=19_073, plan_tokens_per_second=1.5e6))
+    assert at_a_rate[-1] == "time        1.9 h at 1,500,000 tokens/s"

@@ -1,0 +1,26 @@
+"""Updates that are passed over."""
+
+import pytest
+
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training.skipping import is_skipped, merge_skips, parse_skips
+
+
+def test_both_ends_are_skipped():
+    skips = parse_skips(["3:5", "9:9"])
+    assert [update for update in range(1, 12) if is_skipped(update, skips)] == [3, 4, 5, 9]
+    assert not is_skipped(1, [])
+
+
+@pytest.mark.parametrize("text", ["5", "5:4", "0:3", ":", "a:b", "1:2:3", "-1:2", "1:" + "9" * 99])
+def test_anything_else_is_refused(text):
+    with pytest.raises(UserError, match="has to be A:B"):
+        parse_skips([text])
+
+
+def test_a_resumed_run_keeps_what_it_was_told_and_learns_more():
+    saved = parse_skips(["3:5"])
+    assert merge_skips(saved, [], first_step=10) == saved
+    assert merge_skips(saved, parse_skips(["3:5", "12:12"]), first_step=10) == [range(3, 6), range(12, 13)]
+    with pytest.raises(UserError, match="has made these updates, up to 10"):
+        merge_skips(saved, parse_skips(["7:12"]), first_step=10)
