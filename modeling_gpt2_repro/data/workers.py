@@ -39,18 +39,21 @@ class WorkerPool:
         if num_workers == 1:
             initializer(*initargs)
         else:
+            context = multiprocessing.get_context(START_METHOD)
+            self._is_over = context.Value("b", False)
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 num_workers,
-                mp_context=multiprocessing.get_context(START_METHOD),
+                mp_context=context,
                 initializer=_initialize,
-                initargs=(initializer, initargs),
+                initargs=(self._is_over, initializer, initargs),
             )
 
     def map_in_order(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
         """Yield `function(*job)` for each job, in order; jobs are asked for as workers come free.
 
         An exception of a job, or of `jobs` itself, is raised where its result would have come, so that a caller who
-        stops before it never sees it.
+        stops before it never sees it. When it is raised, or the caller stops, jobs that run are waited for, and no
+        other begins.
         """
         if self._executor is None:
             for job in jobs:
@@ -68,9 +71,11 @@ class WorkerPool:
                 if pending:
                     yield self._wait(pending.popleft())
         finally:
+            self._is_over.value = True  # `cancel` does not reach those that lie in the queue between the processes
             for future in pending:
                 future.cancel()
             concurrent.futures.wait(pending)
+            self._is_over.value = False
 
     def shut_down(self) -> None:
         """End the workers."""
@@ -87,7 +92,7 @@ class WorkerPool:
             failed.set_exception(error)
             pending.append(failed)
             return False
-        pending.append(self._executor.submit(function, *job))
+        pending.append(self._executor.submit(_run, function, job))
         return True
 
     def _wait(self, future: concurrent.futures.Future) -> Any:
@@ -100,9 +105,18 @@ class WorkerPool:
             raise UserError("a worker process was killed, most often for memory: lower --num_workers") from error
 
 
-def _initialize(initializer: Callable, initargs: tuple) -> None:
+_is_over: Any
+
+
+def _initialize(is_over: Any, initializer: Callable, initargs: tuple) -> None:
+    global _is_over
+    _is_over = is_over
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     initializer(*initargs)
+
+
+def _run(function: Callable, job: tuple) -> Any:
+    return None if _is_over.value else function(*job)
 
 
 def _exit_with_parent() -> None:

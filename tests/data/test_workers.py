@@ -1,0 +1,39 @@
+"""The pool of workers: order, and what happens to the other jobs when one fails."""
+
+import time
+
+import pytest
+
+from modeling_gpt2_repro.data.workers import WorkerPool
+
+
+def touch(folder, number):
+    if number == 1:
+        raise ValueError("job 1")
+    time.sleep(0.2 if number > 1 else 0)
+    (folder / str(number)).touch()
+    return number
+
+
+@pytest.fixture(params=[1, 2])
+def pool(request):
+    pool = WorkerPool(request.param, lambda: None, ())
+    yield pool
+    pool.shut_down()
+
+
+def test_results_come_in_the_order_of_the_jobs(pool, tmp_path):
+    jobs = [(tmp_path, number) for number in (5, 0, 4, 0, 0)]
+    assert list(pool.map_in_order(touch, jobs)) == [5, 0, 4, 0, 0]
+
+
+def test_failed_job_lets_no_other_begin(pool, tmp_path):
+    results = pool.map_in_order(touch, ((tmp_path, number) for number in range(20)))
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="job 1"):
+        next(results)
+    time.sleep(0.3)
+    # The two that may have run beside it have ended; those in the queue behind them were not begun.
+    begun = {int(path.name) for path in tmp_path.iterdir()}
+    assert begun <= {0, 2, 3}
+    assert list(pool.map_in_order(touch, [(tmp_path, 7)])) == [7]
