@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from modeling_gpt2_repro.data.docstrings import list_docstring_tasks
 from modeling_gpt2_repro.data.hub import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
-from modeling_gpt2_repro.data.local_files import BATCH_ROWS, as_texts, find_files, list_file_tasks
+from modeling_gpt2_repro.data.hub_datasets import list_hub_tasks
+from modeling_gpt2_repro.data.local_files import find_files, list_file_tasks
 from modeling_gpt2_repro.errors import UserError
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
@@ -74,49 +75,19 @@ def build_hub_corpus(name: str, config: str | None, split: str, revision: str | 
     config = config or DEFAULT_CONFIGS.get(name)
     if not Path(name).is_dir():
         revision = _resolve_revision(name, revision)
-    import datasets  # here: half a second that local files need not wait for
-
-    try:
-        dataset = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        columns = dataset.column_names or list(next(iter(dataset), {}))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load the dataset {name!r}: {error}") from error
-    if text_column not in columns:
-        raise UserError(f"the dataset {name} has no column {text_column!r}: give --text_column one of {columns}")
-    dataset = dataset.select_columns([text_column])
+    tasks = list_hub_tasks(name, config, split, revision, text_column)
     source = {"id": name, "config": config, "split": split, "revision": revision}
     prefix = "edufineweb" if name == FINEWEB_EDU else _slugify(Path(name).name)
-    tasks = (HubTask(name, dataset, index, text_column) for index in range(dataset.num_shards))
     return Corpus(source, prefix, tasks)
-
-
-@dataclasses.dataclass(frozen=True)
-class HubTask:
-    """One file of a streamed dataset."""
-
-    dataset_name: str
-    dataset: Any
-    index: int
-    text_column: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset_name}, file {self.index + 1} of {self.dataset.num_shards}"
-
-    def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the texts of the file's rows, in order."""
-        rows = self.dataset.shard(self.dataset.num_shards, self.index).with_format("arrow")
-        for table in rows.iter(batch_size=BATCH_ROWS):
-            for chunk in table[self.text_column].chunks:
-                yield as_texts(chunk, self.name)
 
 
 def _resolve_revision(name: str, revision: str | None) -> str:
     api = huggingface_hub.HfApi()
+    what = f"dataset {name!r}"
     try:
-        info = ask_hub(
-            lambda: api.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS), f"dataset {name!r}"
-        )
+        info = ask_hub(lambda: api.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS), what)
+        if info.gated:  # everybody may know about it, not everybody may read it
+            ask_hub(lambda: api.auth_check(name, repo_type="dataset"), what)
     except HubUnreachableError as error:
         raise UserError(
             f"cannot reach the Hub for the dataset {name!r} ({error}): check the connection, give --files, or use "
