@@ -29,7 +29,7 @@ from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
 from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_manifest, verify_folder
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
-from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path
+from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         shuffle=not settings.no_shuffle,
         num_workers=settings.num_workers or count_cores(),
     )
-    request = Request(build_corpus(settings), tokenizer, settings.tokenizer, options, list_recorded(settings))
+    recorded = list_recorded(settings)
+    begun = None if settings.overwrite else load_begun_source(folder, recorded)
+    request = Request(build_corpus(settings, begun), tokenizer, settings.tokenizer, options, recorded)
     with explained_errors(folder):
         if settings.stage != "all":
             pieces = run_stage(folder, request, settings.stage, parse_share(settings.task))
@@ -230,8 +232,13 @@ def list_recorded(settings: PrepareSettings) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_RECORDED}
 
 
-def build_corpus(settings: PrepareSettings) -> Corpus:
-    """Build the corpus that the settings name."""
+def build_corpus(settings: PrepareSettings, begun: dict[str, Any] | None = None) -> Corpus:
+    """Build the corpus that the settings name.
+
+    Args:
+        begun: the source of an unfinished run with the same settings: a dataset's branch may have moved since, and
+            what is finished belongs to the commit that it was at.
+    """
     if settings.files:
         separator = settings.document_separator
         if separator is not None:
@@ -243,7 +250,7 @@ def build_corpus(settings: PrepareSettings) -> Corpus:
         settings.dataset_name,
         settings.dataset_config_name,
         settings.split,
-        settings.revision,
+        (begun or {}).get("revision") or settings.revision,
         settings.text_column,
     )
 

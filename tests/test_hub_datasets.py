@@ -332,10 +332,17 @@ def test_hub_that_fails_in_mid_run_keeps_what_is_finished(run, hub, expected, tm
     hub.start()
     hub.heal()
     hub.requests.clear()
-    result = run(num_workers=num_workers)
+    # What is finished belongs to the commit that was main when it began.
+    begun = hub.repositories[FINEWEB_EDU].references["main"]
+    hub.commit(FINEWEB_EDU, {"README.md": CARD + b"\nA dataset.\n"})
+    try:
+        result = run(num_workers=num_workers)
+    finally:
+        hub.repositories[FINEWEB_EDU].references["main"] = begun
     assert result.code == 0, result.err
     assert "2 pieces are finished" in result.out
     assert hash_shards(tmp_path / "out") == expected
+    assert load_manifest(tmp_path / "out").source["revision"] == begun
     assert hub.count_requests("001.parquet") == 0
 
 

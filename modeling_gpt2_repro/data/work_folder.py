@@ -106,6 +106,16 @@ def count_finished_pieces(final: Path) -> int:
     return len(list((get_work_path(final.resolve()) / WORK_FOLDER).glob("*.json")))
 
 
+def load_begun_source(final: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the source of an unfinished run for the folder `final`; `None` where there is none with `settings`."""
+    try:
+        begun = json.loads((get_work_path(final.resolve()) / PLAN_NAME).read_text(encoding="utf-8"))
+        same = all(settings.get(name) == value for name, value in begun["settings"].items())
+        return begun["source"] if same else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
 @contextlib.contextmanager
 def open_work_folder(
     final: Path, plan: dict[str, Any], *, alone: bool, overwrite: bool = False
