@@ -86,13 +86,14 @@ class ParquetTask(FileTask):
 
     text_column: str
     row_groups: tuple[int, ...]
+    rows_per_batch: int
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
         """Yield the rows' texts; a null stays null."""
         try:
             with pa.parquet.ParquetFile(self.path) as file:
                 for batch in file.iter_batches(
-                    BATCH_ROWS, row_groups=self.row_groups, columns=[self.text_column], use_threads=False
+                    self.rows_per_batch, row_groups=self.row_groups, columns=[self.text_column], use_threads=False
                 ):
                     yield as_texts(batch.column(0), self.path)
         except (pa.ArrowException, OSError) as error:
@@ -253,13 +254,16 @@ def _list_parquet_tasks(path: str, text_column: str) -> Iterator[ParquetTask]:
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     leaf = leaves.index(text_column) if text_column in leaves else 0
     row_groups: list[int] = []
-    size = 0
+    rows = size = 0
     for i in range(metadata.num_row_groups):
         row_groups.append(i)
+        rows += metadata.row_group(i).num_rows
         size += metadata.row_group(i).column(leaf).total_uncompressed_size
         if size >= TASK_BYTES or i == metadata.num_row_groups - 1:
-            yield ParquetTask(path, text_column, tuple(row_groups))
-            row_groups, size = [], 0
+            # Books come a few at a time.
+            rows_per_batch = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+            yield ParquetTask(path, text_column, tuple(row_groups), rows_per_batch)
+            row_groups, rows, size = [], 0, 0
 
 
 def _describe_missing_column(path: str, text_column: str, names: list[str]) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -63,6 +64,15 @@ def test_reads_parquet(tmp_path, monkeypatch, kind):
     )
     assert len(list(list_file_tasks(tmp_path / "a.parquet", "text", None))) > 1
     assert read(tmp_path / "a.parquet") == TEXTS
+
+
+def test_long_documents_of_parquet_come_a_few_at_a_time(tmp_path):
+    texts = ["".join(map(str, np.random.default_rng(number).integers(0, 10, 500_000))) for number in range(20)]
+    pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "books.parquet", use_dictionary=False)
+    (task,) = list_file_tasks(tmp_path / "books.parquet", "text", None)
+    batches = [batch.to_pylist() for batch in task.read_batches()]
+    assert [text for batch in batches for text in batch] == texts
+    assert max(len(batch) for batch in batches) * 500_000 <= local_files.BATCH_BYTES
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
