@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,5 +29,9 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
             if os.environ.get("RANK", "0") == "0":  # every process of a launch finds the same mistake
                 print(f"{Path(sys.argv[0]).name}: error: {one_line}", file=sys.stderr, flush=True)
             return USER_ERROR_EXIT_CODE
+        except BrokenPipeError:
+            # Whoever read the output, such as `head`, has had enough; nor can Python's own last flush reach them.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
 
     return wrapper

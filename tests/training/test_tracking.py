@@ -54,3 +54,14 @@ def test_wandb_is_chosen_only_with_a_key_or_on_request(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
     assert choose_tracker("auto") == "wandb"
     assert choose_tracker("none") is None
+
+
+def test_wandb_gets_the_samples_as_a_table_and_never_asks(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    record = RunRecord(tmp_path / "run", Accelerator(log_with="wandb"))
+    record.start(TrainingConfig(), first_step=None)
+    record.log_samples(7, ["Hello, I'm", "a language model"])
+    record.accelerator.end_training()
+    (table,) = (tmp_path / "run").rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [[7, "Hello, I'm"], [7, "a language model"]]
