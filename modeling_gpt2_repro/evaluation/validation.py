@@ -34,7 +34,8 @@ def evaluate_loss(
     """Compute the mean loss of `model` on the first `n_windows` windows of `dataset`, each of T+1 tokens.
 
     Every process takes its share of the windows and the sums are reduced, so the result does not depend on their
-    number (up to the last bits of a float64 sum). `model` is the raw module, and stays in the mode it was in.
+    number (up to the last bits of a float64 sum). `model` is any causal language model, raw, and stays in the mode it
+    was in.
 
     Args:
         batch_size: windows at once; changes speed and memory only.
@@ -42,15 +43,14 @@ def evaluate_loss(
     """
     windows = range(min(n_windows, len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    # Ours can do without the logits, which are most of the memory; another causal language model may not.
-    options = {"skip_logits": True} if "skip_logits" in signature(model.forward).parameters else {}
+    can_skip_logits = "skip_logits" in signature(model.forward).parameters
     with evaluation_mode(model), accelerator.autocast():
         for start in range(0, len(windows), batch_size):
             batch = torch.stack([dataset[window] for window in windows[start : start + batch_size]])
-            inputs, targets = batch[:, :-1].to(accelerator.device), batch[:, 1:].contiguous()
-            mean_loss = model(
-                input_ids=inputs, shift_labels=targets.to(accelerator.device), use_cache=False, **options
-            ).loss
+            targets = batch[:, 1:].contiguous()
+            mean_loss = _compute_loss(
+                model, batch[:, :-1].to(accelerator.device), targets.to(accelerator.device), can_skip_logits
+            )
             sums += torch.tensor(
                 [mean_loss.item() * targets.numel(), targets.numel(), token_byte_lengths[targets.numpy()].sum()],
                 dtype=torch.float64,
@@ -62,3 +62,14 @@ def evaluate_loss(
     return ValidationResult(
         loss=nats / tokens, bpb=nats / math.log(2) / n_bytes if n_bytes else math.nan, n_tokens=int(tokens)
     )
+
+
+def _compute_loss(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, can_skip_logits: bool
+) -> torch.Tensor:
+    # Ours can do without the logits, which are most of the memory. Of another causal language model nothing but its
+    # logits is asked: how `forward` takes labels differs, and transformers' own ignore those that are shifted already.
+    if can_skip_logits:
+        return model(input_ids=inputs, shift_labels=targets, use_cache=False, skip_logits=True).loss
+    logits = model(input_ids=inputs, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

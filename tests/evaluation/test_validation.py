@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
@@ -56,3 +57,27 @@ def test_more_windows_than_there_are_means_all(model, windows):
         model, list(windows), 10**6, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator()
     )
     assert result.n_tokens == 11 * 8
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=9)),
+        lambda: LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            )
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_transformers_own_models_get_the_loss_that_they_compute_themselves(windows, build):
+    torch.manual_seed(0)
+    model = build()
+    result = evaluate_loss(
+        model, list(windows), 11, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator()
+    )
+    assert model.training
+    with torch.no_grad():
+        expected = model.eval()(input_ids=windows, labels=windows).loss.item()
+    assert result.loss == pytest.approx(expected, rel=1e-6)
