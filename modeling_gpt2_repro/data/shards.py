@@ -22,6 +22,8 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
 
 MANIFEST_NAME = "manifest.json"
+# What models reach on the validation split, which `train.py --eval_only` keeps beside it.
+BASELINES_NAME = "baselines.json"
 FORMAT_VERSION = 1
 # A folder with this in it is being written, or its writer was killed.
 WORK_FOLDER = "unfinished"
@@ -216,6 +218,19 @@ def map_files(folder: str | Path, split: Split) -> dict[Path, np.ndarray]:
     return shards
 
 
+def list_checksums(folder: str | Path, split: Split) -> list[str]:
+    """Return the checksum of each shard of a split, in order: the manifest's word, or computed where there is none.
+
+    Raises:
+        UserError: a missing folder or a manifest that cannot be read.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    if manifest is not None:
+        return [shard.checksum for shard in manifest.shards if shard.split == split]
+    return [compute_checksum(folder / name) for name in _list_names(folder, split, None)]
+
+
 def iterate_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield a shard piece by piece: the position of each piece's first token, and the piece as a plain array."""
     for start in range(0, len(tokens), TOKENS_PER_CHUNK):
@@ -262,8 +277,8 @@ def verify_folder(folder: str | Path) -> Manifest:
 
 
 def is_shard_folder(folder: str | Path) -> bool:
-    """Tell whether everything in `folder` was written by `prepare_data.py`, so that it may be replaced."""
-    ours = {MANIFEST_NAME, WORK_FOLDER, INSPECTION_NAME, INSPECTION_NAME + TEMPORARY_SUFFIX}
+    """Tell whether everything in `folder` is shards and what belongs to them, so that it may be replaced."""
+    ours = {MANIFEST_NAME, WORK_FOLDER, INSPECTION_NAME, INSPECTION_NAME + TEMPORARY_SUFFIX, BASELINES_NAME}
     pattern = re.compile(r".*_(val|train)_\d{6}\.npy")
     return all(path.name in ours or pattern.fullmatch(path.name) for path in Path(folder).iterdir())
 

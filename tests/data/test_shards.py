@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from modeling_gpt2_repro.data.shards import (
+    BASELINES_NAME,
     MANIFEST_NAME,
     WORK_FOLDER,
     Manifest,
     Shard,
     SplitWriter,
     Totals,
+    is_shard_folder,
+    list_checksums,
     load_manifest,
     map_files,
     open_split,
@@ -108,6 +111,27 @@ def test_reads_llmc_shards(tmp_path):
     write_llmc(tmp_path / "edu_fineweb_train_000001.bin", [1, 2])
     assert open_split(tmp_path, "val")[0].tolist() == [5, 6, 7]
     assert open_split(tmp_path, "train")[0].tolist() == [1, 2]
+
+
+def test_checksums_of_a_split_are_the_manifests_or_those_of_its_files(folder):
+    from_manifest = {split: list_checksums(folder, split) for split in ("val", "train")}
+    assert [len(checksums) for checksums in from_manifest.values()] == [1, 3]
+    (folder / MANIFEST_NAME).unlink()
+    assert {split: list_checksums(folder, split) for split in ("val", "train")} == from_manifest
+
+    write_llmc(folder / "x_val_000000.bin", [5, 6, 7])
+    (folder / "x_val_000000.npy").unlink()
+    assert list_checksums(folder, "val") == [compute_checksum(folder / "x_val_000000.bin")]
+    (folder / "x_val_000000.bin").unlink()
+    assert list_checksums(folder, "val") == []
+
+
+def test_kept_baselines_belong_to_a_folder_of_shards(folder):
+    (folder / BASELINES_NAME).write_text("[]")
+    assert is_shard_folder(folder)
+    verify_folder(folder)
+    (folder / "other.json").write_text("[]")
+    assert not is_shard_folder(folder)
 
 
 def damage_missing(folder):
