@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import compute_checksum
 
 DATASET_NAME = "Rowan/hellaswag"
 # The Hub repository's head since its conversion to parquet; the validation split has 10,042 rows there.
@@ -52,6 +53,22 @@ def load_hellaswag(data_file: str | Path | None = None, limit: int | None = None
     if not items:
         raise UserError(f"{data_file or DATASET_NAME} holds no HellaSwag items")
     return items
+
+
+def name_items(data_file: str | Path | None, limit: int | None) -> str:
+    """Say what is scored: only the Hub's validation set is HellaSwag, a file goes by its own name."""
+    name = Path(data_file).name if data_file else "HellaSwag validation"
+    return f"first {limit} items of {name}" if limit else name
+
+
+def identify_items(data_file: str | Path | None) -> str:
+    """Return what tells these items from others, whatever their file is called: two scores compare only where it is
+    the same.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return compute_checksum(data_file) if data_file else f"{DATASET_NAME}@{DATASET_REVISION}"
 
 
 def _read_hub_rows() -> list[tuple[str, Any]]:

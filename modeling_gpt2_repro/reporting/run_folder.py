@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
 from modeling_gpt2_repro.training.tracking import CONFIG, METRICS, read_json_lines
 
 
@@ -15,10 +16,8 @@ def read_settings(run_folder: Path) -> dict[str, Any]:
 
 
 def name_hellaswag_items(settings: dict[str, Any]) -> str:
-    """Say what was scored: only the Hub's validation set is HellaSwag, a file goes by its own name."""
-    file, limit = settings["hellaswag_file"], settings["hellaswag_limit"]
-    name = Path(file).name if file else "HellaSwag validation"
-    return f"first {limit} items of {name}" if limit else name
+    """Say on which items a run was scored."""
+    return name_items(settings["hellaswag_file"], settings["hellaswag_limit"])
 
 
 def read_last_metrics(run_folder: Path) -> dict[str, float]:
