@@ -21,6 +21,7 @@ from modeling_gpt2_repro.data.order import WindowOrder
 from modeling_gpt2_repro.data.tokenization import token_byte_lengths
 from modeling_gpt2_repro.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
 from modeling_gpt2_repro.errors import reports_user_errors
+from modeling_gpt2_repro.eval_only import evaluate_only
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
@@ -53,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = start_accelerator(config.mixed_precision, choose_tracker(config.report_to))
     record = RunRecord(Path(config.output_dir) / config.run_name, accelerator)
     try:
-        run = build_run(config, accelerator, record)
-        if run is not None:
+        if config.eval_only:
+            evaluate_only(config, accelerator)
+        elif run := build_run(config, accelerator, record):
             with explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size):
                 train(run)
             finish_smoke_test(run) if config.smoke else publish(run)

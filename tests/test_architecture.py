@@ -41,6 +41,8 @@ def may_import(importer: str, imported: str) -> bool:
         return importer == PACKAGE and imported == "configuration_gpt2_repro"
     if importer == "weights":
         return imported in (*FOUNDATIONS, PACKAGE, "configuration_gpt2_repro")
+    if importer == "eval_only":
+        return imported_room in ("data", "evaluation") or imported in FOUNDATIONS
     if importer in FOUNDATIONS:
         return imported in FOUNDATIONS[: FOUNDATIONS.index(importer)]
     if importer_room == imported_room or imported in FOUNDATIONS:
@@ -61,6 +63,8 @@ def test_the_walk_sees_imports():
     assert not may_import("training.plan", "evaluation.sampling")
     assert not may_import("data.shards", "reporting.plots")
     assert not may_import("evaluation.sampling", PACKAGE)
+    assert not may_import("evaluation.baseline", "eval_only")
+    assert not may_import("eval_only", PACKAGE)
     assert not may_import("reporting.plots", PACKAGE)
 
 

@@ -12,15 +12,18 @@ from modeling_gpt2_repro.errors import UserError
 
 
 def load_causal_lm(
-    name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, flag: str = "--model"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in evaluation mode on the CPU, and its tokenizer from a folder or a Hub id.
+
+    Args:
+        flag: by which the user gave the name, for the messages of errors.
 
     Raises:
         UserError: either is missing or broken, or the model lacks rows for the tokenizer's ids.
     """
-    tokenizer = _load_tokenizer(name, trust_remote_code)
-    return _load_model(name, dtype, trust_remote_code, len(tokenizer)), tokenizer
+    tokenizer = _load_tokenizer(name, trust_remote_code, flag)
+    return _load_model(name, dtype, trust_remote_code, len(tokenizer), flag), tokenizer
 
 
 def silence_libraries() -> None:
@@ -30,7 +33,7 @@ def silence_libraries() -> None:
     hub_logging.set_verbosity_error()
 
 
-def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: int) -> PreTrainedModel:
+def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: int, flag: str) -> PreTrainedModel:
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -40,36 +43,36 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: i
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {name} is not a causal language model that loads: {_first_line(error)}") from error
+        raise UserError(f"{flag} {name} is not a causal language model that loads: {_first_line(error)}") from error
     # transformers fills both kinds with random numbers and only warns.
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
     if unloaded:
         raise UserError(
-            f"--model {name} lacks {len(unloaded)} weights of the shape that its config.json asks for, such as "
+            f"{flag} {name} lacks {len(unloaded)} weights of the shape that its config.json asks for, such as "
             f"{unloaded[0]}: the two do not belong together"
         )
     n_rows = model.get_input_embeddings().num_embeddings
     if n_ids > n_rows:
         raise UserError(
-            f"--model {name} has embeddings for {n_rows} token ids, but its tokenizer has {n_ids}: put the "
+            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer has {n_ids}: put the "
             "tokenizer that the model was trained with into the folder"
         )
     return model
 
 
-def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(f"--model {name} does not exist: pass a model folder or a Hub id")
+        raise UserError(f"{flag} {name} does not exist: pass a model folder or a Hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(
-            f"cannot load a model and its tokenizer from --model {name}; pass a model folder or a Hub id: "
+            f"cannot load a model and its tokenizer from {flag} {name}; pass a model folder or a Hub id: "
             f"{_first_line(error)}"
         ) from error
     # From a folder without tokenizer files, transformers builds one of special tokens only.
     if not tokenizer("HellaSwag")["input_ids"]:
-        raise UserError(f"--model {name} has no tokenizer: save the one that the model was trained with beside it")
+        raise UserError(f"{flag} {name} has no tokenizer: save the one that the model was trained with beside it")
     return tokenizer
 
 

@@ -57,7 +57,7 @@ KNOWN_ELSEWHERE = {
 # Settings that leave the weights as they are: they may differ when a run is resumed.
 OPERATIONAL = {
     *("data_dir", "output_dir", "run_name", "init_from", "epochs", "max_steps", "micro_batch_size", "compile"),
-    "loss_chunk_tokens",
+    *("loss_chunk_tokens", "eval_only"),
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
     *("report_to", "wandb_project", "skip_steps", "plan", "plan_tokens_per_second", "smoke", "yes"),
@@ -79,7 +79,11 @@ class TrainingConfig:
     n_layer: int | None = setting(None, "transformer blocks, in place of model_size's")
     n_head: int | None = setting(None, "attention heads, in place of model_size's")
     n_embd: int | None = setting(None, "width, in place of model_size's")
-    init_from: str = setting("scratch", "scratch, or a GPT-2-shaped model to start from: a Hub id or a folder")
+    init_from: str = setting(
+        "scratch",
+        "scratch, or a GPT-2-shaped model to start from (with eval_only any causal language model): a Hub id or a "
+        "folder",
+    )
 
     sequence_length: int = setting(1024, "tokens in a sequence; also the positions of a model from scratch")
     tokens_per_step: int = setting(524288, "tokens in an optimizer update, all devices together")
@@ -125,6 +129,11 @@ class TrainingConfig:
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")
     hellaswag_file: str | None = setting(None, "HellaSwag items as .jsonl; not given: the Hub's validation set")
     hellaswag_limit: int | None = setting(None, "score the first items only; not given: all")
+    eval_only: bool = setting(
+        False,
+        "train nothing: print validation loss (unless eval_every is 0) and HellaSwag (unless hellaswag_every is 0) of "
+        "init_from, whose tokenizer has to be the data's, and keep them in data_dir/baselines.json",
+    )
     sample_every: int = setting(250, "steps between samples; 0: never")
     sample_prompt: str = setting("Hello, I'm a language model,", "text that the samples continue")
     sample_tokens: int = setting(32, "tokens of a sample, the prompt's included")
@@ -182,7 +191,11 @@ class TrainingConfig:
                 raise UserError(f"--{name} has to be in [0, 1), not {getattr(self, name)}")
         if self.eval_every and self.eval_tokens < self.sequence_length:
             raise UserError(f"--eval_tokens ({self.eval_tokens:,}) has to be at least one --sequence_length")
-        if self.tokens_per_step % self.sequence_length:
+        if self.eval_only and self.init_from == "scratch":
+            raise UserError("--eval_only needs a model: give --init_from a Hub id, such as gpt2, or a folder")
+        if self.eval_only and not self.eval_every and not self.hellaswag_every:
+            raise UserError("--eval_only has nothing to evaluate: --eval_every and --hellaswag_every are both 0")
+        if not self.eval_only and self.tokens_per_step % self.sequence_length:
             lower = self.tokens_per_step // self.sequence_length * self.sequence_length
             raise UserError(
                 f"--tokens_per_step {self.tokens_per_step:,} is not a multiple of --sequence_length "

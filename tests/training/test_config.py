@@ -39,6 +39,13 @@ def test_indivisible_batches_name_what_would_divide():
         TrainingConfig(tokens_per_step=524_000)
 
 
+def test_evaluating_a_model_is_no_other_experiment_and_needs_no_step():
+    config = TrainingConfig(eval_only=True, init_from="gpt2", sequence_length=1000)
+    assert "eval_only" not in config.experiment
+    with pytest.raises(UserError, match="not a multiple of --sequence_length 1,000"):
+        TrainingConfig(init_from="gpt2", sequence_length=1000)
+
+
 def test_windows_are_permuted_from_the_second_epoch_over_a_shuffled_corpus():
     assert TrainingConfig().first_permuted_epoch(is_shuffled=True) == 1
     assert TrainingConfig().first_permuted_epoch(is_shuffled=False) == 0
