@@ -83,7 +83,7 @@ def train(run: Run) -> None:
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
         # A resumed step was evaluated before it was saved; a trial is evaluated once.
-        if step > plan.first_step or (step == 0 and not config.smoke):
+        if plan.is_looked_at(config, step) and (step > plan.first_step or (step == 0 and not config.smoke)):
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
         if step > plan.first_step and plan.is_due(config.save_every, step):

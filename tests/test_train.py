@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -403,10 +405,13 @@ def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, 
     assert (tmp_path / "run" / "checkpoints" / "step_0000006").is_dir()
 
 
-def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys):
+def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys, monkeypatch):
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run, step: (time.sleep(2), evaluate(run, step)))
     assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0), "--smoke"]) == 0
     out = capsys.readouterr().out
     assert "median of 8" in out and "MFU" in out and "GB at most" in out
+    assert float(re.search(r"apart +([\d.]+) s an evaluation", out)[1]) >= 2
     assert "came back bit by bit" in out and "for 100 steps, evaluations included" in out
     assert "step 10: val/loss" in out and "step 10 sample" in out and "step 0:" not in out
     assert list(tmp_path.iterdir()) == []
