@@ -54,6 +54,17 @@ def open_batches(folder: Path, first_permuted_epoch: int):
     return dataset, micro_batches, read_ahead(dataset, micro_batches, torch.device("cpu"))
 
 
+def time_finding_windows(n_windows: int, step: int) -> float:
+    """Return the median seconds in which the 512 windows of a permuted step are found."""
+    order = WindowOrder(n_windows, seed=0)
+    seconds = []
+    for offset in range(50):
+        started = time.perf_counter()
+        order.windows_of_step(step + offset, 512)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=100)
@@ -84,6 +95,9 @@ def main() -> None:
                 growth[order] = read_anonymous_megabytes() - before
     copy = statistics.median(copying)
     print(f"first batch       {1e3 * statistics.median(first):8.2f} ms after opening {arguments.shards} shards")
+    for n_windows in (10**4, 10**7, 10**10):
+        near, far = (1e3 * time_finding_windows(n_windows, step) for step in (1, 10**9))
+        print(f"windows of a step {near:8.2f} ms at step 1 and {far:.2f} ms at step 10^9, of {n_windows:,} windows")
     print(f"copying a shard   {1e3 * copy:8.2f} ms of {arguments.shard_tokens / 1e6:.0f} M tokens")
     for order, seconds in waits.items():
         median, worst = statistics.median(seconds), np.quantile(seconds, 0.999)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import modeling_gpt2_repro
 import prepare_data
@@ -214,6 +214,11 @@ def test_models_that_are_not_whole_or_of_another_shape_are_refused(shards, tmp_p
         return capsys.readouterr().err
 
     assert "has n_layer 2, but" in complain(finished_run / "final", **shape, model_size="124M")
+    longer = complain(finished_run / "final", **shape, sequence_length=64, tokens_per_step=512)
+    assert "--sequence_length 64 is longer than the 32 positions" in longer
+    few_ids = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=100, n_positions=32))
+    few_ids.save_pretrained(tmp_path / "few_ids")
+    assert "has vocab_size 100, but the data's tokenizer says 50257" in complain(tmp_path / "few_ids", **shape)
     broken = tmp_path / "broken"
     shutil.copytree(finished_run / "final", broken)
     config = json.loads((broken / "config.json").read_text())
