@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import re
 import signal
@@ -32,6 +31,7 @@ from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_to
 from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.files import WRITE_ERRORS
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 
 
@@ -101,11 +101,6 @@ KNOWN_ELSEWHERE = {
     "validation_split_percentage": "the size of the validation split is --val_tokens, in tokens",
     "tokenizer_name": "the tokenizer is --tokenizer",
     "overwrite_cache": "to start afresh is --overwrite",
-}
-
-WRITE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
-    *(errno.EIO, errno.ENAMETOOLONG),
 }
 
 # What a run may change and still make the same folder.

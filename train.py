@@ -25,18 +25,25 @@ from modeling_gpt2_repro.eval_only import evaluate_only
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
-from modeling_gpt2_repro.files import create_folder_atomically
+from modeling_gpt2_repro.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.reporting.model_card import write_model_card
 from modeling_gpt2_repro.reporting.plots import draw_curves
 from modeling_gpt2_repro.run import Run, build_run, describe_plan
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
-from modeling_gpt2_repro.training.faults import NonFiniteError, explained_out_of_memory
+from modeling_gpt2_repro.training.faults import (
+    NonFiniteError,
+    explained_out_of_memory,
+    explained_write_failures,
+    tolerated_write_failures,
+)
 from modeling_gpt2_repro.training.optim import set_learning_rate
+from modeling_gpt2_repro.training.preemption import PREEMPTED_EXIT_CODE, Preemption
+from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
 from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
-from modeling_gpt2_repro.training.tracking import RunRecord, choose_tracker
+from modeling_gpt2_repro.training.tracking import BEST, BEST_METRICS, RunRecord, choose_tracker
 
 
 @reports_user_errors
@@ -57,22 +64,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.eval_only:
             evaluate_only(config, accelerator)
         elif run := build_run(config, accelerator, record):
-            with explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size):
-                train(run)
-            finish_smoke_test(run) if config.smoke else publish(run)
+            return run_to_the_end(run)
     except BaseException as error:
         details = getattr(error, "details", {})
         record.set_status("failed", error=f"{type(error).__name__}: {error}", **details)
         raise
     finally:
-        accelerator.end_training()
+        record.close()
         if config.smoke and accelerator.is_main_process:
             shutil.rmtree(record.folder, ignore_errors=True)
     return 0
 
 
-def train(run: Run) -> None:
-    """The loop: evaluate and save the model after `step` updates, and make the next update."""
+def run_to_the_end(run: Run) -> int:
+    """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
+    with (
+        explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
+        explained_write_failures(run.record.folder),
+        Preemption() as preemption,
+    ):
+        step = train(run, preemption)
+        if step < run.plan.last_step:
+            run.record.set_status("preempted", step=step)
+            run.console.say(f"stopped after {step:,} steps, as asked: the same command goes on from there")
+            return PREEMPTED_EXIT_CODE
+        finish_smoke_test(run) if run.config.smoke else publish(run)
+    return 0
+
+
+def train(run: Run, preemption: Preemption) -> int:
+    """The loop: evaluate and save the model after `step` updates, and make the next update; return the last step."""
     config, plan = run.config, run.plan
     order = WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(run.inputs.train_set.is_shuffled))
     made = (step for step in range(plan.first_step, plan.last_step) if not is_skipped(step + 1, run.skips))
@@ -86,12 +107,16 @@ def train(run: Run) -> None:
         if plan.is_looked_at(config, step) and (step > plan.first_step or (step == 0 and not config.smoke)):
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
-        if step > plan.first_step and plan.is_due(config.save_every, step):
+        is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
+        if step > plan.first_step and (is_asked_to_stop or plan.is_due(config.save_every, step)):
             with run.clock.measure("checkpoint"):
                 save(run, step)
+        if is_asked_to_stop:
+            break
         if step < plan.last_step and not is_skipped(step + 1, run.skips):
             update(run, step, batches, order)
     run.console.close()
+    return step
 
 
 def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOrder) -> None:
@@ -160,6 +185,13 @@ def evaluate(run: Run, step: int) -> None:
             accelerator=accelerator,
         )
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
+        if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
+            with (
+                tolerated_write_failures("the best model", run.console.say),
+                create_folder_atomically(run.record.folder / BEST) as folder,
+            ):
+                checkpoints.save_model(folder, run.model, inputs.tokenizer)
+                write_json(folder / BEST_METRICS, {"step": step, **metrics})
     if plan.is_due(config.hellaswag_every, step):
         with accelerator.autocast():
             result = evaluate_hellaswag(run.model, inputs.hellaswag, accelerator=accelerator, show_progress=False)
@@ -174,22 +206,24 @@ def evaluate(run: Run, step: int) -> None:
         run.record.log_samples(step, texts)
         run.console.say(f"step {step} sample: {texts[0]!r}")
     if (metrics or step == plan.last_step) and accelerator.is_main_process:
-        draw_curves(run.record.folder)
+        with tolerated_write_failures("curves.png", run.console.say):
+            draw_curves(run.record.folder)
 
 
 def save(run: Run, step: int) -> None:
-    """Write a checkpoint of the model after `step` updates."""
+    """Write a checkpoint of the model after `step` updates; where the disk has no room, training goes on without."""
+    started, config, folder = time.perf_counter(), run.config, run.record.folder / "checkpoints"
     if run.accelerator.is_main_process:
-        checkpoints.save_checkpoint(
-            run.record.folder / "checkpoints",
-            step,
-            run.model,
-            run.inputs.tokenizer,
-            run.optimizer,
-            run.experiment,
-            run.skips,
-            run.config.keep_checkpoints,
+        state = checkpoints.TrainingState(
+            step, step * config.tokens_per_step, run.experiment, run.skips, run.record.tracker_run_id
         )
+        with tolerated_write_failures(f"the checkpoint of step {step}", run.console.say):
+            check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, keep_checkpoints=1, n_saves=1))
+            checkpoints.save_checkpoint(
+                folder, state, run.model, run.inputs.tokenizer, run.optimizer, run.accelerator.scaler
+            )
+            checkpoints.prune_checkpoints(folder, config.keep_checkpoints, config.keep_weights_every)
+        run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
     run.accelerator.wait_for_everyone()
 
 

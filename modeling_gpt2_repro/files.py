@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
+# A full disk, a quota, a limit, missing rights, a file in the place of a folder, a broken disk.
+WRITE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.EIO, errno.ENAMETOOLONG),
+}
 
 
 @contextlib.contextmanager

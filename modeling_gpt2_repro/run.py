@@ -3,13 +3,15 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
-from modeling_gpt2_repro.data.shards import load_manifest
+from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
+from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
 from modeling_gpt2_repro.devices import ACCELERATOR_MICRO_BATCH_SIZE, describe_device, get_largest_micro_batch_size
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag
@@ -28,6 +30,7 @@ from modeling_gpt2_repro.training.plan import (
     count_flops_per_token,
 )
 from modeling_gpt2_repro.training.preflight import check_disk, check_duration, estimate_disk_bytes
+from modeling_gpt2_repro.training.schedule import is_same_so_far
 from modeling_gpt2_repro.training.skipping import merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 from modeling_gpt2_repro.training.tracking import RunRecord, choose_tracker
@@ -106,10 +109,19 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     console = Console(enabled=accelerator.is_main_process)
     inputs = load_inputs(config, accelerator)
     max_steps = config.derive_max_steps(len(inputs.train_set))
-    experiment = {**config.experiment, "max_steps": max_steps, "train_tokens": inputs.train_set.n_tokens}
-    resume_from = checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder / "checkpoints")
-    first_step, saved_skips = checkpoints.load_progress(resume_from, experiment) if resume_from else (0, [])
-    skips = merge_skips(saved_skips, config.skips, first_step)
+    experiment = {
+        **config.experiment,
+        "max_steps": max_steps,
+        "train_tokens": inputs.train_set.n_tokens,
+        "data": fingerprint_split(config.data_dir, "train"),
+        "tokenizer": fingerprint_tokenizer(inputs.tokenizer),
+    }
+    resume_from = checkpoints.choose_checkpoint(
+        config.resume_from_checkpoint, record.folder / "checkpoints", console.say
+    )
+    state = load_resumed_state(resume_from, config, experiment) if resume_from else None
+    first_step = state.step if state else 0
+    skips = merge_skips(state.skips if state else [], config.skips, first_step)
     is_finished = (record.folder / "final").is_dir()
     if is_finished and resume_from and first_step >= max_steps:
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
@@ -129,7 +141,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         model.activation_checkpointing_enable()
     optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     if resume_from:
-        checkpoints.load_optimizer(resume_from, optimizer)
+        checkpoints.load_moving_parts(resume_from, optimizer, accelerator.scaler)
 
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
     sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
@@ -167,7 +179,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     console.say(f"time        about {format_duration(seconds)} from step {first_step:,}, evaluations included")
     for skip in skips:
         console.say(f"skipped     updates {skip.start:,} to {skip.stop - 1:,}")
-    record.start(config, first_step if resume_from else None)
+    record.start(config, first_step if state else None, state.tracker_run_id if state else None)
     return Run(
         config=config,
         plan=plan,
@@ -183,6 +195,34 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         micro_batch_sizes=sizes,
         peak=peak,
     )
+
+
+def load_resumed_state(
+    checkpoint: Path, config: TrainingConfig, experiment: dict[str, Any]
+) -> checkpoints.TrainingState:
+    """Read where a run stood, and check that it would go on as the same experiment.
+
+    Its length may be another one where that changes none of the updates it has made: with the `constant` schedule
+    always, with `wsd` before its decay.
+
+    Raises:
+        UserError: anything else differs that decides the weights.
+    """
+    state = checkpoints.load_state(checkpoint)
+    saved = state.experiment
+    same_so_far = isinstance(saved.get("max_steps"), int) and is_same_so_far(
+        state.step,
+        experiment["max_steps"],
+        saved["max_steps"],
+        warmup_steps=config.warmup_steps,
+        peak=config.learning_rate,
+        min_ratio=config.min_lr_ratio,
+        schedule=config.lr_schedule,
+    )
+    if same_so_far and experiment["max_steps"] >= state.step:
+        saved = saved | {"max_steps": experiment["max_steps"]}
+    checkpoints.check_experiment(checkpoint, saved, experiment)
+    return state
 
 
 def describe_plan(config: TrainingConfig) -> list[str]:

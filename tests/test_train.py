@@ -2,72 +2,25 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from safetensors.torch import load_file
+from small_runs import N_STEPS, flags, launch, read_losses, read_series, run_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import modeling_gpt2_repro
 import prepare_data
 import train
 from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.micro_step import WindowLoss
 from modeling_gpt2_repro.weights import build_model
-
-N_STEPS = 12
-SMALL = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "sequence_length": 32,
-    "tokens_per_step": 256,
-    "max_steps": N_STEPS,
-    "warmup_tokens": 512,
-    "learning_rate": 2e-2,
-    "mixed_precision": "no",
-    "compile": "off",
-    "eval_every": 6,
-    "eval_tokens": 512,
-    "hellaswag_every": 6,
-    "hellaswag_file": SAMPLE_FILE,
-    "hellaswag_limit": 3,
-    "sample_every": 6,
-    "sample_tokens": 16,
-    "save_every": 6,
-    "keep_checkpoints": 0,
-    "report_to": "none",
-}
-
-
-def flags(data_dir: Path, output_dir: Path, run_name: str = "run", **changes) -> list[str]:
-    settings = {**SMALL, "data_dir": data_dir, "output_dir": output_dir, "run_name": run_name, **changes}
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def run_training(data_dir: Path, output_dir: Path, run_name: str = "run", **changes) -> Path:
-    assert train.main(flags(data_dir, output_dir, run_name, **changes)) == 0
-    return output_dir / run_name
-
-
-def read_series(run_folder: Path, name: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
-
-
-def read_losses(run_folder: Path) -> dict[int, float]:
-    return read_series(run_folder, "train/loss")
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +45,11 @@ def test_run_folder_is_complete(finished_run, shards):
     }
     assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {"step_0000006", "step_0000012"}
     assert json.loads((finished_run / "status.json").read_text()) == {"status": "finished", "step": N_STEPS}
-    last = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-2])
-    assert last["train/tokens"] == N_STEPS * 256
-    assert last["train/epoch"] == pytest.approx(N_STEPS * 8 / ((count_tokens(shards, "train") - 1) // 32))
+    assert list(read_series(finished_run, "train/checkpoint_seconds")) == [6, 12]
+    assert read_series(finished_run, "train/tokens")[N_STEPS] == N_STEPS * 256
+    assert read_series(finished_run, "train/epoch")[N_STEPS] == pytest.approx(
+        N_STEPS * 8 / ((count_tokens(shards, "train") - 1) // 32)
+    )
     samples = [json.loads(line) for line in (finished_run / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0] * 4 + [6] * 4 + [12] * 4
     assert all(sample["text"].startswith("Hello, I'm a language model,") for sample in samples)
@@ -239,18 +194,6 @@ def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(shards, tmp_path
     run_training(shards, tmp_path, save_every=0, resume_from_checkpoint=older)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000004"]
     assert read_losses(run) == read_losses(finished_run)
-
-
-def launch(n_processes: int, argv: list[str]) -> subprocess.CompletedProcess:
-    """Run train.py as several real processes on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={n_processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    return subprocess.run(
-        [*command, str(REPOSITORY / "train.py"), *argv],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_two_processes_run_the_experiment_of_one(shards, tmp_path):

@@ -6,6 +6,7 @@ A folder of shards holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -229,6 +230,22 @@ def list_checksums(folder: str | Path, split: Split) -> list[str]:
     if manifest is not None:
         return [shard.checksum for shard in manifest.shards if shard.split == split]
     return [compute_checksum(folder / name) for name in _list_names(folder, split, None)]
+
+
+def fingerprint_split(folder: str | Path, split: Split) -> str:
+    """Return `sha256:<hex digest>` by which a split is known again: of its checksums, or, without a manifest, of the
+    names and sizes of its files, because a run cannot wait until a hundred shards are read.
+
+    Raises:
+        UserError: a missing folder or a manifest that cannot be read.
+    """
+    manifest = load_manifest(folder)
+    if manifest is not None:
+        facts = [[shard.tokens, shard.checksum] for shard in manifest.shards if shard.split == split]
+    else:
+        names = _list_names(Path(folder), split, None)
+        facts = [[name, (Path(folder) / name).stat().st_size] for name in names]
+    return f"sha256:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
 
 
 def iterate_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

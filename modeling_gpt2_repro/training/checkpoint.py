@@ -1,9 +1,20 @@
-"""Checkpoints: Hugging Face model folders, with what training needs to go on beside the weights."""
+"""Checkpoints: Hugging Face model folders, with what training needs to go on beside the weights.
 
+    checkpoints/step_0000250/   the model, its code, its tokenizer
+        training_state/
+            optimizer.pt        the optimizer's moments and, under fp16, the loss scaler's state
+            state.json          what `TrainingState` says
+            checksums.json      of all the other files; a checkpoint without it is not one to resume from
+
+A checkpoint takes its name when all of it is on disk. There is no random state in it: what is drawn in training
+follows from the seed and the step.
+"""
+
+import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,89 +22,219 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import create_folder_atomically, write_json
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, create_folder_atomically, write_json
 
 TRAINING_STATE = "training_state"
+# Parts of an experiment that say nothing to a person, and what it means that they differ.
+FINGERPRINTS = {"data": "the training data are others", "tokenizer": "the tokenizer is another one"}
+OPTIMIZER_NAME, STATE_NAME, CHECKSUMS_NAME = "optimizer.pt", "state.json", "checksums.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands, beside its weights and its optimizer.
+
+    Attributes:
+        step: completed updates.
+        tokens: of the training split that these steps stand for.
+        experiment: what a resumed run may not change.
+        skips: updates that the run passes over.
+        tracker_run_id: by which a tracker knows the run again.
+    """
+
+    step: int
+    tokens: int
+    experiment: dict[str, Any]
+    skips: list[range]
+    tracker_run_id: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return dataclasses.asdict(self) | {"skips": [[skip.start, skip.stop] for skip in self.skips]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "TrainingState":
+        """Read a state.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one.
+        """
+        skips = [range(int(start), int(stop)) for start, stop in content["skips"]]
+        state = cls(
+            int(content["step"]),
+            int(content["tokens"]),
+            dict(content["experiment"]),
+            skips,
+            str(content["tracker_run_id"]),
+        )
+        if state.step < 0:
+            raise ValueError(f"step is {state.step}")
+        return state
 
 
 def save_checkpoint(
     folder: Path,
-    step: int,
+    state: TrainingState,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
-    experiment: dict[str, Any],
-    skips: Sequence[range],
-    keep: int,
-) -> None:
-    """Write `folder/step_NNNNNNN`, whole or not at all, then delete all but the newest `keep` (0: delete none).
+    scaler: torch.amp.GradScaler | None = None,
+) -> Path:
+    """Write `folder/step_NNNNNNN`, whole or not at all, and return its path.
 
     Args:
-        step: completed updates.
         model: the plain module, neither compiled nor distributed.
-        experiment: what a resumed run may not change; kept as JSON.
-        skips: updates that the run passes over.
+        scaler: of the loss, under fp16.
     """
-    with create_folder_atomically(folder / f"step_{step:07d}") as temporary:
+    path = folder / f"step_{state.step:07d}"
+    with create_folder_atomically(path) as temporary:
         save_model(temporary, model, tokenizer)
-        (temporary / TRAINING_STATE).mkdir()
-        torch.save(optimizer.state_dict(), temporary / TRAINING_STATE / "optimizer.pt")
-        state = {"step": step, "experiment": experiment, "skips": [[skip.start, skip.stop] for skip in skips]}
-        write_json(temporary / TRAINING_STATE / "state.json", state)
-    if keep:
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        state_folder = temporary / TRAINING_STATE
+        state_folder.mkdir()
+        moving_parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        torch.save(moving_parts, state_folder / OPTIMIZER_NAME)
+        write_json(state_folder / STATE_NAME, state.to_json())
+        write_json(
+            state_folder / CHECKSUMS_NAME,
+            {name: compute_checksum(temporary / name) for name in _list_files(temporary)},
+        )
+    return path
+
+
+def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
+    """Delete all checkpoints but the newest `keep` (0: none is deleted), and none that has not a newer whole one.
+
+    Of those at a multiple of `keep_weights_every` steps (0: of none) the model stays, without its training state.
+    """
+    for leftover in folder.glob(f"step_*{TEMPORARY_SUFFIX}"):  # of a run that was killed while it wrote or deleted
+        shutil.rmtree(leftover)
+    for old in list_checkpoints(folder)[:-keep] if keep else ():
+        if keep_weights_every and read_step(old) % keep_weights_every == 0:
+            (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first, so that no half counts as whole
+            shutil.rmtree(old / TRAINING_STATE)
+        else:
+            remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that no half of it is left under its name."""
+    temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def list_models(folder: Path) -> list[Path]:
+    """Return the folders `step_N` in a run's checkpoint folder, oldest first: checkpoints, and models kept of them."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,15}", path.name)), key=read_step)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints in a run's checkpoint folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,}", path.name))
+    """Return the checkpoints that training can go on from, oldest first."""
+    return [path for path in list_models(folder) if (path / TRAINING_STATE).is_dir()]
 
 
-def choose_checkpoint(requested: str, folder: Path) -> Path | None:
+def read_step(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def choose_checkpoint(requested: str, folder: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the checkpoint to go on from, `None` to start at step 0.
 
     Args:
-        requested: `auto` for the newest in `folder`, `never`, or a checkpoint's own path.
+        requested: `auto` for the newest whole one in `folder`, `never`, or a checkpoint's own path.
+        warn: told of each damaged one that is passed over.
+
+    Raises:
+        UserError: the one asked for is damaged, or all in `folder` are.
     """
     if requested == "never":
         return None
-    if requested == "auto":
-        return next(reversed(list_checkpoints(folder)), None)
-    return Path(requested)
+    if requested != "auto":
+        check_whole(Path(requested))
+        return Path(requested)
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            check_whole(checkpoint)
+        except UserError as error:
+            warn(f"passed over a checkpoint: {error}")
+        else:
+            return checkpoint
+    if found:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged: give another --run_name, or --resume_from_checkpoint never to "
+            "start again in their place"
+        )
+    return None
 
 
-def load_progress(checkpoint: Path, experiment: dict[str, Any]) -> tuple[int, list[range]]:
-    """Return the step of a checkpoint of the same experiment, and the updates that it was told to pass over.
+def check_whole(checkpoint: Path) -> None:
+    """Compare a checkpoint's files with their checksums.
 
     Raises:
-        UserError: the folder is not a checkpoint, or one of another experiment.
+        UserError: it is none, or a file is missing, changed, or was not there when it was saved.
     """
-    try:
-        state = json.loads((checkpoint / TRAINING_STATE / "state.json").read_text(encoding="utf-8"))
-        step, saved = int(state["step"]), state["experiment"]
-        skips = [range(start, stop) for start, stop in state["skips"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    state_folder = checkpoint / TRAINING_STATE
+    if not state_folder.is_dir():
         raise UserError(
-            f"{checkpoint} is not a checkpoint to resume from ({error}): give a folder like "
-            "runs/NAME/checkpoints/step_0001000, or --init_from to start a new run from its weights"
-        ) from error
+            f"{checkpoint} is not a checkpoint to resume from: give a folder like runs/NAME/checkpoints/step_0001000, "
+            "or --init_from to start a new run from its weights"
+        )
+    try:
+        checksums = json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        names = set(checksums)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is damaged: {CHECKSUMS_NAME} cannot be read ({error})") from error
+    # Only files that lie there are opened, whatever the list says.
+    found = set(_list_files(checkpoint)) - {f"{TRAINING_STATE}/{CHECKSUMS_NAME}"}
+    for name in sorted(found ^ names):
+        state = "missing" if name in names else "not one of its files"
+        raise UserError(f"{checkpoint} is damaged: {name} is {state}")
+    for name in sorted(found):
+        if compute_checksum(checkpoint / name) != checksums[name]:
+            raise UserError(f"{checkpoint} is damaged: {name} is not what was saved")
+
+
+def load_state(checkpoint: Path) -> TrainingState:
+    """Read where the run of a checkpoint stood.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = checkpoint / TRAINING_STATE / STATE_NAME
+    try:
+        return TrainingState.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of this version: {path.name} has no {error}") from error
+
+
+def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[str, Any]) -> None:
+    """Raise a `UserError` where a run that is resumed would not be the one that was saved."""
     different = [
-        f"{name} was {saved.get(name)} and is now {value}"
+        FINGERPRINTS.get(name, f"{name} was {saved.get(name)} and is now {value}")
         for name, value in experiment.items()
         if saved.get(name) != value
     ]
     if different:
+        other_length = saved.get("max_steps") != experiment.get("max_steps")
+        why = "Another length changes a cosine from its start, but not --lr_schedule constant or wsd. "
         raise UserError(
-            f"{checkpoint} is of another experiment: {', '.join(different)}. Give another --run_name, or "
+            f"{checkpoint} is of another experiment: {', '.join(different)}. {why if other_length else ''}Give "
+            f"another --run_name, with --init_from {checkpoint} to start from these weights, or "
             "--resume_from_checkpoint never to replace that run"
         )
-    return step, skips
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Give `optimizer` the moments and update counts of a checkpoint."""
-    optimizer.load_state_dict(torch.load(checkpoint / TRAINING_STATE / "optimizer.pt", "cpu", weights_only=True))
+def load_moving_parts(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Give the optimizer its moments and update counts, and the loss scaler its scale, as a checkpoint has them."""
+    saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    if scaler is not None and saved["scaler"] is not None:
+        scaler.load_state_dict(saved["scaler"])
 
 
 def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
@@ -101,10 +242,14 @@ def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.opti
     reloaded = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(reloaded[name], tensor.cpu()), f"{name} came back from {checkpoint} as something else"
-    saved = torch.load(checkpoint / TRAINING_STATE / "optimizer.pt", "cpu", weights_only=True)["state"]
+    saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)["optimizer"]["state"]
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(saved[index][name]), torch.as_tensor(value).cpu()), f"{name} of {index}"
+
+
+def _list_files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

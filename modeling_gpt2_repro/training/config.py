@@ -60,6 +60,7 @@ OPERATIONAL = {
     *("loss_chunk_tokens", "eval_only"),
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
+    *("keep_weights_every", "save_best"),
     *("report_to", "wandb_project", "skip_steps", "plan", "plan_tokens_per_second", "smoke", "yes"),
 }
 SMOKE_STEPS = 10
@@ -139,6 +140,10 @@ class TrainingConfig:
     sample_tokens: int = setting(32, "tokens of a sample, the prompt's included")
     save_every: int = setting(1000, "steps between checkpoints, and one at the end; 0: never")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep; 0: all")
+    keep_weights_every: int = setting(
+        0, "steps between checkpoints whose model is kept for good, when what training needs of them is gone; 0: none"
+    )
+    save_best: bool = setting(False, "keep the model of the lowest validation loss in best/")
     resume_from_checkpoint: str = setting(
         "auto",
         "auto: the newest checkpoint of the run folder, if any; never: replace what is in the run folder; or a path",
@@ -175,6 +180,7 @@ class TrainingConfig:
                 raise UserError(f"--{name} has to be above 0, not {getattr(self, name)}")
         not_negative = (
             *("eval_every", "hellaswag_every", "sample_every", "save_every", "keep_checkpoints", "warmup_tokens"),
+            "keep_weights_every",
             *("min_lr_ratio", "weight_decay", "seed"),
         )
         for name in not_negative:

@@ -1,10 +1,17 @@
 """What can go wrong in the middle of a run, said so that it can be put right."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 from modeling_gpt2_repro.devices import is_out_of_memory
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import WRITE_ERRORS
+
+# "PytorchStreamWriter failed writing file", "I/O error: No space left on device (os error 28)".
+WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "os error")
 
 
 class NonFiniteError(UserError):
@@ -26,6 +33,16 @@ class NonFiniteError(UserError):
         )
 
 
+def is_write_failure(error: Exception) -> bool:
+    """Tell whether an exception means that a file could not be written: a full or vanished disk, a quota, no rights.
+
+    torch and safetensors have exceptions of their own for that, of kinds that mean other things too.
+    """
+    if isinstance(error, OSError):
+        return error.errno in WRITE_ERRORS
+    return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in WRITE_SIGNS)
+
+
 @contextlib.contextmanager
 def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
     """Turn memory that runs out in the middle of a run into a `UserError` that names what would need less.
@@ -43,4 +60,28 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
         raise UserError(
             f"memory ran out with {size} sequence(s) at once: resume with {smaller}, which does not change the "
             "experiment, or with --gradient_checkpointing True"
+        ) from error
+
+
+@contextlib.contextmanager
+def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Let training go on where a file that it can do without cannot be written, and say so."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_write_failure(error):
+            raise
+        say(f"{what} was not written, training goes on: {error}")
+
+
+@contextlib.contextmanager
+def explained_write_failures(folder: Path) -> Iterator[None]:
+    """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_write_failure(error):
+            raise
+        raise UserError(
+            f"cannot write to {folder}: {error}. The last checkpoint is whole: make room, and the same command goes on"
         ) from error

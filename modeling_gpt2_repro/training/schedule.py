@@ -6,6 +6,15 @@ import math
 WSD_DECAY_FRACTION = 0.2
 
 
+def is_same_so_far(first_step: int, max_steps: int, other_max_steps: int, **settings) -> bool:
+    """Tell whether a run of another length would have made its first `first_step` updates at the same rates."""
+    return all(
+        compute_learning_rate(step, max_steps=max_steps, **settings)
+        == compute_learning_rate(step, max_steps=other_max_steps, **settings)
+        for step in range(first_step)
+    )
+
+
 def compute_learning_rate(
     step: int, *, max_steps: int, warmup_steps: int, peak: float, min_ratio: float, schedule: str
 ) -> float:

@@ -1,0 +1,399 @@
+"""Runs that are stopped, killed, damaged or hindered, and go on to the very same end."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
+
+import train
+from modeling_gpt2_repro.training.tracking import RunRecord
+
+# Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
+BARE = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
+
+
+@pytest.fixture(scope="module")
+def whole_run(shards, tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    return run_training(shards, tmp_path_factory.mktemp("whole"), save_every=3)
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    """Assert that two runs have the same numbers at every step, each once, and the same weights, bit by bit."""
+    for name in ("train/loss", "train/grad_norm", "val/loss", "hellaswag/acc_norm"):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if name in line]
+        assert steps == sorted(set(steps))
+        assert read_series(run, name) == read_series(expected, name), name
+    for name in ("log.txt", "samples.jsonl"):
+        ours, theirs = ((folder / name) for folder in (run, expected))
+        assert ours.exists() == theirs.exists()
+        assert not ours.exists() or ours.read_text() == theirs.read_text()
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in (run, expected)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def read_status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def stop_at(monkeypatch, update: int, *signals: signal.Signals) -> None:
+    """Send this process signals when it logs an update."""
+    log = RunRecord.log
+
+    def log_and_stop(self, step, metrics):
+        log(self, step, metrics)
+        if step == update and "train/loss" in metrics:
+            for number in signals:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RunRecord, "log", log_and_stop)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("update", [4, 6])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    shards, tmp_path, monkeypatch, capsys, whole_run, number, update
+):
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        stop_at(patch, update, number)
+        assert train.main(flags(shards, tmp_path, save_every=0)) == 75
+    run = tmp_path / "run"
+    assert read_status(run) == {"status": "preempted", "step": update}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
+    assert "the same command goes on from there" in capsys.readouterr().out
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    run_training(shards, tmp_path, save_every=0)
+    assert_same_end(run, whole_run)
+    assert read_status(run) == {"status": "finished", "step": N_STEPS}
+
+
+def test_the_same_signal_again_stops_at_once(shards, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags(shards, tmp_path, save_every=0))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert read_status(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_signal_of_the_other_kind_does_not(shards, tmp_path, monkeypatch):
+    # An interrupted launcher sends its workers, which Ctrl-C has reached too, a SIGTERM.
+    stop_at(monkeypatch, 4, signal.SIGINT, signal.SIGTERM)
+    assert train.main(flags(shards, tmp_path, save_every=0)) == 75
+    assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
+
+
+def wait_for_update(run: Path, update: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and f'"step": {update}' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no update {update} in {seconds} s")
+
+
+def find_workers(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """Return the processes that run train.py under a launcher."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if any(part.endswith("/train.py") for part in child.cmdline())]
+
+
+def wait_for_end(processes: list[psutil.Process], seconds: float = 60) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        process.kill()
+    assert not alive, "processes outlived what they should have ended with"
+
+
+def start(n_processes: int, argv: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        list_launch_command(n_processes, argv), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_two_processes_agree_where_to_stop_and_go_on_to_the_same_end(shards, tmp_path):
+    settings = {**BARE, "max_steps": 80, "save_every": 0, "learning_rate": 1e-3, "micro_batch_size": 2}
+    argv = flags(shards, tmp_path, **settings)
+    with start(2, argv) as launcher:
+        wait_for_update(tmp_path / "run", 3)
+        workers = find_workers(launcher)
+        assert len(workers) == 2
+        workers[1].send_signal(signal.SIGTERM)  # to one of them, as some batch systems do
+        wait_for_end(workers)
+        launcher.communicate()
+    run = tmp_path / "run"
+    status = read_status(run)
+    step = status["step"]
+    assert status["status"] == "preempted" and 3 <= step < 80
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+
+    result = launch(2, argv)
+    assert result.returncode == 0, result.stderr
+    whole = launch(2, flags(shards, tmp_path, "whole", **settings))
+    assert whole.returncode == 0, whole.stderr
+    assert_same_end(run, tmp_path / "whole")
+
+
+def test_a_lone_worker_notices_that_its_launcher_is_gone(shards, tmp_path):
+    with start(1, flags(shards, tmp_path, **BARE, max_steps=2000, save_every=0)) as launcher:
+        wait_for_update(tmp_path / "run", 3)
+        (worker,) = find_workers(launcher)
+        launcher.kill()
+        launcher.communicate()
+        wait_for_end([worker])
+    status = read_status(tmp_path / "run")
+    assert status["status"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:07d}").is_dir()
+
+
+def test_when_one_process_is_killed_the_other_ends_too(shards, tmp_path):
+    with start(2, flags(shards, tmp_path, **BARE, max_steps=2000, save_every=2, micro_batch_size=2)) as launcher:
+        wait_for_update(tmp_path / "run", 3)
+        workers = find_workers(launcher)
+        workers[1].kill()
+        wait_for_end(workers)
+        launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+    assert (tmp_path / "run" / "checkpoints" / "step_0000002").is_dir()
+
+
+def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path):
+    """Twenty times `kill -9`, at moments that fall into starting, training and saving alike."""
+    settings = {**BARE, "max_steps": 80, "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-3}
+    expected = run_training(shards, tmp_path, "whole", **settings)
+    # Forks of a process that has imported everything and computed nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train"])
+    run, chance, reached = tmp_path / "run", random.Random(0), set()
+    killed = 0
+    while killed < 20:
+        process = context.Process(target=train.main, args=(flags(shards, tmp_path, **settings),))
+        before = len(read_losses(run)) if (run / "metrics.jsonl").exists() else 0
+        process.start()
+        if chance.random() < 0.5:  # at any moment of the start
+            process.join(chance.uniform(0, 2))
+        else:  # or once it trains, and saves every other update
+            wait_for_update(run, before + 1)
+            process.join(chance.uniform(0, 0.3))
+        assert process.exitcode != 1, "it failed by itself"
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        killed += 1
+        reached.add(len(list((run / "checkpoints").glob("step_*"))) if run.exists() else 0)
+    run_training(shards, tmp_path, **settings)
+    assert killed >= 10 and len(reached) > 1
+    assert_same_end(run, expected)
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def damage(kind: str, checkpoint: Path) -> None:
+    weights, state = checkpoint / "model.safetensors", checkpoint / "training_state"
+    if kind == "truncated weights":
+        os.truncate(weights, weights.stat().st_size // 2)
+    elif kind == "flipped bit":
+        content = bytearray((state / "optimizer.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (state / "optimizer.pt").write_bytes(content)
+    elif kind == "missing file":
+        (state / "state.json").unlink()
+    elif kind == "foreign file":
+        (checkpoint / "notes.txt").write_text("mine")
+    elif kind == "empty checksums":
+        (state / "checksums.json").write_text("")
+    elif kind == "names that leave the folder":
+        checksums = json.loads((state / "checksums.json").read_text())
+        (state / "checksums.json").write_text(json.dumps(checksums | {"../../../secret": "sha256:0"}))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("truncated weights", "flipped bit", "missing file", "foreign file", "empty checksums"),
+        "names that leave the folder",
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(shards, tmp_path, whole_run, capsys, kind):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "final")
+    with open(run / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 12, "train/lo\n\x00garbage\n[1]\n')
+    newest = run / "checkpoints" / "step_0000012"
+    damage(kind, newest)
+    assert train.main(flags(shards, tmp_path, save_every=3, resume_from_checkpoint=newest)) == 2
+    assert "is damaged" in capsys.readouterr().err
+    run_training(shards, tmp_path, save_every=3)
+    out = capsys.readouterr().out
+    assert "passed over a checkpoint" in out and "step_0000012 is damaged" in out and "from step 9" in out
+    assert_same_end(run, whole_run)
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_replaced_unasked(shards, tmp_path, whole_run, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        damage("flipped bit", checkpoint)
+    assert train.main(flags(shards, tmp_path, save_every=3)) == 2
+    assert "every checkpoint in" in capsys.readouterr().err
+    assert len(list((run / "checkpoints").iterdir())) == 4
+
+
+def test_a_run_goes_on_on_another_number_of_processes(shards, tmp_path, whole_run):
+    settings = {"save_every": 3, "learning_rate": 1e-3}
+    whole = run_training(shards, tmp_path, "whole", **settings)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "step_0000006", run / "checkpoints" / "step_0000006")
+    result = launch(2, flags(shards, tmp_path, **settings, micro_batch_size=4))
+    assert result.returncode == 0, result.stderr
+    ours, expected = read_losses(run), read_losses(whole)
+    assert list(ours) == list(range(7, N_STEPS + 1))
+    assert np.allclose(list(ours.values()), list(expected.values())[6:], atol=1e-4)
+
+
+def test_what_is_kept(shards, tmp_path):
+    run = run_training(shards, tmp_path, **BARE, save_every=2, keep_checkpoints=2, keep_weights_every=4)
+    kept = {path.name: (path / "training_state").is_dir() for path in (run / "checkpoints").iterdir()}
+    # The newest two whole, and of every fourth step the model.
+    assert kept == {"step_0000004": False, "step_0000008": False, "step_0000010": True, "step_0000012": True}
+    assert (run / "checkpoints" / "step_0000004" / "model.safetensors").exists()
+    # Going back drops the models of a later time, too.
+    run_training(
+        shards,
+        tmp_path,
+        **BARE,
+        save_every=0,
+        max_steps=N_STEPS,
+        resume_from_checkpoint=run / "checkpoints" / "step_0000010",
+    )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_0000004",
+        "step_0000008",
+        "step_0000010",
+    ]
+
+
+def test_the_best_model_is_kept_beside_the_last(shards, tmp_path):
+    # The loss falls at first, and then a rate that grows too large lets it rise again.
+    settings = {"eval_every": 2, "hellaswag_every": 0, "sample_every": 0, "save_every": 4}
+    run = run_training(
+        shards, tmp_path, **settings, warmup_tokens=256 * 12, learning_rate=0.5, save_best=True, keep_checkpoints=0
+    )
+    losses = read_series(run, "val/loss")
+    best = min(losses, key=losses.get)
+    assert 0 < best < N_STEPS
+    kept = json.loads((run / "best" / "metrics.json").read_text())
+    assert (kept["step"], kept["val/loss"]) == (best, losses[best])
+    weights = load_file(run / "best" / "model.safetensors")
+    final = load_file(run / "final" / "model.safetensors")
+    assert any(not torch.equal(weights[name], final[name]) for name in final)
+    # A run that goes on knows what was the best before it.
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / f"step_{N_STEPS:07d}")
+    before = (run / "best" / "model.safetensors").stat().st_mtime_ns if best <= 8 else None
+    run_training(
+        shards, tmp_path, **settings, warmup_tokens=256 * 12, learning_rate=0.5, save_best=True, keep_checkpoints=0
+    )
+    kept_again = json.loads((run / "best" / "metrics.json").read_text())
+    assert kept_again == kept
+    assert before in (None, (run / "best" / "model.safetensors").stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("limit", [20_000, 400_000, 2_000_000])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(shards, tmp_path, whole_run, capsys, limit):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # no file can grow larger
+        code = train.main(flags(shards, tmp_path, save_every=3, eval_every=0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert [out.count(f"checkpoint of step {step} was not written, training goes on") for step in (3, 6, 9, 12)] == [
+        1
+    ] * 4
+    assert "make room, and the same command goes on" in err and err.count("\n") == 1
+    run = tmp_path / "run"
+    assert list(read_losses(run)) == list(range(1, N_STEPS + 1))
+    assert list((run / "checkpoints").iterdir()) == []
+    assert read_status(run)["status"] == "failed"
+
+
+def test_a_tracker_that_fails_is_named_once(shards, tmp_path, whole_run, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ConnectionError("the tracker is out of reach")
+
+    for name in ("log", "init_trackers", "end_training"):
+        monkeypatch.setattr(train.start_accelerator.__globals__["Accelerator"], name, fail)
+    run = run_training(shards, tmp_path, save_every=3)
+    assert capsys.readouterr().out.count("the tracker failed, training goes on without it") == 1
+    assert_same_end(run, whole_run)
+
+
+def test_a_resumed_run_is_the_same_one_to_a_tracker(shards, tmp_path, monkeypatch):
+    seen = []
+    accelerator = train.start_accelerator.__globals__["Accelerator"]
+    monkeypatch.setattr(accelerator, "init_trackers", lambda self, project, config, kwargs: seen.append(kwargs))
+    run = run_training(shards, tmp_path, **BARE)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step_0000012")
+    run_training(shards, tmp_path, **BARE)
+    run_training(shards, tmp_path, "other", **BARE)
+    ids = [kwargs["wandb"]["id"] for kwargs in seen]
+    assert ids[0] == ids[1] != ids[2]
+    assert all(kwargs["wandb"]["resume"] == "allow" for kwargs in seen)
+
+
+def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    other = tmp_path / "other_shards"
+    shutil.copytree(shards, other)
+    tokens = np.load(other / "story_train_000002.npy")
+    np.save(other / "story_train_000002.npy", tokens[:-1])
+
+    def complain(data_dir: Path = shards, **changes) -> str:
+        assert train.main(flags(data_dir, tmp_path, save_every=3, **changes)) == 2
+        return capsys.readouterr().err
+
+    assert "the training data are others" in complain(other)
+    assert "tokens_per_step was 256 and is now 128" in complain(tokens_per_step=128)
+    assert "n_layer was 2 and is now 3" in complain(n_layer=3)
+    longer = complain(max_steps=24)
+    assert "max_steps was 12 and is now 24" in longer and "--lr_schedule constant or wsd" in longer
+    assert "--init_from" in longer
+    assert_same_end(run, whole_run)
+
+
+@pytest.mark.parametrize("schedule, step", [("constant", 6), ("wsd", 6)])
+def test_a_run_whose_rate_stays_can_be_prolonged(shards, tmp_path, schedule, step):
+    settings = {**BARE, "lr_schedule": schedule, "save_every": 6, "keep_checkpoints": 0}
+    run = run_training(shards, tmp_path, **settings)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step_0000012")
+    whole = run_training(shards, tmp_path, "whole", **settings, max_steps=24)
+    run_training(shards, tmp_path, **settings, max_steps=24)
+    assert_same_end(run, whole)
+
+
+def test_a_wsd_run_in_its_decay_cannot_be_prolonged(shards, tmp_path, capsys):
+    settings = {**BARE, "lr_schedule": "wsd", "save_every": 12}
+    run_training(shards, tmp_path, **settings)
+    assert train.main(flags(shards, tmp_path, **settings, max_steps=24)) == 2
+    assert "max_steps was 12 and is now 24" in capsys.readouterr().err
