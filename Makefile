@@ -9,7 +9,7 @@ SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
 # The demo asks nothing of the network, computes on the CPU whatever else there is, and reports to no tracker.
 DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test quality bench
+.PHONY: install demo test test-slow quality bench
 
 install: .venv/installed
 
@@ -29,7 +29,10 @@ demo: install
 	$(BIN)/python -m modeling_gpt2_repro.reporting.summary runs/demo
 
 test: install
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m slow
 
 quality: install
 	$(BIN)/ruff check .

@@ -210,17 +210,22 @@ def load_resumed_state(
     """
     state = checkpoints.load_state(checkpoint)
     saved = state.experiment
-    same_so_far = isinstance(saved.get("max_steps"), int) and is_same_so_far(
-        state.step,
-        experiment["max_steps"],
-        saved["max_steps"],
-        warmup_steps=config.warmup_steps,
-        peak=config.learning_rate,
-        min_ratio=config.min_lr_ratio,
-        schedule=config.lr_schedule,
-    )
-    if same_so_far and experiment["max_steps"] >= state.step:
-        saved = saved | {"max_steps": experiment["max_steps"]}
+    max_steps, saved_max_steps = experiment["max_steps"], saved.get("max_steps")
+    is_prolonged = isinstance(saved_max_steps, int) and max_steps != saved_max_steps
+    if (
+        is_prolonged
+        and state.step <= max_steps
+        and is_same_so_far(
+            state.step,
+            max_steps,
+            saved_max_steps,
+            warmup_steps=config.warmup_steps,
+            peak=config.learning_rate,
+            min_ratio=config.min_lr_ratio,
+            schedule=config.lr_schedule,
+        )
+    ):
+        saved = saved | {"max_steps": max_steps}
     checkpoints.check_experiment(checkpoint, saved, experiment)
     return state
 
