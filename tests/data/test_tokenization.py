@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -98,9 +99,9 @@ def test_rebuilt_engine_gives_the_same_ids(gigatoken_spec, monkeypatch):
     assert len(engines) > 1
 
 
-@pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
-def test_ever_new_words_take_bounded_memory(gigatoken_spec):
-    encoder = DocumentEncoder(gigatoken_spec)
+def measure_growth(spec: EncoderSpec) -> int:
+    """Return by how much encoding five million words, no two of them alike, makes this process grow at most."""
+    encoder = DocumentEncoder(spec)
     letters = np.random.default_rng(0).integers(97, 123, (5_000_000, 8), dtype=np.uint8)
     letters[:, 0] = 32
     texts = [words.tobytes().decode() for words in np.array_split(letters, 50)]
@@ -109,7 +110,15 @@ def test_ever_new_words_take_bounded_memory(gigatoken_spec):
     for text in texts:
         encoder.encode(pa.array([text], pa.large_string()))
         growth.append(measure_private_memory() - before)
-    assert max(growth) < 250e6  # 350e6 and rising where nothing is forgotten
+    return max(growth)
+
+
+@pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
+def test_ever_new_words_take_bounded_memory(gigatoken_spec):
+    # In a process of its own, which has no free memory from before for the engine to grow into.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        growth = pool.apply(measure_growth, (gigatoken_spec,))
+    assert 20e6 < growth < 250e6  # 350e6 and rising where nothing is forgotten
 
 
 def test_an_encoder_travels_to_another_process(gigatoken_spec):
