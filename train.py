@@ -6,6 +6,7 @@ reproduce GPT-2 124M, and any number of devices runs the same experiment.
 
 import contextlib
 import math
+import os
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ from modeling_gpt2_repro.data.dataset import read_ahead
 from modeling_gpt2_repro.data.order import WindowOrder
 from modeling_gpt2_repro.data.tokenization import token_byte_lengths
 from modeling_gpt2_repro.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
-from modeling_gpt2_repro.errors import reports_user_errors
+from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.eval_only import evaluate_only
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import generate_samples
@@ -52,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(TrainingConfig, argv, description=main.__doc__, known_elsewhere=KNOWN_ELSEWHERE)
     transformers_logging.disable_progress_bar()
     if config.plan:
-        print("\n".join(describe_plan(config)))
+        lines = describe_plan(config)
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(lines))
         return 0
+    preemption = Preemption()
     if config.smoke:
         config = config.as_smoke_test()
     prepare_cpu_process()
@@ -64,29 +68,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.eval_only:
             evaluate_only(config, accelerator)
         elif run := build_run(config, accelerator, record):
-            return run_to_the_end(run)
+            return run_to_the_end(run, preemption)
     except BaseException as error:
-        details = getattr(error, "details", {})
-        record.set_status("failed", error=f"{type(error).__name__}: {error}", **details)
+        record.set_failed(error)
+        if record.is_started and not accelerator.is_main_process and not getattr(error, "is_everywhere", False):
+            print(f"process {accelerator.process_index}: {error}", file=sys.stderr, flush=True)
         raise
     finally:
         record.close()
-        if config.smoke and accelerator.is_main_process:
+        if config.smoke and record.is_open:
             shutil.rmtree(record.folder, ignore_errors=True)
     return 0
 
 
-def run_to_the_end(run: Run) -> int:
+def run_to_the_end(run: Run, preemption: Preemption) -> int:
     """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
     with (
         explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
         explained_write_failures(run.record.folder),
-        Preemption() as preemption,
+        preemption,
     ):
         step = train(run, preemption)
         if step < run.plan.last_step:
             run.record.set_status("preempted", step=step)
-            run.console.say(f"stopped after {step:,} steps, as asked: the same command goes on from there")
+            way = (
+                "the same command" if run.config.resume_from_checkpoint == "auto" else "--resume_from_checkpoint auto"
+            )
+            run.console.say(f"stopped after {step:,} steps, as asked: {way} goes on from there")
             return PREEMPTED_EXIT_CODE
         finish_smoke_test(run) if run.config.smoke else publish(run)
     return 0
@@ -103,14 +111,20 @@ def train(run: Run, preemption: Preemption) -> int:
     batches = read_ahead(run.inputs.train_set, micro_batches, run.accelerator.device)
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
-        # A resumed step was evaluated before it was saved; a trial is evaluated once.
-        if plan.is_looked_at(config, step) and (step > plan.first_step or (step == 0 and not config.smoke)):
+        is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
+        is_evaluated = not plan.is_looked_at(config, step) or (step == plan.first_step and run.is_first_step_evaluated)
+        # Who asks to stop waits for seconds, and an evaluation can take minutes: the resumed run will make it.
+        if not is_evaluated and not is_asked_to_stop:
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
-        is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
+            is_evaluated = True
         if step > plan.first_step and (is_asked_to_stop or plan.is_due(config.save_every, step)):
             with run.clock.measure("checkpoint"):
-                save(run, step)
+                is_saved = save(run, step, is_evaluated)
+            if is_asked_to_stop and not is_saved:
+                raise UserError(
+                    "asked to stop, the run could not save: the same command goes on from its last checkpoint"
+                )
         if is_asked_to_stop:
             break
         if step < plan.last_step and not is_skipped(step + 1, run.skips):
@@ -186,12 +200,11 @@ def evaluate(run: Run, step: int) -> None:
         )
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
         if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
-            with (
-                tolerated_write_failures("the best model", run.console.say),
-                create_folder_atomically(run.record.folder / BEST) as folder,
-            ):
-                checkpoints.save_model(folder, run.model, inputs.tokenizer)
-                write_json(folder / BEST_METRICS, {"step": step, **metrics})
+            with tolerated_write_failures("the best model", run.console.say):
+                with create_folder_atomically(run.record.folder / BEST) as folder:
+                    checkpoints.save_model(folder, run.model, inputs.tokenizer)
+                    write_json(folder / BEST_METRICS, {"step": step, **metrics})
+                run.record.best_val_loss = validation.loss
     if plan.is_due(config.hellaswag_every, step):
         with accelerator.autocast():
             result = evaluate_hellaswag(run.model, inputs.hellaswag, accelerator=accelerator, show_progress=False)
@@ -210,21 +223,33 @@ def evaluate(run: Run, step: int) -> None:
             draw_curves(run.record.folder)
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint of the model after `step` updates; where the disk has no room, training goes on without."""
+def save(run: Run, step: int, is_evaluated: bool) -> bool:
+    """Write a checkpoint of the model after `step` updates; where the disk has no room, training goes on without.
+
+    Returns:
+        Whether it was written, as far as this process knows.
+    """
+    is_saved = not run.accelerator.is_main_process
     started, config, folder = time.perf_counter(), run.config, run.record.folder / "checkpoints"
     if run.accelerator.is_main_process:
         state = checkpoints.TrainingState(
-            step, step * config.tokens_per_step, run.experiment, run.skips, run.record.tracker_run_id
+            step,
+            step * config.tokens_per_step,
+            run.experiment,
+            run.skips,
+            run.record.tracker_run_id,
+            is_evaluated,
         )
         with tolerated_write_failures(f"the checkpoint of step {step}", run.console.say):
-            check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, keep_checkpoints=1, n_saves=1))
+            check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
             checkpoints.save_checkpoint(
                 folder, state, run.model, run.inputs.tokenizer, run.optimizer, run.accelerator.scaler
             )
+            is_saved = True
             checkpoints.prune_checkpoints(folder, config.keep_checkpoints, config.keep_weights_every)
         run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
     run.accelerator.wait_for_everyone()
+    return is_saved
 
 
 def publish(run: Run) -> None:
@@ -243,8 +268,10 @@ def publish(run: Run) -> None:
 def finish_smoke_test(run: Run) -> None:
     """Load the trial's checkpoint again and say what was measured."""
     if run.accelerator.is_main_process:
-        newest = checkpoints.list_checkpoints(run.record.folder / "checkpoints")[-1]
-        checkpoints.check_reload(newest, run.model, run.optimizer)
+        saved = checkpoints.list_checkpoints(run.record.folder / "checkpoints")
+        if not saved:
+            raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
+        checkpoints.check_reload(saved[-1], run.model, run.optimizer)
         peak_memory = measure_peak_memory(run.accelerator.device)
         for line in describe_smoke_test(run.config, run.plan, run.clock, run.peak, peak_memory):
             run.console.say(line)

@@ -123,6 +123,12 @@ def measure_peak_memory(device: torch.device) -> float:
     return peak * (1024 if sys.platform == "linux" else 1) / 1e9
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `measure_peak_memory` begin anew, where the device counts: a CPU's process cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an exception of torch's means that the device, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

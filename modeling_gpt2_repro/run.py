@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
 from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
-from modeling_gpt2_repro.devices import ACCELERATOR_MICRO_BATCH_SIZE, describe_device, get_largest_micro_batch_size
+from modeling_gpt2_repro.devices import (
+    ACCELERATOR_MICRO_BATCH_SIZE,
+    describe_device,
+    get_largest_micro_batch_size,
+    reset_peak_memory,
+)
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
@@ -29,7 +35,7 @@ from modeling_gpt2_repro.training.plan import (
     Plan,
     count_flops_per_token,
 )
-from modeling_gpt2_repro.training.preflight import check_disk, check_duration, estimate_disk_bytes
+from modeling_gpt2_repro.training.preflight import check_disk, check_duration, measure_folder
 from modeling_gpt2_repro.training.schedule import is_same_so_far
 from modeling_gpt2_repro.training.skipping import merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
@@ -60,6 +66,7 @@ class Run:
     Attributes:
         experiment: what a resumed run may not change.
         skips: updates that are passed over.
+        is_first_step_evaluated: nothing is to be measured before the first update.
         micro_batch_sizes: the sizes that divide a step, largest first.
     """
 
@@ -74,6 +81,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     experiment: dict
     skips: list[range]
+    is_first_step_evaluated: bool
     micro_batch_sizes: list[int]
     peak: Peak
     clock: Clock = field(default_factory=Clock)
@@ -116,11 +124,10 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         "data": fingerprint_split(config.data_dir, "train"),
         "tokenizer": fingerprint_tokenizer(inputs.tokenizer),
     }
-    resume_from = checkpoints.choose_checkpoint(
-        config.resume_from_checkpoint, record.folder / "checkpoints", console.say
-    )
+    resume_from = choose_together(config, accelerator, record.folder / "checkpoints", console)
     state = load_resumed_state(resume_from, config, experiment) if resume_from else None
     first_step = state.step if state else 0
+    check_agreement(accelerator, [first_step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
     is_finished = (record.folder / "final").is_dir()
     if is_finished and resume_from and first_step >= max_steps:
@@ -157,9 +164,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         eval_tokens=inputs.count_eval_tokens(config),
         hellaswag_tokens=inputs.hellaswag.n_tokens if inputs.hellaswag else 0,
     )
-    n_saves = 1 if config.smoke else plan.count_due(config.save_every)
-    check_disk(record.folder, estimate_disk_bytes(plan.n_parameters, config.keep_checkpoints, n_saves))
-    peak = choose_peak(accelerator.device, accelerator.mixed_precision)
+    if accelerator.is_main_process:
+        check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / "checkpoints"))
+    peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     order = "shuffled" if inputs.train_set.is_shuffled else "in source order"
     console.say(f"run         {record.folder}, tracker {choose_tracker(config.report_to) or 'none'}")
     console.say(f"device      {describe_device(accelerator, config.mixed_precision)}")
@@ -179,7 +186,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     console.say(f"time        about {format_duration(seconds)} from step {first_step:,}, evaluations included")
     for skip in skips:
         console.say(f"skipped     updates {skip.start:,} to {skip.stop - 1:,}")
-    record.start(config, first_step if state else None, state.tracker_run_id if state else None)
+    recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in skips])
+    record.start(recorded, first_step if state else None, state.tracker_run_id if state else None)
+    reset_peak_memory(accelerator.device)
     return Run(
         config=config,
         plan=plan,
@@ -192,9 +201,39 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         optimizer=optimizer,
         experiment=experiment,
         skips=skips,
-        micro_batch_sizes=sizes,
+        is_first_step_evaluated=state.is_evaluated if state else config.smoke,
+        micro_batch_sizes=config.list_divisors(accelerator.num_processes),
         peak=peak,
     )
+
+
+def choose_together(config: TrainingConfig, accelerator: Accelerator, folder: Path, console: Console) -> Path | None:
+    """Choose the checkpoint to go on from in the first process, which reads all of it, and tell the others.
+
+    Raises:
+        UserError: as `choose_checkpoint`, in every process.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = checkpoints.choose_checkpoint(config.resume_from_checkpoint, folder, console.say)
+        except UserError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def check_agreement(accelerator: Accelerator, facts: list[Any]) -> None:
+    """Raise a `UserError` where the processes, on several machines, are about to train different things."""
+    for process, other in enumerate(gather_object([facts])):
+        if other != facts:
+            raise UserError(
+                f"process {process} starts at step {other[0]} of {other[1]}, this one at step {facts[0]} of {facts[1]}"
+                ", or their data differ: --data_dir has to hold the same shards, and --output_dir to be the same "
+                "folder, on all machines"
+            )
 
 
 def load_resumed_state(

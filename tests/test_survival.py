@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
+from modeling_gpt2_repro.training import preemption
 from modeling_gpt2_repro.training.tracking import RunRecord
 
 # Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
@@ -77,12 +78,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
     assert "the same command goes on from there" in capsys.readouterr().out
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert update not in read_series(run, "val/loss")  # who asks to stop does not wait for an evaluation
     run_training(shards, tmp_path, save_every=0)
     assert_same_end(run, whole_run)
     assert read_status(run) == {"status": "finished", "step": N_STEPS}
 
 
-def test_the_same_signal_again_stops_at_once(shards, tmp_path, monkeypatch):
+def test_a_signal_that_comes_later_again_stops_at_once(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "SECONDS_OF_ONE_REQUEST", 0.0)
     stop_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train.main(flags(shards, tmp_path, save_every=0))
@@ -90,9 +93,9 @@ def test_the_same_signal_again_stops_at_once(shards, tmp_path, monkeypatch):
     assert read_status(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_signal_of_the_other_kind_does_not(shards, tmp_path, monkeypatch):
-    # An interrupted launcher sends its workers, which Ctrl-C has reached too, a SIGTERM.
-    stop_at(monkeypatch, 4, signal.SIGINT, signal.SIGTERM)
+def test_signals_that_come_together_are_one_request(shards, tmp_path, monkeypatch):
+    # A batch system signals every process, and the launcher passes the signal on.
+    stop_at(monkeypatch, 4, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
     assert train.main(flags(shards, tmp_path, save_every=0)) == 75
     assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
 

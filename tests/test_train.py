@@ -328,12 +328,14 @@ def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards
     assert all(tensor.isfinite().all() for tensor in before.values())
 
     run_training(random_shards, tmp_path, **quick, skip_steps="7:7")
+    assert "- '7:7'" in (run / "config.yaml").read_text()
     assert "skipped     updates 7 to 7" in capsys.readouterr().out
     assert list(read_losses(run)) == [step for step in range(1, N_STEPS + 1) if step != 7]
     whole = read_losses(run)
     # What was skipped is kept: going on from a later checkpoint needs no flag, and ends the same.
     shutil.rmtree(run / "checkpoints" / "step_0000012")
     run_training(random_shards, tmp_path, **quick)
+    assert "- '7:7'" in (run / "config.yaml").read_text()
     assert "skipped     updates 7 to 7" in capsys.readouterr().out
     assert read_losses(run) == whole
     assert (
@@ -349,20 +351,24 @@ def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, 
 
     poison(monkeypatch, random_shards, update=7, fault=run_out)
     assert train.main(flags(random_shards, tmp_path, shuffle_windows="off")) == 2
-    assert "resume with --micro_batch_size 4," in capsys.readouterr().err
+    assert "resume with --micro_batch_size 4, or" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step_0000006").is_dir()
 
 
 def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys, monkeypatch):
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda run, step: (time.sleep(2), evaluate(run, step)))
+    theirs = tmp_path / "run-smoke" / "final"
+    theirs.mkdir(parents=True)
+    assert train.main([*flags(tmp_path / "no_data", tmp_path), "--smoke"]) == 2
+    capsys.readouterr()
     assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0), "--smoke"]) == 0
     out = capsys.readouterr().out
     assert "median of 8" in out and "MFU" in out and "GB at most" in out
     assert float(re.search(r"apart +([\d.]+) s an evaluation", out)[1]) >= 2
     assert "came back bit by bit" in out and "for 100 steps, evaluations included" in out
     assert "step 10: val/loss" in out and "step 10 sample" in out and "step 0:" not in out
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run-smoke", theirs]
 
 
 def test_plan_prints_the_arithmetic_and_touches_nothing(shards, tmp_path, capsys, monkeypatch):

@@ -40,6 +40,7 @@ class TrainingState:
         experiment: what a resumed run may not change.
         skips: updates that the run passes over.
         tracker_run_id: by which a tracker knows the run again.
+        is_evaluated: what is due at this step has been measured; not so where the run was asked to stop before.
     """
 
     step: int
@@ -47,6 +48,7 @@ class TrainingState:
     experiment: dict[str, Any]
     skips: list[range]
     tracker_run_id: str
+    is_evaluated: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -66,6 +68,7 @@ class TrainingState:
             dict(content["experiment"]),
             skips,
             str(content["tracker_run_id"]),
+            bool(content["is_evaluated"]),
         )
         if state.step < 0:
             raise ValueError(f"step is {state.step}")

@@ -1,6 +1,7 @@
 """The settings of a training run, and the arithmetic that follows from them."""
 
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -227,7 +228,7 @@ class TrainingConfig:
         """Return the settings of a trial that leaves the run folder alone and reports to nobody."""
         return replace(
             self,
-            run_name=f"{self.run_name}-smoke",
+            run_name=f"{self.run_name}-smoke-{os.getpid()}",  # nobody's folder but the trial's
             resume_from_checkpoint="never",
             report_to="none",
             save_every=self.save_every or SMOKE_STEPS,
@@ -262,6 +263,11 @@ class TrainingConfig:
             )
         return max_steps
 
+    def list_divisors(self, n_processes: int) -> list[int]:
+        """Return the micro-batch sizes that divide a process's share of a step, largest first."""
+        share = self.windows_per_step // n_processes
+        return [size for size in range(share, 0, -1) if share % size == 0]
+
     def list_micro_batch_sizes(self, n_processes: int, largest: int) -> list[int]:
         """Return the micro-batch sizes to try, largest first: as set, or for `auto` all that divide, up to `largest`.
 
@@ -275,7 +281,7 @@ class TrainingConfig:
                 f"processes: use {fewer} processes, or a --tokens_per_step that they divide"
             )
         share = self.windows_per_step // n_processes
-        divisors = [size for size in range(share, 0, -1) if share % size == 0]
+        divisors = self.list_divisors(n_processes)
         if self.micro_batch_size == "auto":
             return [size for size in divisors if size <= largest]
         size = int(self.micro_batch_size)

@@ -23,6 +23,8 @@ class NonFiniteError(UserError):
     """
 
     def __init__(self, update: int, loss: float, grad_norm: float, windows: Sequence[int]):
+        # Every process has reduced the same numbers, and stops at the same update.
+        self.is_everywhere = True
         self.details = {"update": update, "windows": [int(window) for window in windows]}
         first, last = min(windows), max(windows)
         where = f"windows {first} to {last}" if last - first + 1 == len(windows) else f"{len(windows)} windows"
@@ -56,11 +58,14 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        smaller = next((f"--micro_batch_size {other}" for other in sizes if other < size), "a smaller --model_size")
-        raise UserError(
-            f"memory ran out with {size} sequence(s) at once: resume with {smaller}, which does not change the "
-            "experiment, or with --gradient_checkpointing True"
-        ) from error
+        smaller = next((other for other in sizes if other < size), None)
+        advice = "--gradient_checkpointing True needs less memory, and does not change the experiment"
+        if smaller is not None:
+            advice = (
+                f"resume with --micro_batch_size {smaller}, or with --gradient_checkpointing True: neither changes "
+            )
+            advice += "the experiment"
+        raise UserError(f"memory ran out with {size} sequence(s) at once: {advice}") from error
 
 
 @contextlib.contextmanager

@@ -69,27 +69,35 @@ def _try_sizes(
     for size in sizes:
         seconds, fits = 0.0, True
         try:
-            windows = torch.stack([dataset[index % len(dataset)] for index in range(size)]).to(accelerator.device)
-            for _ in range(3):  # the first ones allocate and compile, the last one is measured
-                start = time.perf_counter()
-                with accelerator.autocast():
-                    loss = loss_model(windows)
-                loss.backward()
-                loss.item()
-                seconds = time.perf_counter() - start
+            seconds = _time_micro_step(loss_model, dataset, size, accelerator)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             fits = False
         loss_model.zero_grad(set_to_none=True)
+        if not fits and accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
         if accelerator.num_processes > 1:
             outcomes = accelerator.gather(torch.tensor([[seconds, float(fits)]], device=accelerator.device))
             seconds, fits = outcomes[:, 0].max().item(), bool(outcomes[:, 1].min())
         if fits:
             del reserved
-            return size, seconds / (size * (windows.shape[1] - 1))
+            return size, seconds / (size * (len(dataset[0]) - 1))
     raise UserError(
         f"even {sizes[-1]} sequence(s) at once do not fit in the device's memory: use "
         + ("--micro_batch_size auto, " if sizes[-1] > 1 else "")
         + "--gradient_checkpointing, a shorter --sequence_length or a smaller --model_size"
     )
+
+
+def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:
+    # On its own, so that nothing of an attempt that did not fit is still held when the next one begins.
+    windows = torch.stack([dataset[index % len(dataset)] for index in range(size)]).to(accelerator.device)
+    for _ in range(3):  # the first ones allocate and compile, the last one is measured
+        start = time.perf_counter()
+        with accelerator.autocast():
+            loss = loss_model(windows)
+        loss.backward()
+        loss.item()
+        seconds = time.perf_counter() - start
+    return seconds

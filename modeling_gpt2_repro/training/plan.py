@@ -77,6 +77,13 @@ class Plan:
         work = self.count_training_tokens(config) + FORWARD_SHARE * self.count_evaluation_tokens(config)
         return work / tokens_per_second
 
+    def estimate_disk_bytes(self, config: TrainingConfig) -> int:
+        """Return the disk that the run takes at most."""
+        n_saves = max(1, self.count_due(config.save_every) - 1)  # none at step 0, and one when it is asked to stop
+        n_kept = self.max_steps // config.keep_weights_every if config.keep_weights_every else 0
+        n_best = 2 if config.save_best else 0  # one more while it is replaced
+        return estimate_disk_bytes(self.n_parameters, n_saves, config.keep_checkpoints, n_kept + n_best)
+
     def describe_length(self, config: TrainingConfig) -> str:
         """Say how many steps and epochs the run has."""
         warmup = f"warm-up {config.warmup_steps:,} steps"
@@ -102,14 +109,14 @@ class Plan:
         lines = [f"model       {self.n_parameters:,} parameters", self.describe_step(config)]
         for n_processes in EXAMPLE_PROCESSES:
             if n_processes != self.n_processes and config.windows_per_step % n_processes == 0:
-                size = config.list_micro_batch_sizes(n_processes, self.micro_batch_size)[0]
+                size = next(size for size in config.list_divisors(n_processes) if size <= self.micro_batch_size)
                 micro_steps = config.windows_per_step // n_processes // size
                 lines.append(
                     f"            on {n_processes} process(es) {micro_steps} micro-step(s) x {size} sequence(s)"
                 )
         training = self.count_training_tokens(config)
         evaluation = self.count_evaluation_tokens(config)
-        disk = estimate_disk_bytes(self.n_parameters, config.keep_checkpoints, self.count_due(config.save_every))
+        disk = self.estimate_disk_bytes(config)
         rates = [config.plan_tokens_per_second] if config.plan_tokens_per_second else EXAMPLE_RATES
         durations = (
             f"{format_duration(self.estimate_seconds(config, rate))} at {rate:,.0f} tokens/s" for rate in rates

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 import torch
@@ -10,22 +11,23 @@ from accelerate import Accelerator
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of BSD's sysexits.h: try again later
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A batch system that signals every process, and a launcher that passes the signal on, are one request.
+SECONDS_OF_ONE_REQUEST = 5.0
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, torchrun
 
 
 class Preemption:
-    """Takes note of a request to stop, which the loop asks for after each step.
+    """Takes note of a request to stop, which the loop asks for at each step.
 
-    A context: inside, the first SIGINT or SIGTERM is noted, and the same signal a second time does what it always
-    does, so that it ends the process at once. (The same, because a launcher that is interrupted sends its workers the
-    other kind.) A worker that `accelerate launch` started also takes the death of its launcher for a request: a lone
-    one gets no signal then, and would run on unseen.
+    A context: inside, SIGINT and SIGTERM are noted; one that comes `SECONDS_OF_ONE_REQUEST` after the first does what
+    it always does, and ends the process at once. A worker of a launcher also takes the launcher's death for a request:
+    a lone one gets no signal then, and would run on unseen. Made at the start of the process, to know the launcher.
     """
 
     def __init__(self):
-        self._is_requested = False
+        self._requested_at: float | None = None
         self._previous: dict[signal.Signals, object] = {}
-        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # accelerate launch exports it in any case
-        self._launcher = os.getppid() if is_launched else None
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():  # Python's rule for setting handlers
@@ -41,12 +43,17 @@ class Preemption:
     def is_requested(self, accelerator: Accelerator) -> bool:
         """Tell whether any process was asked to stop; every process gets the same answer, at the same step."""
         if self._launcher is not None and os.getppid() != self._launcher:
-            self._is_requested = True
+            self._requested_at = time.monotonic()
+        is_requested = self._requested_at is not None
         if accelerator.num_processes == 1:
-            return self._is_requested
-        requests = torch.tensor(float(self._is_requested), device=accelerator.device)
+            return is_requested
+        requests = torch.tensor(float(is_requested), device=accelerator.device)
         return accelerator.reduce(requests, reduction="sum").item() > 0
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        self._is_requested = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        now = time.monotonic()
+        if self._requested_at is None:
+            self._requested_at = now
+        elif now - self._requested_at >= SECONDS_OF_ONE_REQUEST:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+            signal.raise_signal(number)

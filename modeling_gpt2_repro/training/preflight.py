@@ -12,15 +12,22 @@ WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
 LONGEST_CPU_RUN_SECONDS = 7 * 24 * 3600
 
 
-def estimate_disk_bytes(n_parameters: int, keep_checkpoints: int, n_saves: int) -> int:
-    """Return the disk that a run takes at most: the checkpoints kept, one more while it is written, and `final/`.
+def estimate_disk_bytes(n_parameters: int, n_saves: int, keep_checkpoints: int, n_models: int = 0) -> int:
+    """Return the disk that a run takes at most: the checkpoints kept, one more while it is written, and models.
 
     Args:
+        n_saves: checkpoints that the rest of the run writes, at least one.
         keep_checkpoints: 0 keeps all.
-        n_saves: checkpoints that the rest of the run writes.
+        n_models: models without training state, beside `final/`.
     """
-    kept = min(n_saves, keep_checkpoints + 1) if keep_checkpoints else n_saves
-    return n_parameters * (kept * (WEIGHT_BYTES + OPTIMIZER_BYTES) + WEIGHT_BYTES)
+    n_checkpoints = min(n_saves, keep_checkpoints + 1) if keep_checkpoints else n_saves
+    weights = n_parameters * WEIGHT_BYTES
+    return n_checkpoints * (weights + n_parameters * OPTIMIZER_BYTES) + (n_models + 1) * weights
+
+
+def measure_folder(folder: Path) -> int:
+    """Return the bytes of the files under a folder, 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

@@ -67,7 +67,7 @@ def find_peak_flops(device_name: str, precision: str) -> float | None:
         device_name: as `torch.cuda.get_device_name` says it.
         precision: `bf16`, `fp16`, or `no` for float32, which means TF32.
     """
-    if "Laptop" in device_name:  # slower than the card of the same number
+    if "Laptop" in device_name or " MIG " in device_name:  # less than the card of the same number
         return None
     for name, peak in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device_name):
@@ -98,9 +98,9 @@ class Peak:
     source: str
 
 
-def choose_peak(device: torch.device, precision: str) -> Peak:
+def choose_peak(device: torch.device, precision: str, tf32: bool = True) -> Peak:
     """Return a device's peak from its data sheet, or else as a short matrix product shows it."""
-    if device.type == "cuda":
+    if device.type == "cuda" and (tf32 or precision != "no"):
         flops = find_peak_flops(torch.cuda.get_device_name(device), precision)
         if flops is not None:
             return Peak(flops, "data sheet")

@@ -1,5 +1,6 @@
 """The record of a run: its files, which are the truth, and the trackers that are fed the same numbers."""
 
+import contextlib
 import json
 import math
 import os
@@ -32,7 +33,8 @@ class RunRecord:
         warn: told of what went wrong and does not matter to the run.
 
     Attributes:
-        best_val_loss: the lowest up to now, infinite before the first one.
+        best_val_loss: of the model in `best/`, infinite where there is none.
+        is_started: the run has begun, in whichever process.
         tracker_run_id: by which a tracker knows a resumed run again.
     """
 
@@ -41,7 +43,7 @@ class RunRecord:
         self.started = time.monotonic()
         self.best_val_loss = math.inf
         self.tracker_run_id = ""
-        self.is_open = False
+        self.is_started = self.is_open = False
         self._warn = warn
         self._has_warned = False
 
@@ -59,6 +61,7 @@ class RunRecord:
             write_settings(config, self.folder / CONFIG)
             self.is_open = True
             self.set_status("running")
+        self.is_started = True
         self._feed(lambda: self.accelerator.init_trackers(config.wandb_project, asdict(config), {"wandb": wandb}))
 
     def _clear(self) -> None:
@@ -78,13 +81,14 @@ class RunRecord:
         with open_atomically(self.folder / LOG) as stream:
             for line in lines:
                 stream.writelines(format_log_lines(line))
-        self.best_val_loss = min((line["val/loss"] for line in lines if "val/loss" in line), default=math.inf)
         shutil.rmtree(self.folder / "final", ignore_errors=True)
         for model in list_models(self.folder / "checkpoints"):
             if read_step(model) > step:
                 remove_folder(model)
         best = read_json_object(self.folder / BEST / BEST_METRICS)
-        if best.get("step", math.inf) > step:  # of a time that is not gone through again, or of no known one
+        if isinstance(best.get("step"), int) and best["step"] <= step and isinstance(best.get("val/loss"), float):
+            self.best_val_loss = best["val/loss"]
+        else:  # of a time that is not gone through again, or of no known one
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -92,7 +96,6 @@ class RunRecord:
         self._feed(lambda: self.accelerator.log(metrics, step))
         # JSON has no NaN; a number that is none is left out of the line.
         line = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
-        self.best_val_loss = min(self.best_val_loss, line.get("val/loss", math.inf))
         self._append(METRICS, json.dumps(line) + "\n")
         self._append(LOG, "".join(format_log_lines(line)))
 
@@ -102,12 +105,25 @@ class RunRecord:
         self._append(SAMPLES, "".join(json.dumps({"step": step, "text": t}, ensure_ascii=False) + "\n" for t in texts))
 
     def set_status(self, status: str, **details: Any) -> None:
-        """Say in `status.json` how the run stands: `running`, `finished`, `preempted` or `failed`.
+        """Say in `status.json` how the run stands: `running`, `finished` or `preempted`.
 
         Before the start it says nothing, and what an earlier run said stays.
         """
         if self.is_open:
             write_json(self.folder / STATUS, {"status": status, **details})
+
+    def set_failed(self, error: BaseException) -> None:
+        """Say in `status.json` why the run ended, in whichever process that was; a full disk keeps it to itself.
+
+        A run that did not come to its start leaves what an earlier one said, unless that waits to be gone on with.
+        """
+        status = {"status": "failed", "error": f"{type(error).__name__}: {error}", **getattr(error, "details", {})}
+        if not self.accelerator.is_main_process:
+            status["process"] = self.accelerator.process_index
+        waiting = read_json_object(self.folder / STATUS).get("status") == "preempted"
+        if self.is_started or (waiting and self.accelerator.is_main_process):
+            with contextlib.suppress(OSError):
+                write_json(self.folder / STATUS, status)
 
     def close(self) -> None:
         """Let the trackers finish."""

@@ -1,6 +1,7 @@
 """The trial before the first step: compiling, falling back, and finding what fits in memory."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_micro_batch_is_the_largest_that_fits(model, windows):
     assert fit(SmallMemory(model), windows, [4, 2, 1])[1] == 2
     with pytest.raises(UserError, match=r"even 4 sequence\(s\) at once do not fit"):
         fit(SmallMemory(model), windows, [8, 4])
+
+
+def test_an_attempt_that_did_not_fit_leaves_nothing_behind(model, windows):
+    alive = []
+
+    class RunsOutInBackward(WindowLoss):
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            alive.append([reference() is not None for reference in held])
+            activations = torch.zeros(len(windows), requires_grad=True)
+            held.append(weakref.ref(activations))
+            loss = super().forward(windows) + activations.sum()
+            if len(windows) > 1:
+                loss.register_hook(run_out)
+            return loss
+
+    def run_out(gradient):
+        raise torch.OutOfMemoryError("out of memory")
+
+    held = []
+    assert fit(RunsOutInBackward(model), windows, [4, 2, 1])[1] == 1
+    assert not any(any(each) for each in alive[:3])  # the first three are one attempt each
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -66,5 +66,9 @@ def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
     assert "PaLM paper" in text and "8.55e+18 in all" in text
     assert "78 x 10,485,760 validation tokens" in text
     assert "2.9 h at 1,000,000 tokens/s" in text
+    # A micro-batch that does not divide on other numbers of processes is no matter of this run.
+    small = TrainingConfig(max_steps=10, tokens_per_step=65_536, micro_batch_size="64")
+    alone = replace(REPRODUCTION, n_processes=1)
+    assert "on 2 process(es) 1 micro-step(s) x 32 sequence(s)" in "\n".join(alone.describe_costs(small))
     at_a_rate = REPRODUCTION.describe_costs(TrainingConfig(max_steps=19_073, plan_tokens_per_second=1.5e6))
     assert at_a_rate[-1] == "time        1.9 h at 1,500,000 tokens/s"

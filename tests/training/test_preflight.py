@@ -3,15 +3,22 @@
 import pytest
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.training.preflight import check_disk, check_duration, estimate_disk_bytes
+from modeling_gpt2_repro.training.preflight import check_disk, check_duration, estimate_disk_bytes, measure_folder
 
 
-def test_disk_for_the_checkpoints_kept_one_more_and_the_final_model():
-    # 12 bytes a parameter in a checkpoint (weights and two moments), 4 in final/.
-    assert estimate_disk_bytes(100, keep_checkpoints=2, n_saves=20) == 100 * (3 * 12 + 4)
-    assert estimate_disk_bytes(100, keep_checkpoints=2, n_saves=1) == 100 * (12 + 4)
-    assert estimate_disk_bytes(100, keep_checkpoints=0, n_saves=20) == 100 * (20 * 12 + 4)
-    assert estimate_disk_bytes(100, keep_checkpoints=2, n_saves=0) == 400
+def test_disk_for_the_checkpoints_kept_one_more_and_the_models():
+    # 12 bytes a parameter in a checkpoint (weights and two moments), 4 in a model such as final/.
+    assert estimate_disk_bytes(100, n_saves=20, keep_checkpoints=2) == 100 * (3 * 12 + 4)
+    assert estimate_disk_bytes(100, n_saves=1, keep_checkpoints=2) == 100 * (12 + 4)
+    assert estimate_disk_bytes(100, n_saves=20, keep_checkpoints=0) == 100 * (20 * 12 + 4)
+    assert estimate_disk_bytes(100, n_saves=1, keep_checkpoints=2, n_models=3) == 100 * (12 + 4 * 4)
+
+
+def test_what_lies_there_already_is_not_needed_again(tmp_path):
+    assert measure_folder(tmp_path / "none") == 0
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"12345")
+    assert measure_folder(tmp_path) == 5
 
 
 def test_too_small_a_disk_is_told_before_the_run(tmp_path):
