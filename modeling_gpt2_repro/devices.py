@@ -1,6 +1,7 @@
 """Facts about the device and the process that a script runs on."""
 
 import ctypes
+import gc
 import os
 import shutil
 import sys
@@ -71,11 +72,29 @@ def prepare_cpu_process() -> None:
     is_chosen = "OMP_NUM_THREADS" in os.environ and not (was_launched and os.environ["OMP_NUM_THREADS"] == "1")
     if not is_chosen and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.set_num_threads(count_cores())
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        # glibc maps blocks as large as a step's logits anew each time, and each new page costs a fault: an eager step
-        # of the demo spends two fifths of its time on them.
+    if (libc := load_glibc()) is not None:
+        # It maps blocks as large as a step's logits anew each time, and each new page costs a fault: an eager step of
+        # the demo spends two fifths of its time on them.
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what this process has freed but keeps since `prepare_cpu_process`.
+
+    For after work whose memory is of no use to what follows, like compiling: next to its remains, a training step's
+    tensors find no room and the process grows.
+    """
+    gc.collect()
+    if (libc := load_glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def load_glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc, whose allocator can be told what to keep."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        return libc
+    return None
 
 
 def count_cores() -> int:

@@ -59,21 +59,22 @@ class HeadCrossEntropy(torch.autograd.Function):
         device_type, vocab_size = hidden_states.device.type, weight.shape[0]
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         head = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 128))
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        rows, loss = torch.arange(head.shape[0], device=head.device), torch.zeros((), device=head.device)
         grad_states, grad_head = torch.empty_like(hidden_states), torch.zeros_like(head, dtype=torch.float32)
         for start in range(0, hidden_states.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             states, ids = hidden_states[chunk].to(dtype), targets[chunk].unsqueeze(1)
-            is_counted, ids = ids != -100, ids.clamp(min=0)
-            logits = (states @ head.t()).float()
-            logits[:, vocab_size:] = -math.inf
-            log_probabilities = logits.log_softmax(dim=-1)
-            loss -= (log_probabilities.gather(1, ids) * is_counted).sum()
+            # One buffer, in turn logits, their exponentials, softmax and gradient: its size is what a chunk costs.
+            buffer = (states @ head.t()).float()
+            buffer[:, vocab_size:] = -math.inf
+            target_logits = buffer.sub_(buffer.amax(dim=-1, keepdim=True)).gather(1, ids.clamp(min=0))
+            sums = buffer.exp_().sum(dim=-1, keepdim=True)
+            loss += ((sums.log() - target_logits) * (ids != -100)).sum()
             if any(ctx.needs_input_grad):  # the gradient of the logits is their softmax, less 1 at the target
-                minus_one = torch.full_like(ids, -1, dtype=torch.float32)
-                grad_logits = log_probabilities.exp_().scatter_add_(1, ids, minus_one).mul_(is_counted).to(dtype)
-                grad_states[chunk] = grad_logits @ head
-                grad_head += grad_logits.t() @ states
+                buffer = buffer.mul_((ids != -100) / sums).add_(ids == rows, alpha=-1).to(dtype)
+                grad_states[chunk] = buffer @ head
+                grad_head += buffer.t() @ states
+            del buffer  # before the next is made
         ctx.save_for_backward(grad_states, grad_head[:vocab_size].to(weight.dtype))
         return loss
 
@@ -245,6 +246,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # Causality alone sdpa knows without a mask, and faster; compiled, transformers would make one (torch < 2.14).
+        is_plain = all(argument is None for argument in (attention_mask, past_key_values, position_ids))
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             # A static cache's length is a tensor, whose value must not be asked for in a compiled graph.
@@ -253,7 +256,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 raise ValueError(f"input of {length} tokens is longer than n_positions ({self.config.n_positions})")
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
 
-        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        mask_arguments = (inputs_embeds, attention_mask, past_key_values, position_ids)
+        needs_mask = not is_plain or self.config._attn_implementation != "sdpa"
+        causal_mask = create_causal_mask(self.config, *mask_arguments) if needs_mask else None
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         kwargs |= {"past_key_values": past_key_values, "position_ids": position_ids}
         for block in self.h:

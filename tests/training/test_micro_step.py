@@ -107,8 +107,8 @@ def test_without_a_compiler_the_run_is_eager_and_says_so(model, windows, monkeyp
 def test_a_compiler_that_fails_leaves_the_run_eager(model, windows, monkeypatch, tmp_path):
     torch._dynamo.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    loss_model, _, _, said = fit(WindowLoss(model), windows, [4], compile="on")
+    # By inductor's own means: pytest's would leave a setting behind that is an alias.
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        loss_model, _, _, said = fit(WindowLoss(model), windows, [4], compile="on")
     assert type(loss_model) is WindowLoss
     assert any("torch.compile failed" in line for line in said)
