@@ -72,6 +72,8 @@ def parse_arguments(
             raise UserError(describe_unknown_name(argument[2:].split("=")[0], names, known_elsewhere, dashes="--"))
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: every setting is given as --name value (see --help)")
+    for field in fields:
+        _check_value(field, getattr(namespace, field.name))
     return settings_type(**{name: getattr(namespace, name) for name in names})
 
 
@@ -97,12 +99,24 @@ def describe_unknown_name(name: str, names: set[str], known_elsewhere: Mapping[s
 def whole_number(text: str) -> int:
     """Read a whole number, also as people write large ones: `10_000`, `375e6`."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        number = float(text)
-        if not number.is_integer():
+        if not float(text).is_integer():
             raise ValueError(f"{text} is not a whole number") from None
-        return int(number)
+        number = int(float(text))
+    if abs(number) > 2**64:  # nothing here is counted that far, and products of larger ones fit no float
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    """Refuse what no setting can mean, whatever it is for."""
+    is_list = field.default_factory is not dataclasses.MISSING
+    if isinstance(value, list) and not is_list:  # argparse takes `--name=--` for no value at all
+        raise UserError(f"--{field.name}: expected one value")
+    for text in value if is_list else [value]:
+        if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
+            raise UserError(f"--{field.name} {text!r}: has to be text in UTF-8 without null characters")
 
 
 def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, str]) -> list[str]:
@@ -113,7 +127,7 @@ def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, 
             values = yaml.load(stream, Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --config {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} has to hold `name: value` lines, not a {type(values).__name__}")
@@ -121,8 +135,9 @@ def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, 
     for name, value in values.items():
         if name not in names:
             raise UserError(f"--config {path}: " + describe_unknown_name(str(name), names, known_elsewhere))
-        if isinstance(value, dict):
-            raise UserError(f"--config {path}: {name} has to be a single value or a list")
+        # An item of a list could be a list, or else be taken for the flag that it looks like.
+        if not all(isinstance(item, str) and not item.startswith("--") for item in _list_items(value)):
+            raise UserError(f"--config {path}: {name} has to be a single value or a list of such")
         if value in ("null", "~", "", []):
             continue
         if isinstance(value, list):
@@ -130,6 +145,10 @@ def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, 
         else:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def _list_items(value: Any) -> list:
+    return value if isinstance(value, list) else [] if isinstance(value, str) else [value]
 
 
 class _Parser(HfArgumentParser):

@@ -1,5 +1,6 @@
 """Mistakes of the user's: one exception type, and the one place that turns it into an exit code."""
 
+import errno
 import functools
 import os
 import signal
@@ -8,6 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 USER_ERROR_EXIT_CODE = 2
+# What the operating system refuses whoever asks: names too long, things that are no folder or no file, no permission,
+# a full or a broken disk.
+SYSTEM_REFUSALS = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+}
+# A value that a message repeats may be a whole book.
+LINE_CHARACTERS = 1500
 
 
 class UserError(ValueError):
@@ -17,7 +26,8 @@ class UserError(ValueError):
 def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
     """Decorate a script's `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2.
 
-    Any other exception passes through with its traceback, because it is a bug of ours and not a mistake of the user's.
+    So does what the operating system refuses whoever asks. Any other exception passes through with its traceback,
+    because it is a bug of ours and not a mistake of the user's.
     """
 
     @functools.wraps(main)
@@ -25,13 +35,29 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
         try:
             return main(argv)
         except UserError as error:
-            one_line = " ".join(str(error).split())
-            if os.environ.get("RANK", "0") == "0":  # every process of a launch finds the same mistake
-                print(f"{Path(sys.argv[0]).name}: error: {one_line}", file=sys.stderr, flush=True)
-            return USER_ERROR_EXIT_CODE
+            return _report(str(error))
         except BrokenPipeError:
             # Whoever read the output, such as `head`, has had enough; nor can Python's own last flush reach them.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
+        except OSError as error:
+            if error.errno not in SYSTEM_REFUSALS:
+                raise
+            return _report(f"{error.strerror}: {error.filename or 'the disk'}: give another name, or put that right")
 
     return wrapper
+
+
+def _report(message: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # every process of a launch finds the same mistake
+        print(f"{Path(sys.argv[0]).name}: error: {format_line(message)}", file=sys.stderr, flush=True)
+    return USER_ERROR_EXIT_CODE
+
+
+def format_line(message: str) -> str:
+    """Return a message as one line that does nothing to a terminal, the middle of a very long one left out."""
+    line = "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(message.split())
+    )
+    half = LINE_CHARACTERS // 2
+    return line if len(line) <= LINE_CHARACTERS else f"{line[:half]} [...] {line[-half:]}"
