@@ -148,6 +148,14 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def measure_total_memory() -> int | None:
+    """Return the machine's memory in bytes; `None` where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an exception of torch's means that the device, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -18,6 +18,11 @@ WRITE_ERRORS = {
 }
 
 
+def follow_links(path: str | Path) -> Path:
+    """Return the absolute path without links; unlike `Path.resolve`, also of a link that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 @contextlib.contextmanager
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that takes its name only once it is complete and on disk.
@@ -44,7 +49,7 @@ def create_folder_atomically(path: str | Path) -> Iterator[Path]:
 
     Every file in it is synchronised to disk first. On an exception the temporary folder is removed.
     """
-    path = Path(path).resolve()  # a link stays one, and what it points at is replaced
+    path = follow_links(path)  # a link stays one, and what it points at is replaced
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -65,6 +70,19 @@ def write_json(path: str | Path, value: Any) -> None:
     with open_atomically(path) as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
+
+
+def check_weight_names(folder: str | Path) -> None:
+    """Check what the index of a model in several files calls them; transformers would follow a path out of `folder`.
+
+    Raises:
+        ValueError: an index is damaged, or names a file that is not in the folder.
+    """
+    for index in Path(folder).glob("*.index.json") if Path(folder).is_dir() else ():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
+            if Path(name).name != name or name in ("", ".."):
+                raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
 
 
 def compute_checksum(path: str | Path) -> str:

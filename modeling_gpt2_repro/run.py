@@ -35,9 +35,9 @@ from modeling_gpt2_repro.training.plan import (
     Plan,
     count_flops_per_token,
 )
-from modeling_gpt2_repro.training.preflight import check_disk, check_duration, measure_folder
+from modeling_gpt2_repro.training.preflight import check_disk, check_duration, check_run_folder, measure_folder
 from modeling_gpt2_repro.training.schedule import is_same_so_far
-from modeling_gpt2_repro.training.skipping import merge_skips
+from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 from modeling_gpt2_repro.training.tracking import RunRecord, choose_tracker
 from modeling_gpt2_repro.weights import build_model, build_skeleton
@@ -129,6 +129,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     first_step = state.step if state else 0
     check_agreement(accelerator, [first_step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
+    check_any_made(skips, first_step, max_steps)
+    if resume_from is None:
+        check_run_folder(record.folder)
     is_finished = (record.folder / "final").is_dir()
     if is_finished and resume_from and first_step >= max_steps:
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")

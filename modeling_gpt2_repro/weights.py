@@ -3,11 +3,12 @@
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
+from modeling_gpt2_repro.devices import measure_total_memory
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import check_weight_names
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 DEFAULT_SIZE = "124M"
@@ -36,6 +37,7 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
     """
     if source == "scratch":
         config = _build_config(settings, len(tokenizer), tokenizer.eos_token_id)
+        _check_memory(config)
         torch.manual_seed(settings.seed)
         return GPT2ReproForCausalLM(config)
 
@@ -66,7 +68,7 @@ def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCaus
     else:
         try:
             config = GPT2ReproConfig.from_pretrained(settings.init_from)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged configuration transformers raises anything
             raise UserError(f"cannot load the configuration of {settings.init_from}: {error}") from error
     with torch.device("meta"):
         return GPT2ReproForCausalLM(config)
@@ -84,6 +86,17 @@ def _build_config(settings: ShapeSettings, vocab_size: int, eos_token_id: int | 
         **shape,
         **_get_dropouts(settings),
     )
+
+
+def _check_memory(config: GPT2ReproConfig) -> None:
+    """Refuse a model whose weights alone the machine cannot hold: to try would end the process, or others."""
+    matrices = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.n_positions) * config.n_embd
+    memory = measure_total_memory()
+    if memory is not None and 4 * matrices > memory:
+        raise UserError(
+            f"a model of {matrices:,} parameters takes {4 * matrices / 1e9:,.1f} GB, and this machine has "
+            f"{memory / 1e9:,.1f} GB: use a smaller --model_size, --n_layer, --n_embd or --sequence_length"
+        )
 
 
 def _get_wanted_shape(settings: ShapeSettings) -> dict[str, int]:
@@ -104,10 +117,12 @@ def _get_shape(model_size: str) -> dict[str, int]:
 def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:
     """Load a GPT-2-shaped model whole: transformers only warns where it fills a hole with random numbers."""
     try:
+        check_weight_names(source)
+        _check_memory(GPT2ReproConfig.from_pretrained(source))
         model, loading_info = GPT2ReproForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **dropouts
+            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **dropouts
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of a damaged folder transformers raises anything
         raise UserError(f"cannot load a model from {source}: {error}") from error
     if loading_info["missing_keys"]:
         raise UserError(f"{source} lacks weights that its config.json asks for: {min(loading_info['missing_keys'])}")

@@ -65,6 +65,11 @@ OPERATIONAL = {
     *("report_to", "wandb_project", "skip_steps", "plan", "plan_tokens_per_second", "smoke", "yes"),
 }
 SMOKE_STEPS = 10
+# More than any run has: slips of the pen, which would take for ever to be refused by the machine.
+LARGEST = {
+    **{"n_layer": 1000, "n_head": 2**17, "n_embd": 2**17, "sequence_length": 2**24, "tokens_per_step": 2**30},
+    **{"epochs": 10**6, "max_steps": 10**12},
+}
 
 
 @dataclass
@@ -189,10 +194,16 @@ class TrainingConfig:
                 raise UserError(f"--{name} has to be 0 or more, not {getattr(self, name)}")
         at_least_one = ("max_steps", "hellaswag_limit", "n_layer", "n_head", "n_embd", "loss_chunk_tokens")
         for name in (*at_least_one, "plan_tokens_per_second"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise UserError(f"--{name} has to be 1 or more, not {getattr(self, name)}")
-        if not math.isfinite(self.epochs) or self.seed >= 2**63:
-            raise UserError("--epochs has to be finite, and --seed below 2**63")
+        for name, largest in LARGEST.items():
+            if getattr(self, name) is not None and getattr(self, name) > largest:
+                raise UserError(f"--{name} has to be {largest:,} or less, not {getattr(self, name):,}")
+        for name in ("learning_rate", "min_lr_ratio", "weight_decay", "plan_tokens_per_second"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise UserError(f"--{name} has to be finite, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise UserError(f"use a --seed below 2**63, not {self.seed}")
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} has to be in [0, 1), not {getattr(self, name)}")
@@ -208,7 +219,7 @@ class TrainingConfig:
                 f"--tokens_per_step {self.tokens_per_step:,} is not a multiple of --sequence_length "
                 f"{self.sequence_length:,}: use {lower or self.sequence_length:,}"
             )
-        if self.micro_batch_size != "auto" and not re.fullmatch(r"0*[1-9]\d*", self.micro_batch_size):
+        if self.micro_batch_size != "auto" and not re.fullmatch(r"0{0,9}[1-9][0-9]{0,9}", self.micro_batch_size):
             raise UserError(f"--micro_batch_size has to be auto or 1 or more, not {self.micro_batch_size}")
         self.skips  # noqa: B018, to hear of a mistake in it now
         if "/" in self.run_name or self.run_name in ("", ".", ".."):
@@ -266,7 +277,8 @@ class TrainingConfig:
     def list_divisors(self, n_processes: int) -> list[int]:
         """Return the micro-batch sizes that divide a process's share of a step, largest first."""
         share = self.windows_per_step // n_processes
-        return [size for size in range(share, 0, -1) if share % size == 0]
+        small = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+        return sorted({*small, *(share // size for size in small)}, reverse=True)
 
     def list_micro_batch_sizes(self, n_processes: int, largest: int) -> list[int]:
         """Return the micro-batch sizes to try, largest first: as set, or for `auto` all that divide, up to `largest`.

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.training.console import format_duration
 
 # Float32 weights, and AdamW's two moments of each.
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
+# What a run that starts at step 0 removes of an earlier one in its folder.
+REPLACED = ("metrics.jsonl", "log.txt", "samples.jsonl", "curves.png", "checkpoints", "final")
 LONGEST_CPU_RUN_SECONDS = 7 * 24 * 3600
 
 
@@ -32,7 +35,7 @@ def measure_folder(folder: Path) -> int:
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise a `UserError` where `folder`, or what it will be made in, cannot take a run of that size."""
-    folder = folder.resolve()
+    folder = follow_links(folder)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {existing}, where --output_dir is: choose a folder that you may write to")
@@ -41,6 +44,15 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
         raise UserError(
             f"the run needs up to {needed_bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: make "
             "room, choose another --output_dir, or keep fewer checkpoints with --keep_checkpoints"
+        )
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise a `UserError` where a new run would take the place of files that are no run's, having no `config.yaml`."""
+    theirs = [name for name in REPLACED if os.path.lexists(folder / name)]
+    if theirs and not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder} is not the folder of a run, and the run would replace its {theirs[0]}: give another --run_name"
         )
 
 

@@ -43,6 +43,15 @@ def merge_skips(saved: Iterable[range], asked: Iterable[range], first_step: int)
     return sorted(merged, key=lambda skip: (skip.start, skip.stop))
 
 
+def check_any_made(skips: Iterable[range], first_step: int, max_steps: int) -> None:
+    """Raise a `UserError` where no update of a run from `first_step` to `max_steps` is left to be made."""
+    left = first_step + 1
+    for skip in sorted(skips, key=lambda skip: skip.start):
+        left = max(left, skip.stop) if left in skip else left
+    if first_step < max_steps < left:
+        raise UserError(f"--skip_steps passes over every update from {first_step + 1} to {max_steps}: none is left")
+
+
 def is_skipped(update: int, skips: Iterable[range]) -> bool:
     """Tell whether update number `update`, counted from 1, is passed over."""
     return any(update in skip for skip in skips)
