@@ -31,7 +31,7 @@ from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_to
 from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.files import WRITE_ERRORS
+from modeling_gpt2_repro.files import WRITE_ERRORS, follow_links
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 
 
@@ -102,6 +102,9 @@ KNOWN_ELSEWHERE = {
     "tokenizer_name": "the tokenizer is --tokenizer",
     "overwrite_cache": "to start afresh is --overwrite",
 }
+
+# All workers are started at once: more than any machine has use for would bring it down.
+MOST_WORKERS = 1024
 
 # What a run may change and still make the same folder.
 NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "stage", "task", "verify", "inspect")
@@ -177,6 +180,11 @@ def check_settings(settings: PrepareSettings) -> None:
         value, least = getattr(settings, name), 0 if name == "inspect" else 1
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: has to be at least {least}")
+    for name in ("shard_size", "val_tokens", "max_tokens"):
+        if (getattr(settings, name) or 0) >= 2**63:
+            raise UserError(f"--{name} {getattr(settings, name)}: has to be below 2**63")
+    if settings.num_workers is not None and settings.num_workers > max(MOST_WORKERS, count_cores()):
+        raise UserError(f"--num_workers {settings.num_workers}: has to be at most {max(MOST_WORKERS, count_cores())}")
     if parse_share(settings.task) != (0, 1) and settings.stage == "all":
         raise UserError("--task is a share of a --stage: add --stage tokenize or --stage write")
     if settings.stage != "all" and settings.overwrite:
@@ -189,7 +197,7 @@ def check_settings(settings: PrepareSettings) -> None:
 
 def parse_share(task: str) -> tuple[int, int]:
     """Return (i, N) of `--task i/N`."""
-    match = re.fullmatch(r"(\d+)/(\d+)", task)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", task)
     if match is None or not int(match[1]) < int(match[2]):
         raise UserError(f"--task {task}: has to be i/N with i from 0 to N-1, such as 0/8")
     return int(match[1]), int(match[2])
@@ -201,6 +209,8 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
     Raises:
         UserError: it was made with others and may not be overwritten, or it is not a folder of ours.
     """
+    if follow_links(folder).is_symlink():
+        raise UserError(f"--output_dir {folder} is a link that leads to itself: give another folder")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not folder.is_dir() or not is_shard_folder(folder):

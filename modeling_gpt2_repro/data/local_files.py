@@ -154,12 +154,14 @@ class JsonlTask(FileTask):
         first = lines.lstrip().partition(b"\n")[0]
         try:
             row = json.loads(first)
-        except ValueError:
+        except (ValueError, RecursionError):
             return  # reported with its line number by _parse
         if isinstance(row, dict) and self.text_column not in row:
             raise UserError(_describe_missing_column(self.path, self.text_column, list(row)))
 
     def _parse(self, lines: bytes, position: int) -> pa.LargeStringArray:
+        if lines.lstrip().startswith(b"null"):  # of a first row that is none, Arrow 26 dies (a segmentation fault)
+            return self._parse_line_by_line(lines, position)
         schema = pa.schema([(self.text_column, pa.large_string())])
         try:
             table = pa.json.read_json(
@@ -181,7 +183,7 @@ class JsonlTask(FileTask):
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-                text = row.get(self.text_column)
+                text = None if row is None else row.get(self.text_column)
                 if text is not None and not isinstance(text, str):
                     raise ValueError(f"{self.text_column!r} is a {type(text).__name__}, not a string")
             except (ValueError, AttributeError, RecursionError) as error:

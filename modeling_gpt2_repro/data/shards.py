@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -93,11 +94,33 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
+        _check_types(self)
+        for counted in (self.read, self.train, self.val, self.validation_copies, *self.shards):
+            _check_types(counted)
+        if not 0 < self.vocab_size <= 2**16 or not 0 <= self.eot_id < self.vocab_size:
+            raise ValueError(f"{self.vocab_size} ids with the end-of-text id {self.eot_id}")
+        for file in self.source.get("files", []):
+            if not isinstance(file["path"], str):
+                raise TypeError(f"source: {file!r:.80}")
         parts = (self.train, self.val, self.validation_copies)
         for unit in ("documents", "tokens", "bytes"):
             assert getattr(self.read, unit) == sum(getattr(part, unit) for part in parts), f"{unit} were lost"
         for split in SPLITS:
             assert getattr(self, split).tokens == sum(s.tokens for s in self.shards if s.split == split)
+
+
+def _check_types(record: Any) -> None:
+    """Compare what was read from a file with the fields' types; counts are whole and not negative."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.type is Split:
+            is_right = value in SPLITS
+        elif field.type is int:
+            is_right = type(value) is int and 0 <= value < 2**64
+        else:
+            is_right = isinstance(value, typing.get_origin(field.type) or field.type)
+        if not is_right:
+            raise TypeError(f"{field.name}: {value!r:.80}")
 
 
 class SplitWriter:
@@ -163,12 +186,13 @@ def load_manifest(folder: str | Path) -> Manifest | None:
             for name in ("read", "train", "val", "validation_copies"):
                 content[name] = Totals(**content[name])
             manifest = Manifest(**content)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): make the folder again with --overwrite") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
     for shard in manifest.shards:
-        if Path(shard.file).name != shard.file:
+        # Not merely `Path.name`, which of ".." is itself.
+        if Path(shard.file).name != shard.file or shard.file in ("", ".."):
             raise UserError(f"{path} names {shard.file!r}, which is not a file of its folder")
     return manifest
 
@@ -391,8 +415,9 @@ def _check_tokens(tokens: np.ndarray, shard: Shard, manifest: Manifest, follows_
 
 
 def _map_shard(path: Path) -> np.ndarray:
-    if not path.exists():
-        raise UserError(f"{path} is missing: make the folder again with --overwrite")
+    if not path.is_file():  # to open a pipe would wait for ever
+        state = "no file" if os.path.lexists(path) else "missing"
+        raise UserError(f"{path} is {state}: make the folder again with --overwrite")
     if path.suffix == ".bin":
         return _map_llmc_shard(path)
     try:

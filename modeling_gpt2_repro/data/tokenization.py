@@ -246,8 +246,8 @@ def _view_as_awkward(offsets: np.ndarray, text: np.ndarray):
 
 def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True, trust_remote_code=False)
+    except Exception:  # of a damaged file transformers and tokenizers raise anything
         return None
     # From a model's configuration alone, all that a cache may hold, transformers makes one of special tokens only.
     return tokenizer if tokenizer("text")["input_ids"] else None
@@ -256,7 +256,7 @@ def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
 def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         ask_hub(lambda: huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS), f"tokenizer {name!r}")
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from modeling_gpt2_repro.data.shards import WORK_FOLDER
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, sync_folder, sync_tree, write_json
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, follow_links, sync_folder, sync_tree, write_json
 
 try:
     import fcntl
@@ -47,7 +47,7 @@ class WorkFolder:
     """
 
     def __init__(self, final: Path):
-        self.final = final.resolve()  # a link stays one, and what it points at is replaced
+        self.final = follow_links(final)  # a link stays one, and what it points at is replaced
         self.path = get_work_path(self.final)
         self.pieces = self.path / WORK_FOLDER
 
@@ -67,7 +67,7 @@ class WorkFolder:
             then, now = begun.pop("settings"), plan["settings"]
             changes = [f"{name} ({then[name]} there)" for name in now if name in then and then[name] != now[name]]
             changes += [name for name, value in begun.items() if value != plan[name]]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): --overwrite starts afresh") from error
         if changes:
             raise UserError(
@@ -103,16 +103,16 @@ def get_work_path(final: Path) -> Path:
 
 def count_finished_pieces(final: Path) -> int:
     """Return how many pieces an earlier run has left for the folder `final`."""
-    return len(list((get_work_path(final.resolve()) / WORK_FOLDER).glob("*.json")))
+    return len(list((get_work_path(follow_links(final)) / WORK_FOLDER).glob("*.json")))
 
 
 def load_begun_source(final: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Return the source of an unfinished run for the folder `final`; `None` where there is none with `settings`."""
     try:
-        begun = json.loads((get_work_path(final.resolve()) / PLAN_NAME).read_text(encoding="utf-8"))
+        begun = json.loads((get_work_path(follow_links(final)) / PLAN_NAME).read_text(encoding="utf-8"))
         same = all(settings.get(name) == value for name, value in begun["settings"].items())
-        return begun["source"] if same else None
-    except (OSError, ValueError, KeyError, AttributeError):
+        return dict(begun["source"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_gpt2_repro.data.inspection import Inspection, SplitStatistics
 from modeling_gpt2_repro.data.shards import INSPECTION_NAME
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.reporting.corpus_text import MOST_COMMON, quote_tokens
 from modeling_gpt2_repro.reporting.figures import SPLIT_COLOURS, build_figure, finish_axes, save_figure
 
@@ -45,7 +46,7 @@ def build_inspection_figure(inspection: Inspection) -> Figure:
     _draw_frequencies(figure.add_subplot(grid[1]), splits)
     _draw_most_common(figure.add_subplot(grid[2]), splits, inspection.tokenizer)
     tokens, documents = (sum(getattr(split, unit) for split in splits) for unit in ("tokens", "documents"))
-    title = f"{inspection.folder.resolve().name}: {tokens:,} tokens in {documents:,} documents"
+    title = f"{follow_links(inspection.folder).name}: {tokens:,} tokens in {documents:,} documents"
     figure.suptitle(_make_drawable(title, FontProperties()), fontsize=14, parse_math=False)
     return figure
 
