@@ -20,7 +20,7 @@ from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
 from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import DEFAULT_BATCH_TOKENS
-from modeling_gpt2_repro.files import open_atomically, write_json
+from modeling_gpt2_repro.files import follow_links, open_atomically, write_json
 
 # OpenAI's checkpoints on the validation split's 10,042 items, as the docstring of `hellaswag.py` in
 # karpathy/build-nanogpt lists them: `original` by that script, `lm_eval` by EleutherAI's harness.
@@ -48,8 +48,11 @@ class EvaluationSettings:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(EvaluationSettings, argv, description=__doc__.splitlines()[0])
+    if settings.batch_tokens < 1:
+        raise UserError(f"--batch_tokens {settings.batch_tokens}: has to be at least 1")
     for path in (settings.output, settings.per_example):
         check_writable(path)
+    check_different(settings.data_file, settings.output, settings.per_example)
     silence_libraries()
     prepare_cpu_process()
     accelerator = start_accelerator("no")
@@ -93,6 +96,14 @@ def check_writable(path: str | None) -> None:
         Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the folder of {path}: {error}") from error
+
+
+def check_different(*paths: str | None) -> None:
+    """Refuse a file of results that would take the place of the items, or of the other one."""
+    resolved = [follow_links(path) for path in paths if path is not None]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"{path} is given twice: --data_file, --output and --per_example have to differ")
 
 
 def format_table(results: Sequence[HellaSwagResult], with_published: bool) -> str:

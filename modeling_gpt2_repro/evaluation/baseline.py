@@ -22,7 +22,7 @@ from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
 from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
-from modeling_gpt2_repro.files import write_json
+from modeling_gpt2_repro.files import follow_links, write_json
 
 # OpenAI's smallest model by its names on the Hub, which curves are compared with.
 GPT2_124M_NAMES = ("openai-community/gpt2", "gpt2")
@@ -57,7 +57,7 @@ class Baseline:
 
 def identify_model(name: str) -> str:
     """Return a Hub id as it is, and a folder's absolute path: a folder called `gpt2` is not OpenAI's model."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(follow_links(name)) if Path(name).is_dir() else name
 
 
 def measure_loss(
@@ -133,13 +133,17 @@ def read_baselines(path: Path) -> list[Baseline]:
     """
     try:
         baselines = [Baseline(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        for baseline in baselines:  # what is drawn has to be a number
-            float(0 if baseline.validation is None else baseline.validation["val/loss"])
-            float(0 if baseline.hellaswag is None else baseline.hellaswag["acc_norm"])
+        for baseline in baselines:
+            for part, name in ((baseline.validation, "val/loss"), (baseline.hellaswag, "acc_norm")):
+                # What is drawn has to be a number.
+                if part is not None and not (type(part[name]) in (int, float) and math.isfinite(part[name])):
+                    raise TypeError(f"{name} is {part[name]!r}")
+            if not isinstance(baseline.model, str) or not isinstance(baseline.hellaswag, dict | None):
+                raise TypeError("it holds something else than baselines")
             hash(baseline.key)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): remove it, and measure again with train.py "
             "--eval_only"

@@ -96,8 +96,9 @@ def _read_jsonl_rows(data_file: str | Path) -> list[tuple[str, Any]]:
         where = f"{data_file}, line {number}"
         try:
             rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not a JSON object ({error.msg}): expected one HellaSwag item a line") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f"{where}: not a JSON object ({reason}): expected one HellaSwag item a line") from error
     return rows
 
 
@@ -118,6 +119,9 @@ def parse_item(row: Any, where: str) -> HellaSwagItem:
         raise UserError(f"{where}: the field `endings` has to be a list of {N_ENDINGS} texts")
     if not all(isinstance(ending, str) and ending.strip() for ending in endings):
         raise UserError(f"{where}: the field `endings` holds an empty ending")
+    for text in (row["activity_label"], row["ctx_a"], row["ctx_b"], row["ctx"], *endings):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{where}: it holds half of a surrogate pair, which is no character")
     return HellaSwagItem(
         ind=_parse_integer(row, "ind", where),
         activity_label=row["activity_label"],
@@ -131,6 +135,8 @@ def parse_item(row: Any, where: str) -> HellaSwagItem:
 
 def _parse_integer(row: dict, field: str, where: str) -> int:
     try:
+        if isinstance(row[field], bool | float):
+            raise TypeError
         return int(row[field])
     except (TypeError, ValueError):
         raise UserError(f"{where}: the field `{field}` has to be a whole number, not {row[field]!r}") from None

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import check_weight_names
 
 
 def load_causal_lm(
@@ -35,14 +35,16 @@ def silence_libraries() -> None:
 
 def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: int, flag: str) -> PreTrainedModel:
     try:
+        check_weight_names(name)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of a damaged folder transformers raises anything
         raise UserError(f"{flag} {name} is not a causal language model that loads: {_first_line(error)}") from error
     # transformers fills both kinds with random numbers and only warns.
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
@@ -65,7 +67,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrained
         raise UserError(f"{flag} {name} does not exist: pass a model folder or a Hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of a damaged folder transformers raises anything
         raise UserError(
             f"cannot load a model and its tokenizer from {flag} {name}; pass a model folder or a Hub id: "
             f"{_first_line(error)}"

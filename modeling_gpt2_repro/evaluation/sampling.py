@@ -36,9 +36,12 @@ def generate_samples(
     Raises:
         UserError: an empty prompt, or a prompt and sample that do not fit into the model's positions.
     """
+    for name, value in (("n_samples", n_samples), ("n_tokens", n_tokens), ("top_k", top_k)):
+        if value < 1:
+            raise UserError(f"--{name} has to be 1 or more, not {value}")
     prompt_ids = encode_prompt(model, tokenizer, prompt, n_tokens)
 
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + sample) for sample in range(n_samples)]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**63) for sample in range(n_samples)]
     ids = torch.tensor([prompt_ids] * n_samples, device=model.device)
     past_key_values, new_ids = None, ids
     with evaluation_mode(model):
@@ -46,6 +49,11 @@ def generate_samples(
             outputs = model(input_ids=new_ids, past_key_values=past_key_values, use_cache=True)
             past_key_values = outputs.past_key_values
             values, candidates = outputs.logits[:, -1].float().cpu().topk(min(top_k, outputs.logits.shape[-1]))
+            if not values.softmax(-1).isfinite().all():
+                raise UserError(
+                    "the model's probabilities are no numbers: its weights are broken, by a --learning_rate that was "
+                    "too high, or its precision is too low"
+                )
             drawn = [
                 torch.multinomial(probabilities, 1, generator=generator)
                 for probabilities, generator in zip(values.softmax(-1), generators, strict=True)
