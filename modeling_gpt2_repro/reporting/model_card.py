@@ -12,8 +12,8 @@ from modeling_gpt2_repro.data.shards import Manifest, load_manifest
 from modeling_gpt2_repro.files import open_atomically
 from modeling_gpt2_repro.reporting.run_folder import (
     describe_validation,
+    merge_metrics,
     name_hellaswag_items,
-    read_last_metrics,
     read_settings,
 )
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -25,8 +25,10 @@ VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "nump
 def write_model_card(folder: Path, run_folder: Path) -> None:
     """Write `README.md` into a published model folder, from the configuration and the record of its run."""
     config = read_settings(run_folder)
-    last = read_last_metrics(run_folder)
-    samples = [line["text"] for line in read_json_lines(run_folder / SAMPLES) if line["step"] == last["step"]]
+    # A finished model is worth its card also when the record of its run was lost.
+    last = merge_metrics(run_folder)
+    lines = read_json_lines(run_folder / SAMPLES)
+    samples = [str(line.get("text")) for line in lines if line["step"] == last.get("step")]
     with open_atomically(folder / "README.md") as stream:
         stream.write(render_model_card(config, last, samples, load_manifest(config["data_dir"])))
 
@@ -46,11 +48,12 @@ def render_model_card(
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2", "gpt2-repro"])
     rows = [
         ("data", source),
-        ("training tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"),
-        ("steps", f"{last['step']:,} of {config['tokens_per_step']:,} tokens"),
+        ("steps", f"{last['step']:,} of {config['tokens_per_step']:,} tokens" if last else "not recorded"),
         ("sequence length", f"{config['sequence_length']:,}"),
         ("learning rate", f"{config['learning_rate']:g}, {config['lr_schedule']}"),
     ]
+    if "train/tokens" in last and "train/epoch" in last:
+        rows.append(("training tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
     if "train/loss" in last:
         rows.append(("train loss", f"{last['train/loss']:.4f}"))
     if "val/loss" in last:

@@ -14,7 +14,7 @@ from modeling_gpt2_repro.reporting.run_folder import (
     read_gpt2_baselines,
     read_settings,
 )
-from modeling_gpt2_repro.training.tracking import METRICS, read_json_lines
+from modeling_gpt2_repro.training.tracking import METRICS, read_metrics
 
 CURVES = "curves.png"
 BASELINE_COLOUR = "#444444"
@@ -30,8 +30,10 @@ def draw_curves(run_folder: str | Path) -> Path:
     run_folder = Path(run_folder)
     settings = read_settings(run_folder)
     baselines = read_gpt2_baselines(settings)
-    lines = read_json_lines(run_folder / METRICS)
-    tokens_per_step = next((line["train/tokens"] / line["step"] for line in lines if "train/tokens" in line), 1.0)
+    lines = read_metrics(run_folder / METRICS)
+    tokens_per_step = next(
+        (line["train/tokens"] / line["step"] for line in lines if "train/tokens" in line and line["step"]), 1.0
+    )
 
     def series(name: str) -> tuple[np.ndarray, np.ndarray]:
         points = [(line["step"] * tokens_per_step, line[name]) for line in lines if name in line]

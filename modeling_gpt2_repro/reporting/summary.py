@@ -23,21 +23,35 @@ def describe_run(run_folder: Path) -> list[str]:
     if "val/loss" in last:
         lines.append(f"  validation loss  {describe_validation(last)}")
     for results in sorted(run_folder.glob("hellaswag*.json")):
-        scores_by_protocol = json.loads(results.read_text(encoding="utf-8"))
-        for protocol in (name for name in ENCODERS if name in scores_by_protocol):
-            scores = scores_by_protocol[protocol]
-            stderr = scores["acc_norm_stderr"]
-            lines.append(
-                f"  {results.stem}, protocol {protocol}: acc_norm {scores['acc_norm']:.4f}"
-                + (f" +- {stderr:.4f}" if stderr is not None else "")
-                + f", acc {scores['acc']:.4f}, {scores['n']} items"
-            )
+        try:
+            lines += describe_scores(results)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{results} is damaged ({error}): write it again with eval_hellaswag.py") from error
     samples = read_json_lines(run_folder / SAMPLES)
     if samples:
-        lines.append(f"  sample           {samples[-1]['text']!r}")
+        lines.append(f"  sample           {samples[-1].get('text')!r}")
     for name, what in (("final", "model"), (CURVES, "curves"), (METRICS, "numbers")):
         if (run_folder / name).exists():
             lines.append(f"  {what:16} {run_folder / name}")
+    return lines
+
+
+def describe_scores(results: Path) -> list[str]:
+    """Return a line for each protocol of a file that eval_hellaswag.py wrote.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, RecursionError: it is not such a file.
+    """
+    scores_by_protocol = json.loads(results.read_text(encoding="utf-8"))
+    lines = []
+    for protocol in (name for name in ENCODERS if name in scores_by_protocol):
+        scores = scores_by_protocol[protocol]
+        stderr = scores["acc_norm_stderr"]
+        lines.append(
+            f"  {results.stem}, protocol {protocol}: acc_norm {scores['acc_norm']:.4f}"
+            + (f" +- {stderr:.4f}" if stderr is not None else "")
+            + f", acc {scores['acc']:.4f}, {scores['n']} items"
+        )
     return lines
 
 

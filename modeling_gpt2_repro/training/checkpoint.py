@@ -186,9 +186,9 @@ def check_whole(checkpoint: Path) -> None:
             "or --init_from to start a new run from its weights"
         )
     try:
-        checksums = json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        checksums = dict(json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8")))
         names = set(checksums)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{checkpoint} is damaged: {CHECKSUMS_NAME} cannot be read ({error})") from error
     # Only files that lie there are opened, whatever the list says.
     found = set(_list_files(checkpoint)) - {f"{TRAINING_STATE}/{CHECKSUMS_NAME}"}
@@ -209,7 +209,7 @@ def load_state(checkpoint: Path) -> TrainingState:
     path = checkpoint / TRAINING_STATE / STATE_NAME
     try:
         return TrainingState.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of this version: {path.name} has no {error}") from error
 
 
@@ -233,11 +233,19 @@ def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[s
 def load_moving_parts(
     checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Give the optimizer its moments and update counts, and the loss scaler its scale, as a checkpoint has them."""
-    saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    if scaler is not None and saved["scaler"] is not None:
-        scaler.load_state_dict(saved["scaler"])
+    """Give the optimizer its moments and update counts, and the loss scaler its scale, as a checkpoint has them.
+
+    Raises:
+        UserError: they cannot be read, or not without running code.
+    """
+    try:
+        saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        if scaler is not None and saved["scaler"] is not None:
+            scaler.load_state_dict(saved["scaler"])
+    except Exception as error:  # a pickle that is none of ours can raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{checkpoint} is damaged: {OPTIMIZER_NAME} cannot be read ({reason})") from error
 
 
 def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:

@@ -21,6 +21,8 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 
 CONFIG, METRICS, LOG, SAMPLES, STATUS = "config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json"
 BEST, BEST_METRICS = "best", "metrics.json"
+# Numbers from here on up have no place on an axis, and no run has them.
+LARGEST_METRIC = 1e100
 
 
 class RunRecord:
@@ -77,7 +79,7 @@ class RunRecord:
             kept = [line for line in read_json_lines(self.folder / name) if line["step"] <= step]
             with open_atomically(self.folder / name) as stream:
                 stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        lines = read_json_lines(self.folder / METRICS)
+        lines = read_metrics(self.folder / METRICS)
         with open_atomically(self.folder / LOG) as stream:
             for line in lines:
                 stream.writelines(format_log_lines(line))
@@ -171,6 +173,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [content for content in objects if isinstance(content.get("step"), int)]
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the lines of `metrics.jsonl`, each its step and other numbers; what is none is passed over."""
+    numbers = (
+        {
+            name: value
+            for name, value in line.items()
+            if type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
+        }
+        for line in read_json_lines(path)
+    )
+    return [line for line in numbers if line.get("step", -1) >= 0]
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one for a file that is missing or is none."""
     return _read_object(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else {}
@@ -179,6 +194,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _read_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair, which could be written nowhere
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -192,4 +209,4 @@ def choose_tracker(requested: str) -> str | None:
 def has_wandb_key() -> bool:
     """Tell whether wandb could log in without asking."""
     netrc = Path.home() / ".netrc"
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and b"api.wandb.ai" in netrc.read_bytes())
