@@ -9,7 +9,7 @@ SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
 # The demo asks nothing of the network, computes on the CPU whatever else there is, and reports to no tracker.
 DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-slow quality bench
+.PHONY: install demo test test-slow quality bench fuzz
 
 install: .venv/installed
 
@@ -40,3 +40,11 @@ quality: install
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# Bad input by chance, and FUZZ_FACTOR times as much of it as `make test` has. What fails is kept in .hypothesis and
+# comes first when this runs again; FUZZ_ARGS="--hypothesis-seed=N" repeats a whole run by the seed that it printed, and
+# the line `@reproduce_failure(...)` that is printed with a failure, put above the test, that one case.
+FUZZ_FACTOR ?= 20
+FUZZ_ARGS ?=
+fuzz: install
+	FUZZ_FACTOR=$(FUZZ_FACTOR) $(BIN)/pytest -n $(TEST_WORKERS) tests/bad_input $(FUZZ_ARGS)

@@ -1,0 +1,129 @@
+"""Any run folder, for the reports on it and for a run that goes on in it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import TINY, answer, build_originals, cases, draw, open_case, to_flags
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, put_in_place
+
+import train
+from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.reporting import summary
+
+# With which the original run was made.
+LONGER = {"sequence_length": 64, "tokens_per_step": 128, "eval_tokens": 64, "warmup_tokens": 128}
+CURVES = ("given/run/curves.png",)
+CHECKPOINT_FILES = [
+    *("training_state/state.json", "training_state/optimizer.pt", "training_state/checksums.json"),
+    *("model.safetensors", "config.json", "tokenizer.json"),
+]
+SCORES = {"acc": 0.25, "acc_norm": 0.5, "acc_norm_stderr": 0.1, "n": 26}
+
+
+def read_lines(name: str) -> list:
+    return [json.loads(line) for line in (build_originals() / "run" / name).read_text().splitlines()]
+
+
+def write_lines(path: Path, lines: Any) -> None:
+    lines = lines if isinstance(lines, list) else [lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def report(case, draws: bool) -> None:
+    if draws:
+        answer(draw, [str(case.given / "run")], case, CURVES)
+    else:
+        answer(summary.main, ["../given/run"], case)
+
+
+def test_a_whole_run_is_reported():
+    with open_case("run") as case:
+        assert answer(summary.main, ["../given/run"], case).code == 0
+        assert answer(draw, ["../given/run"], case, CURVES).code == 0
+
+
+@cases(90)
+@given(st.data(), st.sampled_from(["metrics.jsonl", "metrics.jsonl", "samples.jsonl"]), st.integers(0, 3))
+def test_lines(data, name, die):
+    with open_case("run") as case:
+        write_lines(case.given / "run" / name, data.draw(damage_json(read_lines(name))))
+        report(case, draws=die == 0)
+
+
+@cases(30)
+@given(st.data(), st.sampled_from(["metrics.jsonl", "samples.jsonl", "config.yaml", "status.json", "log.txt"]))
+def test_a_run_goes_on_whatever_its_record_says(data, name):
+    with open_case("data", "run") as case:
+        run = case.folder / "cwd" / "runs" / "run"
+        shutil.copytree(case.given / "run", run)
+        shutil.rmtree(run / "final")
+        if name.endswith(".jsonl") and data.draw(st.booleans()):
+            write_lines(run / name, data.draw(damage_json(read_lines(name))))
+        else:
+            (run / name).write_bytes(data.draw(damage_bytes((run / name).read_bytes())))
+        assert answer(train.main, to_flags(TINY | LONGER), case).code == 0
+        assert (run / "final" / "README.md").exists()
+
+
+@cases(60)
+@given(st.data(), st.sampled_from(["metrics.jsonl", "samples.jsonl", "config.yaml", "config.yaml"]), st.integers(0, 3))
+def test_bytes(data, name, die):
+    with open_case("run") as case:
+        path = case.given / "run" / name
+        path.write_bytes(data.draw(damage_bytes(path.read_bytes()) | st.sampled_from(ODD_JSON_FILES)))
+        report(case, draws=name == "config.yaml" or die == 0)
+
+
+@cases(40)
+@given(damage_json({"model": "x", "original": SCORES, "lm_eval": SCORES}) | st.sampled_from(ODD_JSON_FILES))
+def test_scores(content):
+    with open_case("run") as case:
+        path = case.given / "run" / "hellaswag_items.json"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        report(case, draws=False)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml"])
+def test_what_is_no_file(kind, name):
+    with open_case("run") as case:
+        put_in_place(case.given / "run" / name, kind, case.outside)
+        report(case, draws=name == "config.yaml")
+
+
+@cases(60)
+@given(st.data())
+def test_checkpoints(data):
+    with open_case("data", "run") as case:
+        checkpoint = case.given / "run" / "checkpoints" / "step_0000001"
+        checksums = checkpoint / "training_state" / "checksums.json"
+        path = checkpoint / data.draw(st.sampled_from(CHECKPOINT_FILES))
+        if path.suffix == ".json" and data.draw(st.booleans()):
+            path.write_text(json.dumps(data.draw(damage_json(json.loads(path.read_text())))))
+        else:
+            path.write_bytes(data.draw(damage_bytes(path.read_bytes())))
+        # As damage that was there before the checkpoint was saved would look.
+        if path.suffix == ".json" and path != checksums and data.draw(st.booleans()):
+            known = json.loads(checksums.read_text())
+            known[str(path.relative_to(checkpoint))] = compute_checksum(path)
+            checksums.write_text(json.dumps(known))
+        changes = {"resume_from_checkpoint": checkpoint, "sample_every": 0}
+        answer(train.main, to_flags(TINY | LONGER | changes), case)
+
+
+def test_a_trial_and_a_new_run_leave_alone_what_is_no_run_of_theirs():
+    with open_case("data") as case:
+        for name in ("notes-smoke", "models"):
+            folder = case.folder / "cwd" / "runs" / name / "checkpoints"
+            folder.mkdir(parents=True)
+            (folder / "mine.txt").write_text("mine")
+        trial = answer(train.main, [*to_flags(TINY | {"run_name": "notes"}), "--smoke"], case)
+        run = answer(train.main, to_flags(TINY | {"run_name": "models"}), case)
+        assert trial.code == 0
+        assert "is not the folder of a run" in run.err
+        assert len(list(case.folder.glob("cwd/runs/*/checkpoints/mine.txt"))) == 2
