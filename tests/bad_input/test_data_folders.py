@@ -197,3 +197,13 @@ def test_baselines(content):
         before = path.read_bytes()
         if call("measure", case) == 2:
             assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", ["3.2", float("nan"), float("inf"), 10**400, None, True, [1]], ids=str)
+@pytest.mark.parametrize("part", [{"validation": "val/loss"}, {"hellaswag": "acc_norm"}], ids=str)
+def test_what_baselines_compare_with_is_a_number(part, number):
+    ((name, key),) = part.items()
+    with open_case("data", "model") as case:
+        content = [BASELINE | {name: BASELINE[name] | {key: number}}]
+        (case.given / "data" / "baselines.json").write_text(json.dumps(content))
+        assert call("measure", case) == 2

@@ -57,6 +57,13 @@ def test_bytes(data):
     evaluate(data.draw(damage_bytes(whole) | st.sampled_from(ODD_JSON_FILES).map(lambda line: whole + line)))
 
 
+@pytest.mark.parametrize("field", ["activity_label", "ctx_a", "ctx_b", "ctx", "endings"])
+def test_half_a_surrogate_pair_is_no_character(field):
+    item = read_items()[0]
+    value = [*item["endings"][:3], "x \ud83d"] if field == "endings" else "x \ud83d"
+    assert evaluate(write([item | {field: value}])) == 2
+
+
 @pytest.mark.parametrize("content", ODD_JSON_FILES, ids=range(len(ODD_JSON_FILES)))
 def test_odd_files(content):
     assert evaluate(content) == 2
