@@ -1,5 +1,8 @@
 """Facts about devices and processes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +50,23 @@ def test_a_lone_process_uses_all_cores_unless_told_otherwise(environment, thread
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     devices.prepare_cpu_process()
     assert chosen == ([7] if threads == "all" else [])
+
+
+FREE_AND_RETURN = """
+import torch
+from modeling_gpt2_repro.devices import measure_private_memory, prepare_cpu_process, return_freed_memory
+prepare_cpu_process()
+before = measure_private_memory()
+block = torch.ones(2**26)  # 256 MiB
+del block
+kept = measure_private_memory()
+return_freed_memory()
+print((kept - before) // 2**20, (measure_private_memory() - before) // 2**20)
+"""
+
+
+@pytest.mark.skipif(devices.load_glibc() is None, reason="only glibc's allocator is told what to keep")
+def test_freed_memory_is_kept_for_the_next_step_until_it_is_returned():
+    result = subprocess.run([sys.executable, "-c", FREE_AND_RETURN], capture_output=True, text=True, check=True)
+    kept, left = map(int, result.stdout.split())
+    assert kept > 200 and left < 56

@@ -159,6 +159,31 @@ def test_chunks_under_autocast_are_as_exact_as_all_logits():
     assert 0 < error < 1.2 * plain_error  # 0 would mean that the products were not in bfloat16
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_documents_do_not_see_each_other(implementation):
+    """Positions that begin anew mark the documents of a row, as in transformers' data collators."""
+    model, ids = build_model(), draw_ids(batch=1)
+    model.set_attn_implementation(implementation)
+    positions = torch.cat([torch.arange(20), torch.arange(13)])[None]
+    logits = model(ids, position_ids=positions, use_cache=False).logits
+    assert_close(logits[:, :20], model(ids[:, :20]).logits)
+    assert_close(logits[:, 20:], model(ids[:, 20:]).logits)
+
+
+def test_a_compiled_training_step_attends_without_a_mask():
+    """A mask costs its memory, and torch's CPU kernel time: causality alone needs none."""
+    masks = []
+
+    def record(graph, example_inputs):
+        attention = torch.nn.functional.scaled_dot_product_attention
+        masks.extend(node.kwargs.get("attn_mask") for node in graph.graph.nodes if node.target is attention)
+        return graph.forward
+
+    model, ids = build_model().train(), draw_ids()
+    torch.compile(model, backend=record, fullgraph=True)(ids, shift_labels=ids, use_cache=False)
+    assert masks == [None] * SHAPE["n_layer"]
+
+
 def test_cached_generation_equals_recomputing_every_token():
     model, ids = build_model(), draw_ids(batch=1, length=7)
     generated = model.generate(ids, max_new_tokens=12, do_sample=False)
