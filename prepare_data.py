@@ -30,8 +30,8 @@ from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_mani
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
 from modeling_gpt2_repro.devices import count_cores
-from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.files import WRITE_ERRORS, follow_links
+from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
+from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 
 
@@ -166,7 +166,7 @@ def explained_errors(folder: Path) -> Iterator[None]:
     except (UserError, OSError) as error:
         message = str(error)
         if not isinstance(error, UserError):
-            if error.errno not in WRITE_ERRORS:
+            if error.errno not in SYSTEM_REFUSALS:
                 raise
             message = f"cannot write {folder}: {error.strerror} (about 4 bytes a token are needed)"
         if finished := count_finished_pieces(folder):

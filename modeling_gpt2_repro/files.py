@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, and their checksums."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -11,11 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
-# A full disk, a quota, a limit, missing rights, a file in the place of a folder, a broken disk.
-WRITE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
-    *(errno.EIO, errno.ENAMETOOLONG),
-}
 
 
 def follow_links(path: str | Path) -> Path:
@@ -27,12 +21,17 @@ def follow_links(path: str | Path) -> Path:
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that takes its name only once it is complete and on disk.
 
-    On an exception the temporary file is removed and whatever stood at `path` before stays as it was.
+    On an exception the temporary file is removed and whatever stood at `path` before stays as it was. A device or a
+    pipe, such as `/dev/null`, is written to.
     """
-    path = Path(path)
+    path, encoding = follow_links(path), None if "b" in mode else "utf-8"
+    if path.exists() and not path.is_file():
+        with open(path, mode, encoding=encoding) as stream:
+            yield stream
+        return
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        with open(temporary, mode, encoding=encoding) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

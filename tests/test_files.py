@@ -1,6 +1,8 @@
 """Files that appear whole or not at all."""
 
 import hashlib
+import os
+import threading
 
 import pytest
 
@@ -19,6 +21,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         stream.write("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    with open_atomically(pipe) as stream:
+        stream.write("scores")
+    reader.join(timeout=30)
+    assert read == ["scores"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_linked_file_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file.txt")
+    with open_atomically(tmp_path / "link") as stream:
+        stream.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file.txt").read_text() == "new"
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path):

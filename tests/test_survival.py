@@ -181,7 +181,7 @@ def count_updates(run: Path) -> int:
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path, kills):
     """`kill -9` at moments that fall into starting, training and saving alike."""
-    settings = {**BARE, "max_steps": 25 * kills, "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-3}
+    settings = {**BARE, "max_steps": 12 * kills, "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-3}
     expected = run_training(shards, tmp_path, "whole", **settings)
     # Forks of a process that has imported everything and computed nothing.
     context = multiprocessing.get_context("forkserver")

@@ -7,8 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from modeling_gpt2_repro.devices import is_out_of_memory
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import WRITE_ERRORS
+from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError
 
 # "PytorchStreamWriter failed writing file", "I/O error: No space left on device (os error 28)".
 WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "os error")
@@ -41,7 +40,7 @@ def is_write_failure(error: Exception) -> bool:
     torch and safetensors have exceptions of their own for that, of kinds that mean other things too.
     """
     if isinstance(error, OSError):
-        return error.errno in WRITE_ERRORS
+        return error.errno in SYSTEM_REFUSALS
     return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in WRITE_SIGNS)
 
 
