@@ -87,10 +87,17 @@ def test_one_protocol_in_bfloat16(model_folder, tmp_path, capsys):
 
 
 def test_published_figures_stand_beside_the_full_validation_set_only():
-    result = HellaSwagResult("lm_eval", 10_042, 0.3, 0.0046, 0.31, 0.0046, scored_items=())
-    table = eval_hellaswag.format_table([result], with_published=True)
-    assert table.splitlines()[2].split() == ["lm_eval", "acc_norm", "0.3100", "0.0046", "10042", "0.3114", "0.5089"]
-    assert "GPT-2" not in eval_hellaswag.format_table([result], with_published=False)
+    results = [
+        HellaSwagResult(protocol, 10_042, 0.3, 0.0046, 0.31, 0.0046, scored_items=())
+        for protocol in ("original", "lm_eval")
+    ]
+    header, _, original, _, lm_eval, *note = eval_hellaswag.format_table(results, with_published=True).splitlines()
+    models = ["GPT-2 124M", "GPT-2 350M", "GPT-2 774M", "GPT-2 1558M", "GPT-3 125M"]
+    assert [header.index(model) for model in models] == sorted(header.index(model) for model in models)
+    assert original.split()[5:] == ["0.2955", "0.3752", "0.4320", "0.4893", "0.3370"]
+    assert lm_eval.split() == ["lm_eval", "acc_norm", "0.3100", "0.0046", "10042", "0.3114", "-", "-", "0.5089", "-"]
+    assert "not measured here" in " ".join(note)
+    assert "GPT" not in eval_hellaswag.format_table(results, with_published=False)
 
 
 def test_two_processes_give_the_same_numbers(model_folder, tmp_path):
