@@ -20,7 +20,6 @@ from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
 from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
-from modeling_gpt2_repro.evaluation.scoring import DEFAULT_BATCH_TOKENS
 from modeling_gpt2_repro.files import follow_links, open_atomically, write_json
 
 
@@ -33,7 +32,9 @@ class EvaluationSettings:
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")
     limit: int | None = setting(None, "score only the first so many items; None: all")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
-    batch_tokens: int = setting(DEFAULT_BATCH_TOKENS, "tokens a forward pass reads at most, padding included")
+    batch_tokens: int | None = setting(
+        None, "tokens that a forward pass reads at most, padding included; None: as many as free memory holds"
+    )
     output: str | None = setting(None, "write the scores to this .json file; None: print only")
     per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't")
     trust_remote_code: bool = setting(False, "run the model code that comes with --model")
@@ -42,7 +43,7 @@ class EvaluationSettings:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(EvaluationSettings, argv, description=__doc__.splitlines()[0])
-    if settings.batch_tokens < 1:
+    if settings.batch_tokens is not None and settings.batch_tokens < 1:
         raise UserError(f"--batch_tokens {settings.batch_tokens}: has to be at least 1")
     for path in (settings.output, settings.per_example):
         check_writable(path)
