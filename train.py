@@ -206,9 +206,11 @@ def evaluate(run: Run, step: int) -> None:
                     write_json(folder / BEST_METRICS, {"step": step, **metrics})
                 run.record.best_val_loss = validation.loss
     if plan.is_due(config.hellaswag_every, step):
-        with accelerator.autocast():
-            result = evaluate_hellaswag(run.model, inputs.hellaswag, accelerator=accelerator, show_progress=False)
-        metrics |= {"hellaswag/acc_norm": result.acc_norm, "hellaswag/acc": result.acc}
+        # Papers cite the other protocol: its score belongs to the finished model.
+        for encoded in inputs.hellaswag if step == plan.last_step else inputs.hellaswag[:1]:
+            with accelerator.autocast():
+                result = evaluate_hellaswag(run.model, encoded, accelerator=accelerator, show_progress=False)
+            metrics |= result.metrics()
     if metrics:
         run.record.log(step, metrics)
         run.console.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -156,6 +156,25 @@ def measure_total_memory() -> int | None:
         return None
 
 
+def measure_free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process could still take on a device; `None` where the system does not say."""
+    if device.type == "cuda":
+        # What torch keeps but does not use is free as well.
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    if device.type != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:
+            sizes = dict(line.split(":") for line in stream)
+    except OSError:
+        return None
+    return int(sizes["MemAvailable"].split()[0]) * 1024
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an exception of torch's means that the device, or the machine, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

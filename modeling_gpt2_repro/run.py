@@ -23,6 +23,7 @@ from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import encode_prompt
+from modeling_gpt2_repro.evaluation.scoring import get_max_positions
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
@@ -47,12 +48,12 @@ GPT2_VOCAB_SIZE = 50257
 
 @dataclass
 class Inputs:
-    """What a run reads; what is never evaluated is `None`."""
+    """What a run reads; what is never evaluated is `None`. HellaSwag is in both protocols, the one to follow first."""
 
     tokenizer: PreTrainedTokenizerBase
     train_set: TokenDataset
     val_set: TokenDataset | None
-    hellaswag: EncodedHellaSwag | None
+    hellaswag: list[EncodedHellaSwag] | None
 
     def count_eval_tokens(self, config: TrainingConfig) -> int:
         """Return the tokens of one validation."""
@@ -102,7 +103,7 @@ def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     if config.hellaswag_every:
         with accelerator.main_process_first():
             items = load_hellaswag(config.hellaswag_file, config.hellaswag_limit)
-        hellaswag = encode_hellaswag(items, tokenizer, "original")
+        hellaswag = [encode_hellaswag(items, tokenizer, protocol) for protocol in ("original", "lm_eval")]
     return Inputs(tokenizer, train_set, val_set, hellaswag)
 
 
@@ -146,6 +147,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     model = build_model(source, config, inputs.tokenizer).to(accelerator.device).train()
     if config.sample_every:  # to hear of a prompt that does not fit now, and not at the first sample
         encode_prompt(model, inputs.tokenizer, config.sample_prompt, config.sample_tokens)
+    for encoded in inputs.hellaswag or ():  # nor of an ending at the last score
+        encoded.count_truncated(get_max_positions(model))
     model.loss_chunk_tokens = config.loss_chunk_tokens
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -165,7 +168,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         n_parameters=model.num_parameters(),
         flops_per_token=count_flops_per_token(model, config.sequence_length),
         eval_tokens=inputs.count_eval_tokens(config),
-        hellaswag_tokens=inputs.hellaswag.n_tokens if inputs.hellaswag else 0,
+        hellaswag_tokens=inputs.hellaswag[0].n_tokens if inputs.hellaswag else 0,
     )
     if accelerator.is_main_process:
         check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / "checkpoints"))

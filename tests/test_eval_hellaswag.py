@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from loopback_hub import LoopbackHub
+from small_runs import read_series, run_training
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import eval_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
-from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
+from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
 
 REPOSITORY = Path(eval_hellaswag.__file__).parent
 LIMIT = 6
@@ -87,14 +90,22 @@ def test_one_protocol_in_bfloat16(model_folder, tmp_path, capsys):
 
 
 def test_published_figures_stand_beside_the_full_validation_set_only():
-    result = HellaSwagResult("lm_eval", 10_042, 0.3, 0.0046, 0.31, 0.0046, scored_items=())
-    table = eval_hellaswag.format_table([result], with_published=True)
-    assert table.splitlines()[2].split() == ["lm_eval", "acc_norm", "0.3100", "0.0046", "10042", "0.3114", "0.5089"]
-    assert "GPT-2" not in eval_hellaswag.format_table([result], with_published=False)
+    results = [
+        HellaSwagResult(protocol, 10_042, 0.3, 0.0046, 0.31, 0.0046, scored_items=())
+        for protocol in ("original", "lm_eval")
+    ]
+    header, _, original, _, lm_eval, *note = eval_hellaswag.format_table(results, with_published=True).splitlines()
+    models = ["GPT-2 124M", "GPT-2 350M", "GPT-2 774M", "GPT-2 1558M", "GPT-3 125M"]
+    assert [header.index(model) for model in models] == sorted(header.index(model) for model in models)
+    assert original.split()[5:] == ["0.2955", "0.3752", "0.4320", "0.4893", "0.3370"]
+    assert lm_eval.split() == ["lm_eval", "acc_norm", "0.3100", "0.0046", "10042", "0.3114", "-", "-", "0.5089", "-"]
+    assert "not measured here" in " ".join(note)
+    assert "GPT" not in eval_hellaswag.format_table(results, with_published=False)
 
 
-def test_two_processes_give_the_same_numbers(model_folder, tmp_path):
-    """Byte for byte, as both compute the same batches, each on one thread."""
+@pytest.mark.parametrize("n_processes", [2, 3])
+def test_several_processes_give_the_same_numbers(n_processes, model_folder, tmp_path):
+    """Byte for byte, as all compute the same batches, each on one thread; six items are two batches and more."""
     assert run(*sample_flags(model_folder, tmp_path)) == 0
     alone = (tmp_path / "new" / "examples.jsonl").read_bytes()
     (tmp_path / "new" / "examples.jsonl").unlink()
@@ -102,16 +113,109 @@ def test_two_processes_give_the_same_numbers(model_folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, accelerate, eval_hellaswag\n"
-        "assert accelerate.Accelerator().num_processes == 2\n"
+        f"assert accelerate.Accelerator().num_processes == {n_processes}\n"
         "sys.exit(eval_hellaswag.main())\n"
     )
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_processes)]
     command = [*launcher, "--main_process_port", "0", str(script), *map(str, sample_flags(model_folder, tmp_path))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("protocol  metric") == 1
     assert (tmp_path / "new" / "examples.jsonl").read_bytes() == alone
+
+
+@pytest.fixture(scope="module")
+def finished_run(shards, tmp_path_factory):
+    return run_training(shards, tmp_path_factory.mktemp("runs"), max_steps=6, sequence_length=128, tokens_per_step=512)
+
+
+def score(model, tmp_path, *flags):
+    """Return the sums by protocol and item that the script writes for a model."""
+    output = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+    data = ("--data_file", SAMPLE_FILE, "--limit", LIMIT, "--per_example", output)
+    assert run("--model", model, *data, *flags) == 0
+    return {(line["protocol"], line["ind"]): line["nll"] for line in read_lines(output)}
+
+
+def assert_same_sums(ours, expected):
+    assert ours.keys() == expected.keys() and len(ours) == 2 * LIMIT
+    for key, nll in expected.items():
+        assert ours[key] == pytest.approx(nll, abs=1e-3)
+
+
+def test_a_run_s_checkpoint_and_its_published_form_score_the_same(finished_run, tmp_path):
+    checkpoint = score(finished_run / "checkpoints" / "step_0000006", tmp_path)
+    assert_same_sums(score(finished_run / "final", tmp_path), checkpoint)
+    assert_same_sums(score(finished_run / "final", tmp_path, "--trust_remote_code"), checkpoint)
+    # The run itself scored the same: in both protocols at its end, and in one before.
+    last = read_series(finished_run, "hellaswag_lm_eval/acc_norm")
+    assert list(last) == [6] and list(read_series(finished_run, "hellaswag/acc_norm")) == [0, 6]
+
+
+def save_llama(folder, tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return LlamaForCausalLM(config).from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def test_another_architecture_is_scored_as_one_would_by_hand(tokenizer, tmp_path, capsys):
+    model = save_llama(tmp_path / "llama", tokenizer)
+    scores = score(tmp_path / "llama", tmp_path)
+    assert "does not honour" not in capsys.readouterr().err
+    for item in load_hellaswag(SAMPLE_FILE, LIMIT):
+        context_ids = tokenizer(item.ctx)["input_ids"]
+        for ending, nll in zip(item.endings, scores["original", item.ind], strict=True):
+            ending_ids = tokenizer(" " + ending)["input_ids"]
+            logits = model(torch.tensor([context_ids + ending_ids])).logits[0, -len(ending_ids) - 1 : -1]
+            expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ending_ids), reduction="sum")
+            assert nll == pytest.approx(expected.item(), abs=1e-3)
+
+
+REMOTE_CODE = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class SignedConfig(GPT2Config):
+    model_type = "signed_gpt2"
+
+class SignedModel(GPT2LMHeadModel):
+    config_class = SignedConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_where_it_is_trusted(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(model_folder, tmp_path / "remote"))
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "signed.SignedConfig", "AutoModelForCausalLM": "signed.SignedModel"}
+    config |= {"model_type": "signed_gpt2", "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "signed.py").write_text(REMOTE_CODE)
+    assert "code of its own, which runs only where --trust_remote_code" in complain(
+        capsys, "--model", folder, "--data_file", SAMPLE_FILE
+    )
+    assert_same_sums(score(folder, tmp_path, "--trust_remote_code"), score(model_folder, tmp_path))
+
+
+def test_a_model_on_the_hub_is_scored_by_its_id(model_folder, tmp_path):
+    with LoopbackHub() as hub:
+        hub.commit("models/org/gpt2", {path.name: path.read_bytes() for path in model_folder.iterdir()})
+        flags = ["--data_file", SAMPLE_FILE, "--limit", LIMIT, "--per_example", tmp_path / "hub.jsonl"]
+        process = subprocess.run(
+            [sys.executable, REPOSITORY / "eval_hellaswag.py", "--model", "org/gpt2", *map(str, flags)],
+            env=os.environ | hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("org/gpt2 (float32)")
+    scores = {(line["protocol"], line["ind"]): line["nll"] for line in read_lines(tmp_path / "hub.jsonl")}
+    assert_same_sums(scores, score(model_folder, tmp_path))
 
 
 def test_a_mistake_ends_a_real_process_with_code_2_and_one_line(tmp_path):

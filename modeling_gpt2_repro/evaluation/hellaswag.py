@@ -16,26 +16,32 @@ The text `<|endoftext|>` in an item is encoded as ordinary text in both protocol
 
 import math
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.evaluation.hellaswag_data import N_ENDINGS, HellaSwagItem
+from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem
+from modeling_gpt2_repro.evaluation.multiple_choice import compute_accuracies, pick_endings
+from modeling_gpt2_repro.evaluation.rows import EncodedChoices, build_rows, is_truncated, plan_batches
 from modeling_gpt2_repro.evaluation.scoring import (
-    DEFAULT_BATCH_TOKENS,
-    EncodedChoices,
+    can_share_context,
+    choose_batch_tokens,
     evaluation_mode,
     get_max_positions,
-    is_truncated,
-    plan_batches,
-    score_batch,
+    score_items,
 )
+
+# What a run's metrics are called by protocol.
+METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}
+ITEMS_PER_ENCODING = 1000
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,16 @@ class EncodedHellaSwag:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all rows, a context counting once for each of its endings."""
-        return sum(len(item.context_ids) + len(ending) for item in self.items for ending in item.ending_ids)
+        """Tokens that a model reads, a context counting once for its endings."""
+        return sum(item.n_read for item in self.items)
+
+    def count_truncated(self, max_positions: int | None) -> int:
+        """Return how many contexts lose tokens on the left to fit a model.
+
+        Raises:
+            UserError: an ending alone does not fit.
+        """
+        return sum(is_truncated(item, max_positions) for item in self.items)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,11 @@ class HellaSwagResult:
         """Return the numbers of `results.json`: everything but the items."""
         return {name: value for name, value in vars(self).items() if name not in ("protocol", "scored_items")}
 
+    def metrics(self) -> dict[str, float]:
+        """Return the accuracies by the names that a run's metrics have."""
+        prefix = METRIC_PREFIXES[self.protocol]
+        return {f"{prefix}/acc_norm": self.acc_norm, f"{prefix}/acc": self.acc}
+
     def per_example(self) -> list[dict[str, Any]]:
         """Return one JSON-able object an item."""
         return [{"protocol": self.protocol, **asdict(item)} for item in self.scored_items]
@@ -127,91 +146,104 @@ def clean_marks(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def encode_original(item: HellaSwagItem, tokenizer) -> EncodedItem:
-    """Encode context and endings apart, without special tokens."""
-    context, continuations = render_original(item)
-    context_ids, *ending_ids = _encode(tokenizer, [context, *continuations], add_special_tokens=False)
-    return EncodedItem(
-        context_ids=context_ids,
-        ending_ids=ending_ids,
-        ind=item.ind,
-        label=item.label,
-        ending_lengths=tuple(len(ids) for ids in ending_ids),
-    )
+def encode_original(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
+    """Encode contexts and endings apart, without special tokens."""
+    rendered = [render_original(item) for item in items]
+    texts = [[context, *continuations] for context, continuations in rendered]
+    return [
+        _build_encoded_item(item, context_ids, ending_ids, [len(ids) for ids in ending_ids])
+        for item, (context_ids, *ending_ids) in zip(
+            items, _encode(tokenizer, texts, add_special_tokens=False), strict=True
+        )
+    ]
 
 
-def encode_lm_eval(item: HellaSwagItem, tokenizer) -> EncodedItem:
-    """Encode context and whole text, and take as the ending what lies past the context's number of tokens.
+def encode_lm_eval(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
+    """Encode contexts and whole texts, and take as an ending what lies past the context's number of tokens.
 
     A tokenizer that begins a text with a special token (GPT-2's does not) does so here, as in the harness.
     """
-    context, continuations = render_lm_eval(item)
-    wholes = [context + continuation for continuation in continuations]
-    context_ids, *whole_ids = _encode(tokenizer, [context, *wholes], add_special_tokens=True)
-    return EncodedItem(
-        context_ids=context_ids,
-        ending_ids=[ids[len(context_ids) :] for ids in whole_ids],
-        ind=item.ind,
-        label=item.label,
-        ending_lengths=tuple(len(clean_marks(ending)) for ending in item.endings),
-    )
+    rendered = [render_lm_eval(item) for item in items]
+    texts = [
+        [context, *(context + continuation for continuation in continuations)] for context, continuations in rendered
+    ]
+    return [
+        _build_encoded_item(
+            item,
+            context_ids,
+            [ids[len(context_ids) :] for ids in whole_ids],
+            [len(clean_marks(ending)) for ending in item.endings],
+        )
+        for item, (context_ids, *whole_ids) in zip(
+            items, _encode(tokenizer, texts, add_special_tokens=True), strict=True
+        )
+    ]
 
 
-ENCODERS: dict[str, Callable[[HellaSwagItem, Any], EncodedItem]] = {
+ENCODERS: dict[str, Callable[[Sequence[HellaSwagItem], Any], list[EncodedItem]]] = {
     "original": encode_original,
     "lm_eval": encode_lm_eval,
 }
 
 
 def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -> EncodedHellaSwag:
-    """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer."""
-    return EncodedHellaSwag(protocol, tuple(ENCODERS[protocol](item, tokenizer) for item in items))
+    """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
+
+    Raises:
+        UserError: the tokenizer makes nothing of a context or of an ending.
+    """
+    return EncodedHellaSwag(protocol, tuple(ENCODERS[protocol](items, tokenizer)))
 
 
-def _encode(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
+    """Yield the ids of each item's texts. Many texts a call are several times as fast as a few."""
+    for start in range(0, len(texts_by_item), ITEMS_PER_ENCODING):
+        chunk = texts_by_item[start : start + ITEMS_PER_ENCODING]
+        ids = iter(
+            tokenizer(
+                [text for texts in chunk for text in texts],
+                add_special_tokens=add_special_tokens,
+                split_special_tokens=True,
+                return_attention_mask=False,
+            )["input_ids"]
+        )
+        for texts in chunk:
+            yield [next(ids) for _ in texts]
 
 
-def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]]) -> HellaSwagResult:
+def _build_encoded_item(
+    item: HellaSwagItem, context_ids: list[int], ending_ids: list[list[int]], ending_lengths: list[int]
+) -> EncodedItem:
+    if not context_ids or not all(ending_ids):
+        raise UserError(
+            f"the tokenizer makes no token of the context or of an ending of item {item.ind}: put the tokenizer that "
+            "the model was trained with beside it"
+        )
+    return EncodedItem(context_ids, ending_ids, ind=item.ind, label=item.label, ending_lengths=tuple(ending_lengths))
+
+
+def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]], **facts: Any) -> HellaSwagResult:
     """Reduce each ending's summed negative log-probability, in nats, to accuracies. `nll[i]` belongs to item i."""
     scored_items = tuple(score_item(item, sums) for item, sums in zip(encoded.items, nll, strict=True))
-    n = len(scored_items)
-    acc = sum(item.predicted == item.label for item in scored_items) / n
-    acc_norm = sum(item.predicted_norm == item.label for item in scored_items) / n
+    accuracies = compute_accuracies(
+        [(item.predicted, item.predicted_norm) for item in scored_items], [item.label for item in scored_items]
+    )
     return HellaSwagResult(
-        protocol=encoded.protocol,
-        n=n,
-        acc=acc,
-        acc_stderr=compute_standard_error(acc, n),
-        acc_norm=acc_norm,
-        acc_norm_stderr=compute_standard_error(acc_norm, n),
-        scored_items=scored_items,
+        protocol=encoded.protocol, n=len(scored_items), **accuracies, scored_items=scored_items, **facts
     )
 
 
 def score_item(item: EncodedItem, nll: Sequence[float]) -> ScoredItem:
-    """Pick the most probable ending by sum and by mean over its length; the first one wins a tie."""
-    # An ending that was nothing but a mark has no characters left: its mean is infinite and it is never picked.
-    means = [total / length if length else math.inf for total, length in zip(nll, item.ending_lengths, strict=True)]
-    return ScoredItem(
-        ind=item.ind,
-        label=item.label,
-        nll=tuple(nll),
-        predicted=min(range(N_ENDINGS), key=nll.__getitem__),
-        predicted_norm=min(range(N_ENDINGS), key=means.__getitem__),
-    )
-
-
-def compute_standard_error(accuracy: float, n: int) -> float | None:
-    """Return the sample standard error of a mean of n zeros and ones, as lm-evaluation-harness reports it."""
-    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None
+    """Put a model's sums and what they pick beside the right answer."""
+    predicted, predicted_norm = pick_endings(nll, item.ending_lengths)
+    return ScoredItem(item.ind, item.label, tuple(nll), predicted, predicted_norm)
 
 
 def evaluate_hellaswag(
     model: torch.nn.Module,
     encoded: EncodedHellaSwag,
     *,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     accelerator=None,
     show_progress: bool = True,
 ) -> HellaSwagResult:
@@ -222,8 +254,9 @@ def evaluate_hellaswag(
 
     Args:
         model: the bare module (neither wrapped nor compiled), on the device to compute on. Precision is the caller's:
-            its parameters' type, or an autocast around this call. Log-softmax and sums are in float32 either way.
-        batch_tokens: the most tokens, padding included, that one forward pass reads.
+            its parameters' type, or an autocast around this call. Log-softmax is in float32 and sums in float64
+            either way.
+        batch_tokens: the most tokens, padding included, that one forward pass reads; `None` lets free memory decide.
         accelerator: an `Accelerator` or `PartialState` to divide the items among its processes, each of which has to
             call this with the same items; `None` means this process alone.
 
@@ -231,36 +264,55 @@ def evaluate_hellaswag(
         UserError: an ending longer than the model's positions, or a log-probability that is not finite.
     """
     rank, n_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    max_positions = get_max_positions(model)
-    batches = plan_batches(encoded.items, batch_tokens, max_positions)
-    own_batches = batches[rank::n_processes]
     started = time.perf_counter()
-    scored: list[tuple[int, list[float]]] = []
+    items, max_positions = encoded.items, get_max_positions(model)
+    n_truncated = encoded.count_truncated(max_positions)
+    nll: dict[int, list[float]] = {}
     n_correct = 0
-    bar = tqdm(
-        total=sum(map(len, own_batches)),
-        desc=f"HellaSwag {encoded.protocol}",
-        unit="item",
-        disable=not show_progress or rank != 0,
-    )
-    with evaluation_mode(model), bar:
-        for batch in own_batches:
-            batch_items = [encoded.items[index] for index in batch]
-            batch_nll = score_batch(model, batch_items, max_positions)
-            scored += zip(batch, batch_nll, strict=True)
-            answers = map(score_item, batch_items, batch_nll)
-            n_correct += sum(answer.predicted_norm == answer.label for answer in answers)
-            bar.set_postfix_str(f"acc_norm {n_correct / len(scored):.4f}", refresh=False)
-            bar.update(len(batch))
+    with evaluation_mode(model):
+        way = [can_share_context(model, items, max_positions), batch_tokens or choose_batch_tokens(model)]
+        if n_processes > 1:  # all of them have to plan the same batches
+            broadcast_object_list(way)
+        shares_context, batch_tokens = way
+        if not shares_context and rank == 0:
+            warn_of_plain_rows(type(model).__name__)
+        rows = [build_rows(item, max_positions, shares_context) for item in items]
+        own_batches = plan_batches(rows, batch_tokens)[rank::n_processes]
+        with tqdm(
+            total=sum(map(len, own_batches)),
+            desc=f"HellaSwag {encoded.protocol}",
+            unit="item",
+            disable=not show_progress or rank != 0,
+        ) as bar:
+            for batch in own_batches:
+                batch_nll = score_items(model, [rows[index] for index in batch], selects_places=shares_context)
+                for index, sums in zip(batch, batch_nll, strict=True):
+                    nll[index] = sums
+                    n_correct += score_item(items[index], sums).predicted_norm == items[index].label
+                bar.set_postfix_str(f"acc_norm {n_correct / len(nll):.4f}", refresh=False)
+                bar.update(len(batch))
     if n_processes > 1:
-        scored = gather_object(scored)
-    nll = dict(scored)
-    assert len(scored) == len(nll) == len(encoded.items), "every item is scored exactly once"
+        gathered = gather_object(list(nll.items()))
+        nll = dict(gathered)
+        assert len(nll) == len(gathered), "no item is scored twice"
+    assert nll.keys() == set(range(len(items))), "every item is scored"
     check_finite(encoded, nll)
-    return replace(
-        reduce_nll(encoded, [nll[index] for index in range(len(encoded.items))]),
-        n_truncated=sum(is_truncated(item, max_positions) for item in encoded.items),
-        examples_per_second=len(encoded.items) / (time.perf_counter() - started),
+    return reduce_nll(
+        encoded,
+        [nll[index] for index in range(len(items))],
+        n_truncated=n_truncated,
+        examples_per_second=len(items) / (time.perf_counter() - started),
+    )
+
+
+@cache
+def warn_of_plain_rows(model_class: str) -> None:
+    """Say, once for a class of models, that its contexts are not shared."""
+    print(
+        f"{model_class} does not honour a 4-D attention mask with positions that restart: each ending is read with a "
+        "context of its own, which is slower",
+        file=sys.stderr,
+        flush=True,
     )
 
 

@@ -86,8 +86,8 @@ def _read_hub_rows() -> list[tuple[str, Any]]:
 
 def _read_jsonl_rows(data_file: str | Path) -> list[tuple[str, Any]]:
     try:
-        lines = Path(data_file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(data_file).read_bytes().split(b"\n")
+    except OSError as error:
         raise UserError(f"cannot read the HellaSwag file {data_file}: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -95,7 +95,9 @@ def _read_jsonl_rows(data_file: str | Path) -> list[tuple[str, Any]]:
             continue
         where = f"{data_file}, line {number}"
         try:
-            rows.append((where, json.loads(line)))
+            rows.append((where, json.loads(line.decode())))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise UserError(f"{where}: not a JSON object ({reason}): expected one HellaSwag item a line") from error

@@ -45,7 +45,7 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: i
             use_safetensors=True,
         )
     except Exception as error:  # of a damaged folder transformers raises anything
-        raise UserError(f"{flag} {name} is not a causal language model that loads: {_first_line(error)}") from error
+        raise UserError(f"{flag} {name} is not a causal language model that loads: {_explain(error)}") from error
     # transformers fills both kinds with random numbers and only warns.
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
     if unloaded:
@@ -70,7 +70,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrained
     except Exception as error:  # of a damaged folder transformers raises anything
         raise UserError(
             f"cannot load a model and its tokenizer from {flag} {name}; pass a model folder or a Hub id: "
-            f"{_first_line(error)}"
+            f"{_explain(error)}"
         ) from error
     # From a folder without tokenizer files, transformers builds one of special tokens only.
     if not tokenizer("HellaSwag")["input_ids"]:
@@ -78,5 +78,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrained
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
+def _explain(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which runs only where --trust_remote_code is given"
     return next(iter(str(error).splitlines()), type(error).__name__)

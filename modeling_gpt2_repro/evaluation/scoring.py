@@ -1,23 +1,20 @@
 """Log-probabilities of given endings after a given context, under any causal language model."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from inspect import signature
+from typing import Any
 
 import torch
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.devices import is_out_of_memory, measure_free_memory
+from modeling_gpt2_repro.evaluation.rows import Batch, EncodedChoices, build_rows, collate_rows, is_truncated
 
-DEFAULT_BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class EncodedChoices:
-    """Token ids of one context and of the endings that compete to continue it."""
-
-    context_ids: list[int]
-    ending_ids: list[list[int]]
+# More tokens at once only cost memory: on two CPU cores the rate is level from 1,024 on.
+LARGEST_BATCH_TOKENS = {"cpu": 2048}
+OTHER_LARGEST_BATCH_TOKENS = 32_768
+# Logits whose float32 copy and exponentials exist at once, in places.
+SOFTMAX_CHUNK_PLACES = 512
 
 
 @contextlib.contextmanager
@@ -38,84 +35,108 @@ def get_max_positions(model: torch.nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def truncate_context(context_ids: list[int], ending_ids: list[int], max_positions: int | None) -> list[int]:
-    """Drop tokens from the left of a context until it and the ending fit into the model.
+def choose_batch_tokens(model: torch.nn.Module) -> int:
+    """Return how many tokens to read at once: what half of the device's free memory holds, and no more than pays.
 
-    One token more than `max_positions` fits, because the last one is only predicted, never read.
+    A power of two, so that what else lies in memory hardly ever changes the batches, and with them the last bits of
+    the numbers.
     """
-    if max_positions is None:
-        return context_ids
-    room = max_positions + 1 - len(ending_ids)
-    if room < 1:
-        raise UserError(f"an ending of {len(ending_ids)} tokens does not fit the model's {max_positions} positions")
-    return context_ids[-room:]
+    device = next(model.parameters()).device
+    most = LARGEST_BATCH_TOKENS.get(device.type, OTHER_LARGEST_BATCH_TOKENS)
+    free = measure_free_memory(device)
+    if free is None:
+        return min(most, LARGEST_BATCH_TOKENS["cpu"])
+    config = model.config.get_text_config()
+    # A token's logits, and in one layer its hidden, inner and attention states, all in float32 at most.
+    bytes_per_token = 4 * (config.vocab_size + 32 * config.hidden_size)
+    fitting = max(1, free // 2 // bytes_per_token)
+    return min(most, 1 << (fitting.bit_length() - 1))
 
 
-def is_truncated(item: EncodedChoices, max_positions: int | None) -> bool:
-    """Say whether any of the item's rows loses part of its context."""
-    return any(
-        len(truncate_context(item.context_ids, ids, max_positions)) < len(item.context_ids) for ids in item.ending_ids
+def score_items(
+    model: torch.nn.Module, rows_by_item: Sequence[Sequence[EncodedChoices]], selects_places: bool = True
+) -> list[list[float]]:
+    """Return the summed negative log-probability, in nats, of every ending of every item, all rows at once.
+
+    Args:
+        selects_places: let the vocabulary head see those places only that an ending's token is predicted from.
+    """
+    batch = collate_rows([row for rows in rows_by_item for row in rows])
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
+    if not batch.is_plain:  # causal attention alone hides the padding behind a plain row
+        inputs["position_ids"] = batch.position_ids.to(device)
+        inputs["attention_mask"] = batch.build_attention_mask(get_compute_dtype(model), device)
+    sums = iter(sum_nll(compute_logits(model, inputs, batch.places, selects_places), batch))
+    return [[next(sums) for row in rows for _ in row.ending_ids] for rows in rows_by_item]
+
+
+def compute_logits(
+    model: torch.nn.Module, inputs: dict[str, Any], places: tuple[torch.Tensor, torch.Tensor], selects_places: bool
+) -> torch.Tensor:
+    """Return the model's logits at these places: row and column of each in, (places, vocab_size) out.
+
+    Most of a small model's time and memory is its vocabulary head, so a hook in front of it lets only those hidden
+    states through. The model does the rest itself: some scale or cap what comes out of the head.
+    """
+    is_selected = False
+
+    def select(_: torch.nn.Module, arguments: tuple) -> tuple:
+        nonlocal is_selected
+        is_selected = True
+        hidden_states, *others = arguments
+        return hidden_states[places].unsqueeze(0), *others
+
+    head = model.get_output_embeddings() if selects_places else None
+    with head.register_forward_pre_hook(select) if head is not None else contextlib.nullcontext():
+        logits = model(**inputs).logits
+    return logits[0] if is_selected else logits[places]
+
+
+def sum_nll(logits: torch.Tensor, batch: Batch) -> list[float]:
+    """Return each ending's summed negative log-probability from the logits (places, vocab_size) of a batch.
+
+    In float32, because bfloat16 rounds a log-probability near 10 by up to 0.03 nat a token.
+    """
+    target_places, target_ids = batch.target_places.to(logits.device), batch.target_ids.to(logits.device)
+    normalizers = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in logits.split(SOFTMAX_CHUNK_PLACES)])
+    nll = normalizers[target_places] - logits[target_places, target_ids].float()
+    return [part.sum().item() for part in nll.cpu().double().split(batch.ending_lengths)]
+
+
+def get_compute_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Return in which type the model's matrix products run: an autocast's, or that of its parameters."""
+    parameter = next(model.parameters())
+    device_type = parameter.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
+
+
+def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
+    """Tell whether a context may be read once for its endings, from one item that is scored both ways.
+
+    Some architectures ignore the mask or the positions without a word, others refuse them. The longest item is asked,
+    whose row reaches farthest. Call it in `evaluation_mode`.
+    """
+    item = max(items, key=lambda item: (not is_truncated(item, max_positions), item.n_read))
+    separate, shared = (build_rows(item, max_positions, shares_context) for shares_context in (False, True))
+    (expected,) = score_items(model, [separate], selects_places=False)
+    try:
+        (nll,) = score_items(model, [shared])
+    except Exception as error:  # of a mask or positions that it does not know, a model raises anything
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return False
+    # One unit of rounding on each token is what the order of a sum is worth.
+    unit = estimate_rounding(model)
+    return not all(map(math.isfinite, expected)) or all(
+        abs(one - other) <= 1e-3 + unit * abs(other) for one, other in zip(nll, expected, strict=True)
     )
 
 
-def plan_batches(items: Sequence[EncodedChoices], batch_tokens: int, max_positions: int | None) -> list[list[int]]:
-    """Group item indices, longest first, so that a batch's padded rows hold at most `batch_tokens` tokens.
-
-    An item stays whole; one that exceeds the budget alone makes a batch of its own. The plan is a function of the
-    items and the budget only, so that any number of processes computes the same batches, hence the same numbers.
-    """
-    widths = [compute_row_width(item, max_positions) for item in items]
-    batches: list[list[int]] = []
-    used, limit = 0, 0
-    for index in sorted(range(len(items)), key=lambda index: (-widths[index], index)):
-        n_rows = len(items[index].ending_ids)
-        if not batches or used + n_rows > limit:
-            batches.append([])
-            # The first item of a batch is its longest: every later row is padded to its width.
-            used, limit = 0, batch_tokens // widths[index]
-        batches[-1].append(index)
-        used += n_rows
-    return batches
-
-
-def compute_row_width(item: EncodedChoices, max_positions: int | None) -> int:
-    """Return how many tokens the model reads for the item's longest row."""
-    return max(len(truncate_context(item.context_ids, ids, max_positions)) + len(ids) - 1 for ids in item.ending_ids)
-
-
-def score_batch(
-    model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None
-) -> list[list[float]]:
-    """Return the summed negative log-probability, in nats, of every ending of every item.
-
-    Each row is a context and one ending, padded on the right. There is no attention mask: under causal attention a
-    token cannot see the padding behind it.
-    """
-    rows = [
-        (truncate_context(item.context_ids, ending_ids, max_positions), ending_ids)
-        for item in items
-        for ending_ids in item.ending_ids
-    ]
-    shape = (len(rows), max(len(context_ids) + len(ending_ids) for context_ids, ending_ids in rows) - 1)
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    targets = torch.zeros(shape, dtype=torch.long)
-    in_ending = torch.zeros(shape, dtype=torch.bool)
-    for row, (context_ids, ending_ids) in enumerate(rows):
-        tokens = torch.tensor(context_ids + ending_ids)
-        n_read = len(tokens) - 1
-        input_ids[row, :n_read] = tokens[:-1]
-        targets[row, :n_read] = tokens[1:]
-        in_ending[row, n_read - len(ending_ids) : n_read] = True
-
-    device = next(model.parameters()).device
-    input_ids, targets, in_ending = input_ids.to(device), targets.to(device), in_ending.to(device)
-    # Most of a small model's time and memory is its vocabulary head: nothing left of the first ending has to pass it.
-    n_kept = shape[1] - min(len(context_ids) - 1 for context_ids, _ in rows)
-    options = {"logits_to_keep": n_kept} if "logits_to_keep" in signature(model.forward).parameters else {}
-    logits = model(input_ids=input_ids, use_cache=False, **options).logits[:, -n_kept:]
-    targets, in_ending = targets[:, -n_kept:], in_ending[:, -n_kept:]
-    nll = torch.zeros(targets.shape, dtype=torch.float32, device=device)
-    # In float32, because bfloat16 rounds a log-probability near 10 by up to 0.03 nat a token.
-    nll[in_ending] = torch.nn.functional.cross_entropy(logits[in_ending].float(), targets[in_ending], reduction="none")
-    sums = iter(nll.sum(dim=1).tolist())
-    return [[next(sums) for _ in item.ending_ids] for item in items]
+def estimate_rounding(model: torch.nn.Module) -> float:
+    """Return the relative size of a rounding step of the model's matrix products."""
+    dtype = get_compute_dtype(model)
+    is_on_cuda = next(model.parameters()).device.type == "cuda"
+    if dtype == torch.float32 and is_on_cuda and torch.get_float32_matmul_precision() != "highest":
+        return 2**-10  # tf32 has ten bits of fraction
+    return torch.finfo(dtype).eps

@@ -10,9 +10,9 @@ from modeling_gpt2_repro.training.preflight import estimate_disk_bytes
 
 # A forward pass alone is a third of the work of forward and backward.
 FORWARD_SHARE = 1 / 3
-# HellaSwag's validation split, and the tokens of an item's four rows in the `original` protocol: GPT-2's, the mean of
-# all items.
-HELLASWAG_ITEMS, TOKENS_PER_HELLASWAG_ITEM = 10_042, 299
+# HellaSwag's validation split, and the tokens that a model reads of an item in the `original` protocol, the context
+# once: GPT-2's, the mean of all items.
+HELLASWAG_ITEMS, TOKENS_PER_HELLASWAG_ITEM = 10_042, 159
 EXAMPLE_RATES = (1e3, 1e4, 1e5, 1e6)
 EXAMPLE_PROCESSES = (1, 2, 4, 8)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.evaluation import scoring
+from modeling_gpt2_repro.evaluation import hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag import (
     EncodedHellaSwag,
     EncodedItem,
@@ -89,7 +89,7 @@ def test_original_reads_the_raw_context_and_counts_tokens(tokenizer):
     item = make_item(ctx_a="[header] Two  blanks [title] x", ctx_b="", endings=("[step] a", "b  c", "d", "e"))
     context, continuations = render_original(item)
     assert (context, continuations[0]) == ("[header] Two  blanks [title] x", " [step] a")
-    encoded = encode_original(item, tokenizer)
+    encoded = encode_original([item], tokenizer)[0]
     assert tokenizer.decode(encoded.context_ids) == context
     assert [tokenizer.decode(ids) for ids in encoded.ending_ids] == continuations
     assert encoded.ending_lengths == tuple(len(ids) for ids in encoded.ending_ids)
@@ -141,7 +141,7 @@ LM_EVAL_CASES = {
 @pytest.mark.parametrize(("item", "context", "continuations", "lengths"), LM_EVAL_CASES.values(), ids=LM_EVAL_CASES)
 def test_lm_eval_cleans_and_encodes_as_the_harness(tokenizer, item, context, continuations, lengths):
     assert render_lm_eval(item) == (context, continuations)
-    encoded = encode_lm_eval(item, tokenizer)
+    encoded = encode_lm_eval([item], tokenizer)[0]
     assert encoded.ending_lengths == lengths
     assert encoded.context_ids == tokenizer(context)["input_ids"]
     for ids, continuation in zip(encoded.ending_ids, continuations, strict=True):
@@ -163,7 +163,30 @@ def test_lm_eval_encodes_context_and_ending_together():
     context, continuations = render_lm_eval(item)
     assert len(context) % 2 == 1
     whole_ids = tokenizer([context + continuations[0]])["input_ids"][0]
-    assert encode_lm_eval(item, tokenizer).ending_ids[0] == whole_ids[(len(context) + 1) // 2 :]
+    assert encode_lm_eval([item], tokenizer)[0].ending_ids[0] == whole_ids[(len(context) + 1) // 2 :]
+
+
+@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
+def test_all_items_are_encoded_in_a_few_calls(tokenizer, sample, protocol, monkeypatch):
+    monkeypatch.setattr(hellaswag, "ITEMS_PER_ENCODING", 20)
+    calls = []
+
+    def count(texts, **options):
+        calls.append(len(texts))
+        return tokenizer(texts, **options)
+
+    encoded = encode_hellaswag(sample, count, protocol)
+    assert calls == [100, 100, 40]
+    assert encoded.items == sum((encode_hellaswag([item], tokenizer, protocol).items for item in sample), ())
+
+
+@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
+def test_a_tokenizer_that_makes_nothing_of_an_ending_is_refused(protocol):
+    def encode(texts, **_):
+        return {"input_ids": [[1] * ("dog" in text) for text in texts]}
+
+    with pytest.raises(UserError, match="makes no token of the context or of an ending of item 3"):
+        encode_hellaswag([make_item()], encode, protocol)
 
 
 @pytest.mark.parametrize("protocol", ["original", "lm_eval"])
@@ -185,16 +208,6 @@ def test_batch_budget_and_order_do_not_change_the_numbers(model, tokenizer, samp
         for scored in reference.scored_items:
             assert by_ind[scored.ind].nll == pytest.approx(scored.nll, abs=1e-3)
             assert by_ind[scored.ind].predicted == scored.predicted
-
-
-def test_batches_hold_every_item_once_within_the_budget(tokenizer, sample):
-    items = encode_hellaswag(sample, tokenizer, "original").items
-    batches = scoring.plan_batches(items, batch_tokens=2048, max_positions=64)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(items)))
-    widths = [[scoring.compute_row_width(items[index], 64) for index in batch] for batch in batches]
-    assert all(4 * len(batch) * max(batch) <= 2048 for batch in widths)
-    assert max(map(max, widths)) == 64
-    assert len(batches) < len(items) / 4
 
 
 def test_a_long_context_loses_its_left_and_is_counted(tokenizer, sample):
@@ -242,6 +255,9 @@ class FixedLogits(torch.nn.Module):
         self.table = torch.nn.Parameter(table)
         self.config = GPT2Config()
 
+    def get_output_embeddings(self):
+        return None
+
     def forward(self, input_ids, use_cache):
         return SimpleNamespace(logits=self.table[input_ids])
 
@@ -256,6 +272,31 @@ def test_log_softmax_and_sums_are_in_float32():
     expected = -sum(log_probabilities[a, b].item() for a, b in pairwise(tokens))
     assert expected > 100
     assert result.scored_items[0].nll[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_plain_rows_are_said_once(tokenizer, sample, capsys):
+    class GPT2WithoutMask(GPT2LMHeadModel):
+        def forward(self, input_ids, use_cache):
+            return super().forward(input_ids, use_cache=use_cache)
+
+    stock = build_model()
+    model = GPT2WithoutMask(stock.config).eval()
+    model.load_state_dict(stock.state_dict())
+    encoded = encode_hellaswag(sample[:4], tokenizer, "lm_eval")
+    expected = evaluate_hellaswag(stock, encoded, show_progress=False)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        result = evaluate_hellaswag(model, encoded, show_progress=False)
+        for one, other in zip(result.scored_items, expected.scored_items, strict=True):
+            assert one.nll == pytest.approx(other.nll, abs=1e-3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("GPT2WithoutMask does not honour a 4-D attention mask")
+
+
+def test_progress_says_the_protocol_and_the_running_score(model, tokenizer, sample, capsys):
+    evaluate_hellaswag(model, encode_hellaswag(sample[:4], tokenizer, "lm_eval"), batch_tokens=1)
+    bar = capsys.readouterr().err
+    assert "HellaSwag lm_eval" in bar and "4/4" in bar and "acc_norm 0." in bar
 
 
 def test_numbers_that_are_not_finite_are_refused(tokenizer, sample):

@@ -71,6 +71,17 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path, bad_row, comp
     assert complaint in str(error.value)
 
 
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
+    path = write_rows(tmp_path / "items.jsonl", GOOD_ROW)
+    path.write_bytes(
+        path.read_bytes() + json.dumps({**GOOD_ROW, "ctx": "caf\u00e9"}, ensure_ascii=False).encode("latin-1")
+    )
+    with pytest.raises(UserError, match=r"items\.jsonl, line 2: byte \d+ is not UTF-8"):
+        load_hellaswag(path)
+    path.write_text(json.dumps({**GOOD_ROW, "ctx": "小さな船"}, ensure_ascii=False), encoding="utf-8")
+    assert load_hellaswag(path)[0].ctx == "小さな船"
+
+
 def test_files_without_items_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no HellaSwag items"):
         load_hellaswag(write_rows(tmp_path / "empty.jsonl", ""))

@@ -1,0 +1,40 @@
+"""From log-probabilities of competing endings to accuracies: pure arithmetic, whatever computed them."""
+
+import math
+from collections.abc import Sequence
+
+
+def pick_endings(nll: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the most probable ending by its sum and by its mean over its length; the first one wins a tie.
+
+    Args:
+        nll: each ending's summed negative log-probability.
+        lengths: what each sum is divided by. An ending of none, which was nothing but a mark, is never picked.
+    """
+    means = [total / length if length else math.inf for total, length in zip(nll, lengths, strict=True)]
+    return min(range(len(nll)), key=nll.__getitem__), min(range(len(nll)), key=means.__getitem__)
+
+
+def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int]) -> dict[str, float | None]:
+    """Reduce what `pick_endings` picked to `acc` and `acc_norm`, as fractions, and their standard errors `*_stderr`.
+
+    Args:
+        picked: for each question, the ending picked by its sum and the one by its mean.
+        labels: the right ending of each.
+    """
+    result: dict[str, float | None] = {}
+    for name, picks in zip(("acc", "acc_norm"), zip(*picked, strict=True), strict=True):
+        hits = [pick == label for pick, label in zip(picks, labels, strict=True)]
+        result[name] = sum(hits) / len(hits)
+        result[f"{name}_stderr"] = compute_standard_error(hits)
+    return result
+
+
+def compute_standard_error(hits: Sequence[bool]) -> float | None:
+    """Return the sample standard error of the mean of n zeros and ones; `None` where n is 1.
+
+    The order of operations is lm-evaluation-harness's, so that the numbers are the same to the last bit.
+    """
+    n = len(hits)
+    mean = sum(hits) / n
+    return math.sqrt(sum((hit - mean) ** 2 for hit in hits) / (n - 1)) / math.sqrt(n) if n > 1 else None

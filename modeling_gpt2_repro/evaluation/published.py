@@ -1,0 +1,30 @@
+"""HellaSwag scores that others published for models of GPT-2's and GPT-3's sizes, on the validation split.
+
+They are not ours, and they are not all measured in the same way:
+
+- GPT-2 124M and 1558M: docstring of `hellaswag.py` in karpathy/build-nanogpt, `original` by that script and `lm_eval`
+  by EleutherAI's harness.
+- GPT-2 350M and 774M: `hella2_baseline` in `play.ipynb` of the same repository, to which its runs are compared. It
+  does not say what measured them; its figures for 124M (0.2945) and 1558M (0.4889) are within 0.0011 of the script's.
+- GPT-3 125M: GPT-3 paper (https://arxiv.org/abs/2005.14165), table H.1, HellaSwag, zero-shot, "Small". The paper
+  compares the likelihood per token (section 2.4), as `acc_norm` in `original` does, but how it writes the items is not
+  published, and neither is the model.
+"""
+
+PUBLISHED_SCORES: dict[tuple[str, str], dict[str, float]] = {
+    ("original", "acc"): {"GPT-2 124M": 0.2859, "GPT-2 1558M": 0.3842},
+    ("original", "acc_norm"): {
+        "GPT-2 124M": 0.2955,
+        "GPT-2 350M": 0.375224,
+        "GPT-2 774M": 0.431986,
+        "GPT-2 1558M": 0.4893,
+        "GPT-3 125M": 0.337,
+    },
+    ("lm_eval", "acc"): {"GPT-2 124M": 0.2892, "GPT-2 1558M": 0.4004},
+    ("lm_eval", "acc_norm"): {"GPT-2 124M": 0.3114, "GPT-2 1558M": 0.5089},
+}
+PUBLISHED_MODELS = tuple(PUBLISHED_SCORES["original", "acc_norm"])
+
+PUBLISHED_NOTE = """\
+GPT columns: published by others, not measured here. GPT-2 124M and 1558M under the same protocol (build-nanogpt's
+hellaswag.py), 350M and 774M as its play.ipynb has them; GPT-3 125M: GPT-3 paper, table H.1, zero-shot, per token."""

@@ -1,0 +1,114 @@
+"""The `lm_eval` protocol against lm-evaluation-harness itself: the same model, items and sums."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED_DATA
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not installed: `make install` brings it")
+from harness import run_harness
+
+# It divides by the length of an ending that was nothing but a mark, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
+REAL_FILE = SHARED_DATA / "hellaswag_val.jsonl"
+
+# Marks, double blanks, contexts that end in a bracket, blanks at ends, and what is easily taken for one of these.
+CONTEXTS = [
+    ("[header] How to bake bread [title] Mix the flour. [step] Add water slowly.", ""),
+    ("Baking  bread  takes  time. [step]", ""),
+    ("Then she reads [substeps] [title]", ""),
+    ("He wipes the table [with a cloth]", ""),
+    ("A man is on a roof. ", "he "),
+    ("  Two dogs run.   They stop. ", " the DOGS"),
+    ("An open [bracket is never closed.", "it"),
+    ("A closed] bracket was never opened.", "it"),
+    ("[step]", "she"),
+    ("Ünïcödé · naïve café [title] 東京 — “quoted”. \t", "élan"),
+]
+ENDINGS = [
+    ["[title] Wait an hour. [step] Fold it.", "stops.", " leans  over  twice. ", "goes [substeps]"],
+    ["walks away.", "[x]", "sings [loudly] and   leaves.", "a"],
+    ["'s hat falls.", ", then jumps.", "\tturns\nround.", "…"],
+]
+
+
+def write_items(path: Path) -> list[dict]:
+    rows = [
+        {
+            "ind": number,
+            "activity_label": ("Baking", "Home [and] garden ", "A  label")[number % 3],
+            "ctx_a": ctx_a,
+            "ctx_b": ctx_b,
+            "ctx": f"{ctx_a} {ctx_b}",
+            "endings": endings,
+            "label": str(number % 4),
+            "split": "val",
+        }
+        for number, (ctx_a, ctx_b, endings) in enumerate(
+            (*context, endings) for context in CONTEXTS for endings in ENDINGS
+        )
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+@pytest.fixture
+def sample_file(tmp_path):
+    """Every fourth of the shipped items."""
+    (tmp_path / "sample.jsonl").write_text("\n".join(SAMPLE_FILE.read_text().splitlines()[::4]))
+    return tmp_path / "sample.jsonl"
+
+
+def build_gpt2(n_positions=512):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=n_positions, initializer_range=0.3)
+    ).eval()
+
+
+def assert_equals_harness(model, tokenizer, path, n_truncated=0):
+    expected = run_harness(model, tokenizer, path)
+    encoded = encode_hellaswag(load_hellaswag(path), tokenizer, "lm_eval")
+    result = evaluate_hellaswag(model, encoded, show_progress=False)
+    assert result.n == len(expected["nll"])
+    for item, nll in zip(result.scored_items, expected["nll"], strict=True):
+        assert item.nll == pytest.approx(nll, abs=1e-3)
+    for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+        assert getattr(result, name) == expected[name], name
+    assert 0 < result.acc < 1
+    assert result.n_truncated == n_truncated
+
+
+def test_written_items_with_every_mark_equal_the_harness(tokenizer, tmp_path):
+    assert len(write_items(tmp_path / "items.jsonl")) == 30
+    assert_equals_harness(build_gpt2(), tokenizer, tmp_path / "items.jsonl")
+
+
+@pytest.mark.skipif(not REAL_FILE.exists(), reason="HellaSwag's validation items are not on this machine")
+def test_200_real_items_equal_the_harness(tokenizer, tmp_path):
+    lines = REAL_FILE.read_text().splitlines()
+    (tmp_path / "items.jsonl").write_text("\n".join(random.Random(0).sample(lines, 200)))
+    assert_equals_harness(build_gpt2(), tokenizer, tmp_path / "items.jsonl")
+
+
+def test_contexts_are_cut_as_the_harness_cuts_them(tokenizer, sample_file):
+    n_long = sum(
+        max(len(item.context_ids) + len(ids) for ids in item.ending_ids) > 49
+        for item in encode_hellaswag(load_hellaswag(sample_file), tokenizer, "lm_eval").items
+    )
+    assert 0 < n_long < 12
+    assert_equals_harness(build_gpt2(n_positions=48), tokenizer, sample_file, n_truncated=n_long)
+
+
+def test_another_architecture_equals_the_harness(tokenizer, sample_file):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, max_position_embeddings=512, **sizes)
+    assert_equals_harness(LlamaForCausalLM(config).eval(), tokenizer, sample_file)

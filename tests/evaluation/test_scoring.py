@@ -1,0 +1,207 @@
+"""Reading a context once for its endings: the same numbers as plain rows, or plain rows."""
+
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import build_model, build_stock_model
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from modeling_gpt2_repro.evaluation import scoring
+from modeling_gpt2_repro.evaluation.rows import EncodedChoices, build_rows
+
+VOCAB_SIZE = 301
+
+
+def draw_items(n=6, seed=0, vocab_size=VOCAB_SIZE):
+    generator = random.Random(seed)
+
+    def draw(length):
+        return [generator.randrange(vocab_size) for _ in range(length)]
+
+    return [
+        EncodedChoices(draw(generator.randint(1, 20)), [draw(generator.randint(1, 12)) for _ in range(4)])
+        for _ in range(n)
+    ]
+
+
+def build_llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"num_key_value_heads": 2, "initializer_range": 0.3},
+        )
+    )
+
+
+def build_granite():
+    """Its logits are those of its head, divided."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return GraniteForCausalLM(
+        GraniteConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=4, initializer_range=0.3, logits_scaling=3.0, **sizes)
+    )
+
+
+def build_mamba():
+    """It has a state in place of attention, and ignores any mask of pairs."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3}
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, **sizes))
+
+
+def build_bloom():
+    """Its positions come from its mask, and it has no argument for them."""
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, **sizes))
+
+
+SHARING = {
+    "ours": build_model,
+    "ours, eager": lambda: build_model(attn_implementation="eager"),
+    "gpt2": lambda: build_stock_model(initializer_range=0.3),
+    "llama": build_llama,
+    "granite": build_granite,
+}
+NOT_SHARING = {"mamba": build_mamba, "bloom": build_bloom}
+
+
+def build(builders, name):
+    torch.manual_seed(0)
+    return builders[name]().eval()
+
+
+def score_plainly(model, item):
+    """Each ending in a row of its own, with all logits, as one would write it down."""
+    sums = []
+    for ids in item.ending_ids:
+        logits = model(torch.tensor([item.context_ids + ids])).logits[0, -len(ids) - 1 : -1]
+        sums.append(torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids), reduction="sum").item())
+    return sums
+
+
+@pytest.mark.parametrize("name", SHARING)
+@torch.no_grad()
+def test_shared_contexts_give_the_numbers_of_plain_rows(name):
+    model, items = build(SHARING, name), draw_items()
+    assert scoring.can_share_context(model, items, max_positions=None)
+    rows = [build_rows(item, None, shares_context=True) for item in items]
+    for sums, item in zip(scoring.score_items(model, rows), items, strict=True):
+        assert sums == pytest.approx(score_plainly(model, item), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NOT_SHARING)
+@torch.no_grad()
+def test_a_model_that_does_not_take_the_mask_is_found_out(name):
+    model, items = build(NOT_SHARING, name), draw_items()
+    assert not scoring.can_share_context(model, items, max_positions=None)
+    rows = [build_rows(item, None, shares_context=False) for item in items]
+    for sums, item in zip(scoring.score_items(model, rows, selects_places=False), items, strict=True):
+        assert sums == pytest.approx(score_plainly(model, item), abs=1e-3)
+
+
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+@torch.no_grad()
+def test_ignoring_the_mask_or_the_positions_is_found_out(ignored):
+    class Deaf(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build(SHARING, "llama")
+            self.config = self.model.config
+
+        def get_output_embeddings(self):
+            return self.model.get_output_embeddings()
+
+        def forward(self, **inputs):
+            return self.model(**{name: value for name, value in inputs.items() if name != ignored})
+
+    assert not scoring.can_share_context(Deaf(), draw_items(), max_positions=None)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not scoring.can_share_context(Deaf().to(dtype), draw_items(), max_positions=None)
+
+
+@pytest.mark.parametrize("name", ["ours", "gpt2", "llama"])
+@torch.no_grad()
+def test_low_precision_does_not_pass_for_ignoring_the_mask(name):
+    for seed in range(4):
+        items = draw_items(seed=seed)
+        assert scoring.can_share_context(build(SHARING, name).bfloat16(), items, max_positions=None)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert scoring.can_share_context(build(SHARING, name), items, max_positions=None)
+
+
+@torch.no_grad()
+def test_memory_that_does_not_suffice_is_not_taken_for_a_model_without_masks(monkeypatch):
+    model = build(SHARING, "ours")
+    answers = iter([scoring.score_items(model, [build_rows(draw_items(1)[0], None, False)]), torch.OutOfMemoryError()])
+
+    def score_items(*_, **__):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(scoring, "score_items", score_items)
+    with pytest.raises(torch.OutOfMemoryError):
+        scoring.can_share_context(model, draw_items(1), max_positions=None)
+
+
+@torch.no_grad()
+def test_the_head_sees_only_what_predicts_an_ending_and_the_model_each_context_once():
+    model, items = build(SHARING, "ours"), draw_items()
+    seen = {}
+    model.lm_head.register_forward_hook(lambda _, inputs, __: seen.update(head=inputs[0].shape[:-1].numel()))
+    model.transformer.h[0].register_forward_hook(lambda _, inputs, __: seen.update(rows=len(inputs[0])))
+    scoring.score_items(model, [build_rows(item, None, shares_context=True) for item in items])
+    # The first tokens of the four endings of an item are predicted from one place.
+    n_targets = sum(len(ids) for item in items for ids in item.ending_ids)
+    assert seen == {"head": n_targets - 3 * len(items), "rows": len(items)}
+    assert not model.lm_head._forward_pre_hooks
+
+
+class FixedLogits(torch.nn.Module):
+    """A model without a head of its own, whose logits are a table by input token."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+@torch.no_grad()
+def test_a_model_whose_head_is_no_module_is_scored_by_its_logits():
+    model, (item,) = FixedLogits(torch.randn(VOCAB_SIZE, VOCAB_SIZE)), draw_items(1)
+    (sums,) = scoring.score_items(model, [build_rows(item, None, shares_context=False)])
+    table = model.table.double().log_softmax(-1)
+    tokens = [item.context_ids[-1:] + ids for ids in item.ending_ids]
+    expected = [-sum(table[a, b].item() for a, b in pairwise(ids)) for ids in tokens]
+    assert sums == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_budget_is_a_power_of_two_that_half_of_the_free_memory_holds(monkeypatch):
+    model = build(SHARING, "ours")
+    bytes_per_token = 4 * (model.config.vocab_size + 32 * model.config.n_embd)
+
+    def choose(free):
+        monkeypatch.setattr(scoring, "measure_free_memory", lambda _: free)
+        return scoring.choose_batch_tokens(model)
+
+    assert choose(1000 * bytes_per_token) == 256
+    assert choose(2**50) == scoring.LARGEST_BATCH_TOKENS["cpu"]
+    assert choose(None) == scoring.LARGEST_BATCH_TOKENS["cpu"]
+    assert choose(0) == 1
