@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 from modeling_gpt2_repro.data.shards import Manifest, load_manifest
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS
 from modeling_gpt2_repro.files import open_atomically
 from modeling_gpt2_repro.reporting.plots import CURVES
 from modeling_gpt2_repro.reporting.reproduction import list_commands, read_versions, shorten
 from modeling_gpt2_repro.reporting.run_folder import describe_validation, name_hellaswag_items, read_settings
+from modeling_gpt2_repro.reporting.scores import PROTOCOLS, list_scores
+from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.tracking import (
     METRICS,
     SAMPLES,
@@ -157,31 +158,6 @@ def quote_text(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def list_scores(run_folder: Path, repo_id: str | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Return the HellaSwag scores of the finished model that eval_hellaswag.py wrote into the run folder.
-
-    What is older than the model, or is another model's, is none of them.
-
-    Returns:
-        The name of the items and the scores, each with its `protocol`.
-    """
-    finished = run_folder / "final" / "config.json"
-    names = {(run_folder.resolve().name, "final"), tuple((repo_id or "").split("/"))}
-    found = []
-    for path in sorted(run_folder.glob("hellaswag*.json")) if finished.exists() else ():
-        content = read_json_object(path)
-        if (
-            path.stat().st_mtime < finished.stat().st_mtime
-            or Path(str(content.get("model"))).absolute().parts[-2:] not in names
-        ):
-            continue
-        for protocol in (each for each in ENCODERS if isinstance(content.get(each), dict)):
-            scores = content[protocol] | {"protocol": protocol}
-            if all(isinstance(scores.get(key), int | float) for key in ("n", "acc", "acc_norm")):
-                found.append((str(content.get("data")), scores))
-    return found
-
-
 def _describe_origin(settings: dict[str, Any], last: dict[str, float], step: int | None) -> str:
     init_from = settings["init_from"]
     origin = "random weights" if init_from == "scratch" else f"`{shorten(init_from)}`"
@@ -202,9 +178,10 @@ def _list_results(
     if "val/loss" in last:
         rows.append(("validation loss", describe_validation(last)))
         rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
-    if "hellaswag/acc_norm" in last:
-        name = f"{name_hellaswag_items(settings)}: acc_norm, original protocol, in training"
-        rows.append((name, f"{last['hellaswag/acc_norm']:.4f}"))
+    for prefix, protocol in PROTOCOLS.items():
+        if f"{prefix}/acc_norm" in last:
+            name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
+            rows.append((name, f"{last[f'{prefix}/acc_norm']:.4f}"))
     for items, scores in list_scores(run_folder, repo_id) if step is None else ():
         for metric in ("acc_norm", "acc"):
             stderr = scores.get(f"{metric}_stderr")
@@ -266,16 +243,22 @@ def _list_training(
             f"linear warm-up, to {settings['min_lr_ratio']:g} of the peak",
         ),
         ("dropout", f"{settings['dropout']:g}"),
-        ("precision", f"autocast: {settings['mixed_precision']} where the device has it; weights in float32"),
+        ("precision", _describe_precision(settings["mixed_precision"])),
         ("seed", str(settings["seed"])),
     ]
     if "train/tokens" in last and "train/epoch" in last:
         rows.insert(1, ("tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
     rates = [line["train/tokens_per_second"] for line in lines if line.get("train/tokens_per_second", 0) > 0]
     if rates:
-        hours = sum(settings["tokens_per_step"] / rate for rate in rates) / 3600
-        rows.append(("time", f"{hours:.2f} hours of updates, evaluations not counted"))
+        seconds = sum(settings["tokens_per_step"] / rate for rate in rates)
+        rows.append(("time", f"{format_duration(seconds)} of updates, evaluations not counted"))
     return rows
+
+
+def _describe_precision(mixed_precision: str) -> str:
+    if mixed_precision == "no":
+        return "float32"
+    return f"{mixed_precision} autocast where the device has it, weights and optimizer in float32"
 
 
 def _quote_samples(run_folder: Path, last: dict[str, float]) -> str:

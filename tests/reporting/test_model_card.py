@@ -77,7 +77,7 @@ def test_card_tells_data_model_training_and_results(run_folder):
     text = (run_folder / "final" / "README.md").read_text()
     table = read_table(text)
     assert table["validation loss"] == "5.2500 nats a token, 2.5000 bits a byte"
-    assert table["items.jsonl: acc_norm, original protocol, in training"] == "0.2708"
+    assert table["items.jsonl: acc_norm, protocol `original`, in training"] == "0.2708"
     for protocol in ("original", "lm_eval"):
         name = f"Rowan/hellaswag: acc_norm, protocol `{protocol}`"
         assert table[name] == "0.5000 ± 0.1250 (standard error), 1,042 items"
@@ -87,7 +87,7 @@ def test_card_tells_data_model_training_and_results(run_folder):
     assert (table["blocks"], table["attention heads"], table["width"]) == ("2", "4", "64")
     assert table["updates"] == "4 of 524,288 tokens"
     assert table["tokens seen"] == "2,097,152 (0.500 epochs)"
-    assert table["time"].startswith("0.00 hours")
+    assert table["time"].startswith("1 s of updates")
     assert "![Curves of the run](curves.png)" in text
     for title in ("Use", "Limits and biases", "Reproduce", "Samples"):
         assert f"\n## {title}\n" in text
@@ -153,7 +153,7 @@ def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
     text = render_model_card(run_folder / "final", run_folder, step=2)
     assert "**This is the model after 2 updates" in text and "early words" in text
     assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
-    assert "protocol `original`" not in text  # which is the finished model's score
+    assert "standard error" not in text  # of the finished model's score
 
 
 def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
@@ -162,7 +162,7 @@ def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
     write_scores(run_folder, "hellaswag_odd.json", original={"acc": "x"}, lm_eval=None)
     write_scores(run_folder, "hellaswag_old.json")
     os.utime(run_folder / "hellaswag_old.json", (0, 0))
-    assert "protocol `" not in render_model_card(run_folder / "final", run_folder)
+    assert "standard error" not in render_model_card(run_folder / "final", run_folder)
 
 
 def test_samples_show_as_they_are(run_folder):
