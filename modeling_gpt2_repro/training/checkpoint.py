@@ -289,4 +289,6 @@ def describe_as_gpt2(config: PreTrainedConfig) -> dict[str, Any]:
     """Return what `config.json` says in a folder that names itself GPT-2, given our configuration."""
     # to_dict and not a saved file, which leaves out what equals our defaults: stock GPT-2's dropouts default to 0.1.
     content = {name: 0.0 if name.endswith("_pdrop") else value for name, value in config.to_dict().items()}
-    return content | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    # n_ctx is n_positions in OpenAI's files, and llama.cpp's converter asks for it.
+    names = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": content["n_positions"]}
+    return content | names
