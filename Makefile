@@ -9,7 +9,7 @@ SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
 # The demo asks nothing of the network, computes on the CPU whatever else there is, and reports to no tracker.
 DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-slow quality bench fuzz audit
+.PHONY: install demo test test-slow quality bench fuzz audit ecosystem
 
 install: .venv/installed
 
@@ -53,3 +53,9 @@ fuzz: install
 # the database was not asked about, because it is out of reach, is a failure and not a pass.
 audit: install
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+# A trained checkpoint in the hands of other people's tools, which are installed for this alone. The names of the tests
+# say with which versions they passed.
+ecosystem: install
+	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev,ecosystem]'
+	$(BIN)/pytest -vv -rs tests/ecosystem

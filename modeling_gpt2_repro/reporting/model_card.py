@@ -1,94 +1,142 @@
-"""The model card of a finished run, written from its files."""
+"""The model card of a run, written from its files."""
 
-import shlex
-from dataclasses import asdict
-from importlib.metadata import version
+import contextlib
+import html
+import json
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors import safe_open
 
 from modeling_gpt2_repro.data.shards import Manifest, load_manifest
+from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import open_atomically
-from modeling_gpt2_repro.reporting.run_folder import (
-    describe_validation,
-    merge_metrics,
-    name_hellaswag_items,
-    read_settings,
+from modeling_gpt2_repro.reporting.plots import CURVES
+from modeling_gpt2_repro.reporting.reproduction import list_commands, read_versions, shorten
+from modeling_gpt2_repro.reporting.run_folder import describe_validation, name_hellaswag_items, read_settings
+from modeling_gpt2_repro.reporting.scores import PROTOCOLS, list_scores
+from modeling_gpt2_repro.training.console import format_duration
+from modeling_gpt2_repro.training.tracking import (
+    METRICS,
+    SAMPLES,
+    read_json_lines,
+    read_json_object,
+    read_metrics,
 )
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.tracking import SAMPLES, read_json_lines
 
-VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+CARD = "README.md"
+LIMITS = """\
+This is a base model: it continues text and follows no instructions, and nothing was done to make its words true, safe
+or fair. It states falsehoods fluently. It has learned what its training text says, with its errors, its stereotypes
+about people and the names that stand in it, and may repeat passages of it. It knows nothing of what was written later,
+hardly any language but those of its training text, and no more context than the tokens given above. Do not let it
+decide about people, and have somebody read what it writes before others rely on it."""
 
 
 def write_model_card(folder: Path, run_folder: Path) -> None:
-    """Write `README.md` into a published model folder, from the configuration and the record of its run."""
-    config = read_settings(run_folder)
-    # A finished model is worth its card also when the record of its run was lost.
-    last = merge_metrics(run_folder)
-    lines = read_json_lines(run_folder / SAMPLES)
-    samples = [str(line.get("text")) for line in lines if line["step"] == last.get("step")]
-    with open_atomically(folder / "README.md") as stream:
-        stream.write(render_model_card(config, last, samples, load_manifest(config["data_dir"])))
+    """Write the card of the finished model into its folder, with the curves that it shows."""
+    if (run_folder / CURVES).is_file():
+        (folder / CURVES).write_bytes((run_folder / CURVES).read_bytes())
+    with open_atomically(folder / CARD) as stream:
+        stream.write(render_model_card(folder, run_folder))
 
 
 def render_model_card(
-    config: dict[str, Any], last: dict[str, float], samples: list[str], manifest: Manifest | None
+    folder: Path,
+    run_folder: Path,
+    *,
+    repo_id: str | None = None,
+    step: int | None = None,
+    eval_results: Iterable[EvalResult] = (),
 ) -> str:
-    """Return the card's text: the Hub's metadata, then what was trained on what, with which result, and how to use it.
+    """Return a card's text: the Hub's metadata, then what was trained on what, with which result, and how to use it.
+
+    A model is worth its card also when the record of its run, or its data, are gone: it then says less.
 
     Args:
-        config: the run's settings.
-        last: the last value of every metric.
-        samples: texts of the finished model.
-        manifest: of the data; `None` where it has none.
+        folder: of the model.
+        repo_id: where the model goes, if to the Hub.
+        step: of a checkpoint, in whose card nothing later is told; `None` for the finished model.
+        eval_results: what was measured beside the validation loss, for the metadata.
+
+    Raises:
+        UserError: the run's settings are missing or damaged.
     """
-    source = describe_source(manifest) if manifest else config["data_dir"]
-    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2", "gpt2-repro"])
-    rows = [
-        ("data", source),
-        ("steps", f"{last['step']:,} of {config['tokens_per_step']:,} tokens" if last else "not recorded"),
-        ("sequence length", f"{config['sequence_length']:,}"),
-        ("learning rate", f"{config['learning_rate']:g}, {config['lr_schedule']}"),
-    ]
-    if "train/tokens" in last and "train/epoch" in last:
-        rows.append(("training tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
-    if "train/loss" in last:
-        rows.append(("train loss", f"{last['train/loss']:.4f}"))
-    if "val/loss" in last:
-        rows.append(("validation loss", describe_validation(last)))
-    if "hellaswag/acc_norm" in last:
-        name = f"{name_hellaswag_items(config)}: acc_norm, original protocol"
-        rows.append((name, f"{last['hellaswag/acc_norm']:.4f}"))
-    defaults = asdict(TrainingConfig())
-    command = "python train.py" + "".join(
-        f" --{name}={shlex.quote(str(value))}" for name, value in config.items() if value != defaults[name]
-    )
-    versions = ", ".join(f"{package} {version(package)}" for package in VERSIONED_PACKAGES)
-    origin = "random weights" if config["init_from"] == "scratch" else f"`{Path(config['init_from']).name}`"
+    settings = read_settings(run_folder)
+    manifest = None
+    with contextlib.suppress(UserError):
+        manifest = load_manifest(settings["data_dir"])
+    lines = [line for line in read_metrics(run_folder / METRICS) if step is None or line["step"] <= step]
+    last = {name: value for line in lines for name, value in line.items()}
+    name = repo_id.rpartition("/")[2] if repo_id else settings["run_name"]
     parts = [
-        f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {config['run_name']}\n",
-        f"A GPT-2 model trained from {origin} by the GPT-2 reproduction.\n",
-        "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows),
-        "## Use\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # this folder, or its Hub id\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```\n",
-        "This opens as transformers' own `GPT2LMHeadModel`; with `trust_remote_code=True` it opens as the class it "
-        "was trained with, from the two code files beside the weights.\n",
+        f"---\n{build_metadata(name, settings, manifest, last, eval_results).to_yaml()}\n---\n",
+        f"# {name}\n",
+        _describe_origin(settings, last, step),
+        f"![Curves of the run]({CURVES})\n" if (run_folder / CURVES).is_file() else "",
+        "## Results\n",
+        format_table(_list_results(run_folder, settings, last, step, repo_id)) or "Nothing was measured.\n",
+        "## Data\n",
+        format_table(_list_data(settings, manifest)),
+        "## Model\n",
+        format_table(_list_architecture(folder)),
+        "## Training\n",
+        format_table(_list_training(settings, last, lines)),
         "## Samples\n",
-        "".join(f"> {' '.join(text.split())}\n\n" for text in samples) or "None were drawn.\n",
-        "## Limits\n",
-        "A base model: it continues text and follows no instructions. It repeats what its training text says, errors "
-        "and prejudices included, and states falsehoods fluently.\n",
+        f"Continuations of {quote_text(repr(settings['sample_prompt']))}, not chosen among others:\n",
+        _quote_samples(run_folder, last) or "None were drawn.\n",
+        "## Use\n",
+        _describe_use(repo_id),
+        "## Limits and biases\n",
+        f"{LIMITS}\n",
         "## Reproduce\n",
-        f"```\n{command}\n```\n",
-        f"With {versions}.\n",
+        f"```bash\n{list_commands(settings, manifest)}\n```\n",
+        "With "
+        + ", ".join(f"{package} {number}" for package, number in read_versions(run_folder).items())
+        + ". The same step sees the same tokens on any number of devices.\n",
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
+
+
+def build_metadata(
+    name: str,
+    settings: dict[str, Any],
+    manifest: Manifest | None,
+    last: dict[str, float],
+    eval_results: Iterable[EvalResult] = (),
+) -> ModelCardData:
+    """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
+    source = manifest.source if manifest else {}
+    is_on_hub = source.get("revision") is not None
+    data = {
+        "dataset_type": source["id"] if is_on_hub else "text",
+        "dataset_name": describe_source(manifest) if manifest else Path(settings["data_dir"]).name,
+        "dataset_config": source.get("config"),
+        "dataset_revision": source.get("revision"),
+        "dataset_split": "validation",
+    }
+    measured = [
+        EvalResult("text-generation", metric_type=kind, metric_name=label, metric_value=last[metric], **data)
+        for metric, kind, label in (
+            ("val/loss", "loss", "validation loss (nats a token)"),
+            ("val/bpb", "bits_per_byte", "validation bits a UTF-8 byte"),
+        )
+        if metric in last
+    ]
+    is_base_on_hub = settings["init_from"] != "scratch" and not Path(settings["init_from"]).exists()
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2-repro"],
+        datasets=[source["id"]] if is_on_hub else None,
+        base_model=settings["init_from"] if is_base_on_hub else None,
+        eval_results=[*measured, *eval_results] or None,
+    )
 
 
 def describe_source(manifest: Manifest) -> str:
@@ -96,4 +144,139 @@ def describe_source(manifest: Manifest) -> str:
     source = manifest.source
     if "files" in source:
         return f"{len(source['files'])} local file(s), {manifest.read.documents:,} documents"
-    return ", ".join(str(value) for value in source.values() if value is not None)
+    return ", ".join(shorten(value) for value in source.values() if value is not None)
+
+
+def format_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Lay out rows of a name and a value; nothing where there are none."""
+    lines = [f"| {name} | {value} |\n" for name, value in rows]
+    return "| | |\n|---|---|\n" + "".join(lines) if lines else ""
+
+
+def quote_text(text: str) -> str:
+    """Return text as one line that a Markdown page shows as it is, whatever it holds."""
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _describe_origin(settings: dict[str, Any], last: dict[str, float], step: int | None) -> str:
+    init_from = settings["init_from"]
+    origin = "random weights" if init_from == "scratch" else f"`{shorten(init_from)}`"
+    text = f"A GPT-2 model trained from {origin} by the GPT-2 reproduction `modeling_gpt2_repro`.\n"
+    if step is not None:
+        text += f"\n**This is the model after {step:,} updates of a run that went on.**\n"
+    elif last:
+        text += f"\nThe run ended after {last['step']:,} updates.\n"
+    return text
+
+
+def _list_results(
+    run_folder: Path, settings: dict[str, Any], last: dict[str, float], step: int | None, repo_id: str | None
+) -> list[tuple[str, str]]:
+    rows = []
+    if "train/loss" in last:
+        rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats a token"))
+    if "val/loss" in last:
+        rows.append(("validation loss", describe_validation(last)))
+        rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
+    for prefix, protocol in PROTOCOLS.items():
+        if f"{prefix}/acc_norm" in last:
+            name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
+            rows.append((name, f"{last[f'{prefix}/acc_norm']:.4f}"))
+    for items, scores in list_scores(run_folder, repo_id) if step is None else ():
+        for metric in ("acc_norm", "acc"):
+            stderr = scores.get(f"{metric}_stderr")
+            error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
+            name = f"{items}: {metric}, protocol `{scores['protocol']}`"
+            rows.append((name, f"{scores[metric]:.4f}{error}, {scores['n']:,} items"))
+    return rows
+
+
+def _list_data(settings: dict[str, Any], manifest: Manifest | None) -> list[tuple[str, str]]:
+    if manifest is None:
+        return [("source", f"`{Path(settings['data_dir']).name}`, a folder without a manifest")]
+    train, val = manifest.train, manifest.val
+    order = f"shuffled by document, seed {manifest.seed}" if manifest.shuffled else "as in the source"
+    return [
+        ("source", describe_source(manifest)),
+        ("training split", f"{train.tokens:,} tokens, {train.documents:,} documents, {train.bytes:,} bytes of text"),
+        ("validation split", f"{val.tokens:,} tokens, {val.documents:,} documents, the front of the source"),
+        ("order", order),
+        ("tokenizer", f"`{shorten(manifest.tokenizer)}`, {manifest.vocab_size:,} ids"),
+    ]
+
+
+def _list_architecture(folder: Path) -> list[tuple[str, str]]:
+    rows = []
+    n_parameters = sum(map(_count_parameters, folder.glob("*.safetensors")))
+    if n_parameters:
+        rows.append(("parameters", f"{n_parameters:,}, the tied embedding counted once"))
+    config = read_json_object(folder / "config.json")
+    for name, title in (
+        ("n_layer", "blocks"),
+        ("n_head", "attention heads"),
+        ("n_embd", "width"),
+        ("n_positions", "context (tokens)"),
+        ("vocab_size", "vocabulary"),
+    ):
+        if isinstance(config.get(name), int):
+            rows.append((title, f"{config[name]:,}"))
+    return [*rows, ("format", "GPT-2's own tensor names and layout, float32")]
+
+
+def _count_parameters(path: Path) -> int:
+    with safe_open(path, framework="np") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def _list_training(
+    settings: dict[str, Any], last: dict[str, float], lines: list[dict[str, float]]
+) -> list[tuple[str, str]]:
+    rows = [
+        ("updates", f"{last['step']:,} of {settings['tokens_per_step']:,} tokens" if last else "not recorded"),
+        ("sequence length", f"{settings['sequence_length']:,}"),
+        ("optimizer", f"AdamW, betas {settings['beta1']:g} and {settings['beta2']:g}"),
+        ("weight decay", f"{settings['weight_decay']:g}, of every tensor of two dimensions"),
+        ("gradient clipping", f"norm {settings['grad_clip']:g}"),
+        (
+            "learning rate",
+            f"{settings['learning_rate']:g}, {settings['lr_schedule']} after {settings['warmup_tokens']:,} tokens of "
+            f"linear warm-up, to {settings['min_lr_ratio']:g} of the peak",
+        ),
+        ("dropout", f"{settings['dropout']:g}"),
+        ("precision", _describe_precision(settings["mixed_precision"])),
+        ("seed", str(settings["seed"])),
+    ]
+    if "train/tokens" in last and "train/epoch" in last:
+        rows.insert(1, ("tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
+    rates = [line["train/tokens_per_second"] for line in lines if line.get("train/tokens_per_second", 0) > 0]
+    if rates:
+        seconds = sum(settings["tokens_per_step"] / rate for rate in rates)
+        rows.append(("time", f"{format_duration(seconds)} of updates, evaluations not counted"))
+    return rows
+
+
+def _describe_precision(mixed_precision: str) -> str:
+    if mixed_precision == "no":
+        return "float32"
+    return f"{mixed_precision} autocast where the device has it, weights and optimizer in float32"
+
+
+def _quote_samples(run_folder: Path, last: dict[str, float]) -> str:
+    lines = [line for line in read_json_lines(run_folder / SAMPLES) if line["step"] <= last.get("step", math.inf)]
+    newest = max((line["step"] for line in lines), default=None)
+    return "".join(f"> {quote_text(str(line.get('text')))}\n\n" for line in lines if line["step"] == newest)
+
+
+def _describe_use(repo_id: str | None) -> str:
+    folder = json.dumps(repo_id) if repo_id else '"."  # this folder, or its Hub id'
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"folder = {folder}\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        'ids = tokenizer("Hello, I\'m a language model,", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))\n```\n\n"
+        "This opens as transformers' own `GPT2LMHeadModel`; with `trust_remote_code=True` it opens as the class it "
+        'was trained with, from the two code files beside the weights. `revision="step-0000250"` opens the model '
+        "after so many updates, where the repository has that tag.\n"
+    )

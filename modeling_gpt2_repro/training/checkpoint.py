@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, create_folder_atomically, write_json
@@ -282,6 +282,13 @@ def save_published_model(folder: Path, model: PreTrainedModel, tokenizer: PreTra
     not to the weights: it is written as 0.0.
     """
     save_model(folder, model, tokenizer)
-    # to_dict and not the saved file, which leaves out what equals our defaults: stock GPT-2's dropouts default to 0.1.
-    config = {name: 0.0 if name.endswith("_pdrop") else value for name, value in model.config.to_dict().items()}
-    write_json(folder / "config.json", config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    write_json(folder / "config.json", describe_as_gpt2(model.config))
+
+
+def describe_as_gpt2(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what `config.json` says in a folder that names itself GPT-2, given our configuration."""
+    # to_dict and not a saved file, which leaves out what equals our defaults: stock GPT-2's dropouts default to 0.1.
+    content = {name: 0.0 if name.endswith("_pdrop") else value for name, value in config.to_dict().items()}
+    # n_ctx is n_positions in OpenAI's files, and llama.cpp's converter asks for it.
+    names = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": content["n_positions"]}
+    return content | names

@@ -24,6 +24,9 @@ KNOWN_ELSEWHERE = {
     "eval_steps": "use --eval_every (steps)",
     "gradient_accumulation_steps": "it is derived: --tokens_per_step / (--micro_batch_size x --sequence_length x "
     "processes)",
+    "hub_private_repo": "a new repository is private unless --hub_public",
+    "hub_strategy": "--push_to_hub uploads every checkpoint's model with a tag, and the finished model",
+    "hub_token": "run `hf auth login` or set HF_TOKEN: a token has no place in a command or a file",
     "input_bin": "use --data_dir, a folder of shards",
     "learning_rate_decay_frac": "use --min_lr_ratio (a fraction of --learning_rate)",
     "log_interval": "every step is logged to metrics.jsonl",
@@ -62,6 +65,7 @@ OPERATIONAL = {
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
     *("keep_weights_every", "save_best"),
+    *("push_to_hub", "hub_model_id", "hub_public"),
     *("report_to", "wandb_project", "skip_steps", "plan", "plan_tokens_per_second", "smoke", "yes"),
 }
 SMOKE_STEPS = 10
@@ -167,6 +171,15 @@ class TrainingConfig:
         "auto", "tracker; auto: wandb if a key is present, else none"
     )
     wandb_project: str = setting("gpt2-repro", "wandb project")
+    push_to_hub: bool = setting(
+        False,
+        "upload the finished model to the Hugging Face Hub, and every checkpoint's model, tagged step-0000250 or the "
+        "like, beside the training; the token is that of `hf auth login` or HF_TOKEN",
+    )
+    hub_model_id: str | None = setting(
+        None, "the repository, as user/name or a name of yours; not given: run_name in your namespace"
+    )
+    hub_public: bool = setting(False, "let everybody see the repository; not given: a new one is private")
 
     plan: bool = setting(False, "print the arithmetic of the run and exit: nothing is computed, no device is needed")
     plan_tokens_per_second: float | None = setting(
@@ -242,6 +255,7 @@ class TrainingConfig:
             run_name=f"{self.run_name}-smoke-{os.getpid()}",  # nobody's folder but the trial's
             resume_from_checkpoint="never",
             report_to="none",
+            push_to_hub=False,
             save_every=self.save_every or SMOKE_STEPS,
         )
 

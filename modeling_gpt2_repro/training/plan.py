@@ -82,7 +82,9 @@ class Plan:
         n_saves = max(1, self.count_due(config.save_every) - 1)  # none at step 0, and one when it is asked to stop
         n_kept = self.max_steps // config.keep_weights_every if config.keep_weights_every else 0
         n_best = 2 if config.save_best else 0  # one more while it is replaced
-        return estimate_disk_bytes(self.n_parameters, n_saves, config.keep_checkpoints, n_kept + n_best)
+        n_waiting = n_saves if config.push_to_hub else 0  # for a Hub that is out of reach until the end
+        n_models = n_kept + n_best + n_waiting
+        return estimate_disk_bytes(self.n_parameters, n_saves, config.keep_checkpoints, n_models)
 
     def describe_length(self, config: TrainingConfig) -> str:
         """Say how many steps and epochs the run has."""

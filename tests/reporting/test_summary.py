@@ -1,12 +1,10 @@
-"""A run in a few lines, and its model card."""
+"""A run in a few lines."""
 
 import json
 
 import pytest
-from huggingface_hub import ModelCard
 
 from modeling_gpt2_repro.arguments import write_settings
-from modeling_gpt2_repro.reporting.model_card import write_model_card
 from modeling_gpt2_repro.reporting.summary import main
 from modeling_gpt2_repro.training.config import TrainingConfig
 
@@ -44,13 +42,3 @@ def test_folders_without_metrics_are_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
     assert main([]) == 2
-
-
-def test_model_card_is_valid_and_names_data_result_and_command(run_folder, tmp_path):
-    write_model_card(tmp_path, run_folder)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.pipeline_tag == "text-generation"
-    for text in ("8.2500 nats a token", "items.jsonl: acc_norm, original protocol", "--max_steps=2", "> last words"):
-        assert text in card.text
-    assert "early words" not in card.text
-    assert "--learning_rate" not in card.text  # the command leaves out what is as by default

@@ -1,0 +1,65 @@
+"""How a run is made again: the commands, and the versions it ran with."""
+
+import contextlib
+import platform
+import shlex
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from modeling_gpt2_repro.data.shards import Manifest
+from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.tracking import STATUS, read_json_object
+
+VERSIONED_PACKAGES = (
+    *("modeling_gpt2_repro", "torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "numpy"),
+)
+# Settings that say where a run lay and whom it told, and change nothing of the model.
+PERSONAL = {
+    *("output_dir", "resume_from_checkpoint", "report_to", "wandb_project", "yes", "micro_batch_size"),
+    *("push_to_hub", "hub_model_id", "hub_public"),
+}
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of what a run computes with."""
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
+    """Return the command lines that make the data, of the same commit, and the run again."""
+    commands = []
+    if manifest is not None:
+        recorded = manifest.settings | {"revision": manifest.source.get("revision")}
+        unset = {name: value for name, value in recorded.items() if value is None or value is False or value == []}
+        commands.append("python prepare_data.py" + _format_flags(recorded, unset))
+    changed = {name: value for name, value in settings.items() if name not in PERSONAL}
+    commands.append("python train.py" + _format_flags(changed, asdict(TrainingConfig())))
+    return "\n".join(commands)
+
+
+def _format_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+    flags = ""
+    for name, value in settings.items():
+        if name in defaults and value == defaults[name]:
+            continue
+        values = [shorten(each) for each in value] if isinstance(value, list) else [shorten(value)]
+        separator = " " if isinstance(value, list) else "="
+        flags += f" --{name}{separator}{' '.join(map(shlex.quote, values))}"
+    return flags
+
+
+def read_versions(run_folder: Path) -> dict[str, str]:
+    """Return the versions that a finished run says it ran with, else those that are installed."""
+    recorded = read_json_object(run_folder / STATUS).get("versions")
+    return recorded if isinstance(recorded, dict) and recorded else list_versions()
+
+
+def shorten(value: Any) -> str:
+    """Return a setting's text, of an absolute path its name alone: where it lay is nobody's business."""
+    return Path(str(value)).name if str(value).startswith(("/", "~")) else str(value)

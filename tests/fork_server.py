@@ -1,0 +1,76 @@
+"""Cheap runs of scripts in processes of their own: one process pays for the imports and forks for each run."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+# In the forks a wait, as for a Hub that asks for patience, is short.
+SERVER = """
+import importlib, json, os, sys, time, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.02))
+for line in sys.stdin:
+    run = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(run[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.environ.update(run["environment"])
+        sys.argv[0] = run["name"] + ".py"
+        code = 1
+        try:
+            module = importlib.import_module(run["module"])
+            code = exec(run["script"]) or 0 if run["script"] else module.main(run["argv"])
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+class ForkServer:
+    """Runs the `main` of the modules that it was opened with."""
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+
+    def run(
+        self,
+        module: str,
+        argv: Sequence[object],
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        script="",
+    ) -> SimpleNamespace:
+        """Run `module.main(argv)`, or `script`; `code`, `out`, `err` and `seconds` tell how it went.
+
+        Args:
+            folder: for the files `stdout` and `stderr`.
+        """
+        streams = {name: str(folder / name) for name in ("stdout", "stderr")}
+        order = {"module": module, "name": module.rpartition(".")[2], "argv": [str(each) for each in argv]}
+        started = time.monotonic()
+        order |= {"environment": dict(environment or {}), "script": script, **streams}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        out, err = ((folder / name).read_text() for name in streams)
+        return SimpleNamespace(code=code, out=out, err=err, seconds=time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def serve_forks(modules: Sequence[str], environment: Mapping[str, str]) -> Iterator[ForkServer]:
+    """Open a process that has imported `modules` and knows no other environment."""
+    command = [sys.executable, "-c", SERVER, *modules]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with process, contextlib.closing(process.stdin):
+        yield ForkServer(process)

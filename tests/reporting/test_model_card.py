@@ -1,0 +1,183 @@
+"""The model card: what it tells, to whom, and what it keeps to itself."""
+
+import json
+import os
+import shlex
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+import prepare_data
+from modeling_gpt2_repro.arguments import parse_arguments, write_settings
+from modeling_gpt2_repro.reporting.model_card import quote_text, render_model_card, write_model_card
+from modeling_gpt2_repro.training.config import TrainingConfig
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"{number} lighthouses stood on the coast." for number in range(300)]
+    (folder / "secret_place.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    argv = ["--files", folder / "secret_place.jsonl", "--output_dir", folder / "out", "--val_tokens", 100]
+    argv += ["--num_workers", 1, "--seed", 0]
+    assert prepare_data.main([*map(str, argv)]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def run_folder(tmp_path, data_folder):
+    """A run with two evaluations, of which the first was at step 2."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = TrainingConfig(
+        data_dir=str(data_folder),
+        output_dir=str(tmp_path),
+        run_name="run",
+        max_steps=4,
+        tf32=False,
+        hellaswag_file="my/items.jsonl",
+        sample_prompt='Say "hello" to',
+        push_to_hub=True,
+        hub_model_id="somebody/something",
+    )
+    write_settings(config, folder / "config.yaml")
+    lines = [
+        *({"step": step, "train/loss": 9.0 - step, "train/tokens": 524288 * step} for step in range(1, 5)),
+        {"step": 2, "val/loss": 7.25, "val/bpb": 3.5, "hellaswag/acc_norm": 0.2604},
+        {"step": 4, "val/loss": 5.25, "val/bpb": 2.5, "hellaswag/acc_norm": 0.2708, "train/epoch": 0.5},
+        {"step": 4, "train/tokens_per_second": 524288.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "val/lo')
+    samples = [{"step": 2, "text": "early words"}, {"step": 4, "text": "last <b>words</b> | `x` [y](z)"}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    (folder / "curves.png").write_bytes(b"a picture")
+    (folder / "final").mkdir()
+    (folder / "final" / "config.json").write_text(json.dumps({"n_layer": 2, "n_head": 4, "n_embd": 64}))
+    return folder
+
+
+def write_scores(run_folder, name="hellaswag.json", **changes):
+    scores = {"acc": 0.25, "acc_stderr": 0.0625, "acc_norm": 0.5, "acc_norm_stderr": 0.125, "n": 1042}
+    both = {protocol: {**scores, "protocol": "x"} for protocol in ("original", "lm_eval")}
+    content = {"model": str(run_folder / "final"), "data": "Rowan/hellaswag", **both, **changes}
+    (run_folder / name).write_text(json.dumps(content))
+
+
+def read_table(text: str) -> dict[str, str]:
+    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.startswith("| ") and " | " in line]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def test_card_tells_data_model_training_and_results(run_folder):
+    write_scores(run_folder)
+    write_model_card(run_folder / "final", run_folder)
+    assert (run_folder / "final" / "curves.png").read_bytes() == b"a picture"
+    text = (run_folder / "final" / "README.md").read_text()
+    table = read_table(text)
+    assert table["validation loss"] == "5.2500 nats a token, 2.5000 bits a byte"
+    assert table["items.jsonl: acc_norm, protocol `original`, in training"] == "0.2708"
+    for protocol in ("original", "lm_eval"):
+        name = f"Rowan/hellaswag: acc_norm, protocol `{protocol}`"
+        assert table[name] == "0.5000 ± 0.1250 (standard error), 1,042 items"
+    assert table["source"] == "1 local file(s), 300 documents"
+    assert table["training split"].startswith("2,") and "tokens" in table["training split"]
+    assert table["order"] == "shuffled by document, seed 0"
+    assert (table["blocks"], table["attention heads"], table["width"]) == ("2", "4", "64")
+    assert table["updates"] == "4 of 524,288 tokens"
+    assert table["tokens seen"] == "2,097,152 (0.500 epochs)"
+    assert table["time"].startswith("1 s of updates")
+    assert "![Curves of the run](curves.png)" in text
+    for title in ("Use", "Limits and biases", "Reproduce", "Samples"):
+        assert f"\n## {title}\n" in text
+    assert "early words" not in text
+
+
+def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
+    """Their flags, read back, give the settings; where the run lay and to whom it told is left out."""
+    text = render_model_card(run_folder / "final", run_folder)
+    prepare, training = text.split("```bash\n")[1].split("\n```")[0].splitlines()
+    assert prepare.startswith("python prepare_data.py ") and training.startswith("python train.py ")
+    settings = parse_arguments(prepare_data.PrepareSettings, shlex.split(prepare)[2:], description="")
+    assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["secret_place.jsonl"])
+    config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")
+    assert (config.max_steps, config.tf32, config.sample_prompt) == (4, False, 'Say "hello" to')
+    assert (config.data_dir, config.push_to_hub) == (data_folder.name, False)
+    assert str(data_folder.parent) not in text and "somebody/something" not in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+
+
+def test_versions_are_those_that_the_run_ended_with(run_folder):
+    (run_folder / "status.json").write_text(json.dumps({"status": "finished", "versions": {"torch": "1.0"}}))
+    assert "With torch 1.0. " in render_model_card(run_folder / "final", run_folder)
+
+
+def test_metadata_are_what_the_hub_reads(run_folder):
+    score = EvalResult("text-generation", "Rowan/hellaswag", "HellaSwag", "acc_norm", 0.5)
+    text = render_model_card(run_folder / "final", run_folder, repo_id="me/gpt2", eval_results=[score])
+    card = ModelCard(text)
+    assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    (model,) = metadata["model-index"]
+    assert model["name"] == "gpt2"
+    metrics = {metric["type"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
+    assert metrics == {"loss": 5.25, "bits_per_byte": 2.5, "acc_norm": 0.5}
+    assert card.data.eval_results and "from_pretrained(folder)" in text and 'folder = "me/gpt2"' in text
+    assert card.data.datasets is None  # local files are no dataset of the Hub
+    # No results, no index: the tools refuse an empty one.
+    (run_folder / "metrics.jsonl").unlink()
+    assert "model-index" not in render_model_card(run_folder / "final", run_folder)
+
+
+def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    manifest = json.loads((data_folder / "manifest.json").read_text())
+    manifest["source"] = {"id": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT", "split": "train"}
+    manifest["source"]["revision"] = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+    manifest["settings"] |= {"dataset_name": "HuggingFaceFW/fineweb-edu", "files": None}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": str(data)}))
+    text = render_model_card(run_folder / "final", run_folder)
+    assert ModelCard(text).data.datasets == ["HuggingFaceFW/fineweb-edu"]
+    result = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]
+    assert result["dataset"]["type"] == "HuggingFaceFW/fineweb-edu"
+    assert result["dataset"]["revision"] == manifest["source"]["revision"]
+    assert f"--revision={manifest['source']['revision']}" in text.split("```bash")[1]
+
+
+def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
+    write_scores(run_folder)
+    text = render_model_card(run_folder / "final", run_folder, step=2)
+    assert "**This is the model after 2 updates" in text and "early words" in text
+    assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
+    assert "standard error" not in text  # of the finished model's score
+
+
+def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
+    write_scores(run_folder, "hellaswag_gpt2.json", model="openai-community/gpt2")
+    (run_folder / "hellaswag_damaged.json").write_text('{"model": "run/final", "original"')
+    write_scores(run_folder, "hellaswag_odd.json", original={"acc": "x"}, lm_eval=None)
+    write_scores(run_folder, "hellaswag_old.json")
+    os.utime(run_folder / "hellaswag_old.json", (0, 0))
+    assert "standard error" not in render_model_card(run_folder / "final", run_folder)
+
+
+def test_samples_show_as_they_are(run_folder):
+    text = render_model_card(run_folder / "final", run_folder)
+    assert r"> last &lt;b&gt;words&lt;/b&gt; \| \`x\` \[y\](z)" in text
+    assert quote_text("a\n# b\n---") == r"a \# b ---"
+
+
+def test_card_says_less_where_records_and_data_are_gone(run_folder, data_folder, tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl", "curves.png"):
+        (run_folder / name).unlink()
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": str(tmp_path / "gone")}))
+    text = render_model_card(run_folder / "final", run_folder)
+    for words in ("Nothing was measured.", "None were drawn.", "`gone`, a folder without a manifest", "not recorded"):
+        assert words in text
+    assert "curves.png" not in text
+    ModelCard(text)
