@@ -47,7 +47,7 @@ from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_byt
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
 from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
-from modeling_gpt2_repro.training.tracking import BEST, BEST_METRICS, RunRecord, choose_tracker
+from modeling_gpt2_repro.training.tracking import BEST, BEST_METRICS, RunRecord
 
 
 @reports_user_errors
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config.as_smoke_test()
     prepare_cpu_process()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    accelerator = start_accelerator(config.mixed_precision, choose_tracker(config.report_to))
+    accelerator = start_accelerator(config.mixed_precision)
     record = RunRecord(Path(config.output_dir) / config.run_name, accelerator)
     is_publishing = config.push_to_hub and accelerator.is_main_process
     publisher = Publisher(record.folder, config, is_publishing, Console(is_publishing).say)

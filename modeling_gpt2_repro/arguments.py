@@ -44,7 +44,7 @@ def parse_arguments(
             file that cannot be read or is not a mapping.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(settings_type, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser = Parser(settings_type, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="settings to start from, by the names of the flags below"
     )
@@ -60,7 +60,7 @@ def parse_arguments(
             raise UserError(f"--{name} is given twice: put all its values behind one")
     known_elsewhere = known_elsewhere or {}
     # The file is turned into flags that stand before the real ones, so that both pass the same checks.
-    config_parser = _Parser(add_help=False, allow_abbrev=False)
+    config_parser = Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     config_file = config_parser.parse_known_args(argv)[0].config
     flags = list(argv)
@@ -151,8 +151,8 @@ def _list_items(value: Any) -> list:
     return value if isinstance(value, list) else [] if isinstance(value, str) else [value]
 
 
-class _Parser(HfArgumentParser):
-    """An `HfArgumentParser` whose complaints are `UserError`s."""
+class Parser(HfArgumentParser):
+    """An `HfArgumentParser` whose complaints are `UserError`s, also for commands that take names without a flag."""
 
     def error(self, message: str):
         raise UserError(message)

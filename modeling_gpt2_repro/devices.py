@@ -25,7 +25,7 @@ CPU_MICRO_BATCH_TOKENS = 4096
 ACCELERATOR_MICRO_BATCH_SIZE = 64
 
 
-def start_accelerator(mixed_precision: str, tracker: str | None = None) -> Accelerator:
+def start_accelerator(mixed_precision: str) -> Accelerator:
     """Start accelerate with a precision that the experiment chose, whatever the launcher says.
 
     `bf16` becomes float32 on a device that has none, and so does `fp16` off CUDA, where nothing scales its loss.
@@ -52,7 +52,7 @@ def start_accelerator(mixed_precision: str, tracker: str | None = None) -> Accel
         mixed_precision = "no"
     if mixed_precision == "fp16" and state.device.type != "cuda":
         mixed_precision = "no"
-    return Accelerator(mixed_precision=mixed_precision, log_with=tracker)
+    return Accelerator(mixed_precision=mixed_precision)
 
 
 def get_largest_micro_batch_size(device: torch.device, sequence_length: int) -> int:

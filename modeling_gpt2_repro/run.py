@@ -40,7 +40,8 @@ from modeling_gpt2_repro.training.preflight import check_disk, check_duration, c
 from modeling_gpt2_repro.training.schedule import is_same_so_far
 from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
-from modeling_gpt2_repro.training.tracking import RunRecord, choose_tracker
+from modeling_gpt2_repro.training.trackers import choose_trackers
+from modeling_gpt2_repro.training.tracking import RunRecord
 from modeling_gpt2_repro.weights import build_model, build_skeleton
 
 GPT2_VOCAB_SIZE = 50257
@@ -133,6 +134,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         UserError: something that the run could not end well with.
     """
     console = Console(enabled=accelerator.is_main_process)
+    trackers = choose_trackers(config.report_to)
     inputs = load_inputs(config, accelerator)
     max_steps = config.derive_max_steps(len(inputs.train_set))
     experiment = {
@@ -193,7 +195,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / "checkpoints"))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     order = "shuffled" if inputs.train_set.is_shuffled else "in source order"
-    console.say(f"run         {record.folder}, tracker {choose_tracker(config.report_to) or 'none'}")
+    console.say(f"run         {record.folder}, tracked by {' and '.join(trackers) or 'none'}")
     console.say(f"device      {describe_device(accelerator, config.mixed_precision)}")
     console.say(f"peak        {peak.flops / 1e12:,.2f} TFLOP/s a process, {peak.source}")
     console.say(f"model       {plan.n_parameters:,} parameters, from {source}, dropout {config.dropout:g}")

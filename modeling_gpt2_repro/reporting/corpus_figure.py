@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.inspection import Inspection, SplitStatistics
 from modeling_gpt2_repro.data.shards import INSPECTION_NAME
-from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.reporting.corpus_text import MOST_COMMON, quote_tokens
 from modeling_gpt2_repro.reporting.figures import SPLIT_COLOURS, build_figure, finish_axes, save_figure
@@ -30,10 +29,7 @@ def draw_inspection(inspection: Inspection) -> Path:
         UserError: the folder cannot be written to.
     """
     path = inspection.folder / INSPECTION_NAME
-    try:
-        save_figure(build_inspection_figure(inspection), path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    save_figure(build_inspection_figure(inspection), path)
     return path
 
 

@@ -5,10 +5,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import open_atomically
 
 TRAIN_COLOUR, VAL_COLOUR = "#1f77b4", "#d62728"
 SPLIT_COLOURS = {"train": TRAIN_COLOUR, "val": VAL_COLOUR}
+# Apart also for the colour-blind: Okabe and Ito's palette, without its yellow.
+RUN_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+FORMATS = ("png", "svg", "pdf")
 
 
 def build_figure(width: float, height: float) -> Figure:
@@ -22,7 +26,25 @@ def finish_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def format_count(value: float, _: int | None = None) -> str:
+    """Write a number as people count tokens: `500k`, `2.5M`, `10B`. It is also a formatter of an axis."""
+    for length, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= length:
+            return f"{value / length:.4g}{letter}"
+    return f"{value:.4g}"
+
+
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with open_atomically(path, "wb") as stream:
-        figure.savefig(stream, dpi=110, format="png")
+    """Write a figure in the format that its file's name ends with, whole or not at all.
+
+    Raises:
+        UserError: another format than PNG, SVG and PDF, or a place that cannot be written to.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise UserError(f"cannot draw {path}: its name has to end with .{', .'.join(FORMATS)}")
+    try:
+        with open_atomically(path, "wb") as stream:
+            figure.savefig(stream, dpi=110, format=kind)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.arguments import parse_arguments
-from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.evaluation.baseline import GPT2_124M_NAMES, Baseline, load_baselines
-from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
+from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.tracking import CONFIG, METRICS, read_metrics
 
@@ -51,37 +49,3 @@ def describe_validation(last: dict[str, float]) -> str:
     """Write the last validation loss with its units."""
     text = f"{last['val/loss']:.4f} nats a token"
     return text + (f", {last['val/bpb']:.4f} bits a byte" if "val/bpb" in last else "")
-
-
-def read_gpt2_baselines(settings: dict[str, Any]) -> list[Baseline]:
-    """Return what is kept of OpenAI's 124M model beside a run's data, if any; a report does without just as well."""
-    path = Path(settings["data_dir"]) / BASELINES_NAME
-    if not path.exists():  # spares reading the shards for their checksums
-        return []
-    try:
-        baselines = load_baselines(path, list_checksums(settings["data_dir"], "val"))
-    except (UserError, OSError):
-        return []
-    return [baseline for baseline in baselines if baseline.model in GPT2_124M_NAMES]
-
-
-def find_validation_loss(baselines: list[Baseline], settings: dict[str, Any]) -> tuple[str, float] | None:
-    """Return whose validation loss on the very windows that a run is validated on is known, and the loss."""
-    wanted = settings["eval_tokens"], settings["sequence_length"]
-    for baseline in baselines:
-        if baseline.validation is not None and (baseline.eval_tokens, baseline.sequence_length) == wanted:
-            return baseline.model, baseline.validation["val/loss"]
-    return None
-
-
-def find_hellaswag_score(baselines: list[Baseline], settings: dict[str, Any]) -> tuple[str, float] | None:
-    """Return whose score on the very items that a run is scored on is known, and the `acc_norm`."""
-    measured = [baseline for baseline in baselines if baseline.hellaswag is not None]
-    try:
-        wanted = (identify_items(settings["hellaswag_file"]) if measured else None, settings["hellaswag_limit"])
-    except OSError:
-        return None
-    for baseline in measured:
-        if (baseline.hellaswag.get("items"), baseline.hellaswag.get("limit")) == wanted:
-            return baseline.model, baseline.hellaswag["acc_norm"]
-    return None

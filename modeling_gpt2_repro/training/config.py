@@ -68,6 +68,7 @@ OPERATIONAL = {
     *("push_to_hub", "hub_model_id", "hub_public"),
     *("report_to", "wandb_project", "skip_steps", "plan", "plan_tokens_per_second", "smoke", "yes"),
 }
+TRACKERS = ("wandb", "tensorboard")
 SMOKE_STEPS = 10
 # More than any run has: slips of the pen, which would take for ever to be refused by the machine.
 LARGEST = {
@@ -167,8 +168,9 @@ class TrainingConfig:
     )
 
     seed: int = setting(1337, "of the initial weights, the window order and the samples")
-    report_to: Literal["auto", "wandb", "none"] = setting(
-        "auto", "tracker; auto: wandb if a key is present, else none"
+    report_to: str = setting(
+        "auto",
+        "trackers: wandb, tensorboard, or both with a comma between; auto: wandb if a key is present, else none",
     )
     wandb_project: str = setting("gpt2-repro", "wandb project")
     push_to_hub: bool = setting(
@@ -235,6 +237,11 @@ class TrainingConfig:
         if self.micro_batch_size != "auto" and not re.fullmatch(r"0{0,9}[1-9][0-9]{0,9}", self.micro_batch_size):
             raise UserError(f"--micro_batch_size has to be auto or 1 or more, not {self.micro_batch_size}")
         self.skips  # noqa: B018, to hear of a mistake in it now
+        if self.report_to not in ("auto", "none") and not set(self.report_to.split(",")) <= set(TRACKERS):
+            raise UserError(
+                f"--report_to {self.report_to!r}: has to be auto, none, or one or more of {', '.join(TRACKERS)} with "
+                "commas and no spaces between"
+            )
         if "/" in self.run_name or self.run_name in ("", ".", ".."):
             raise UserError(f"--run_name {self.run_name!r} has to be a plain folder name (see --output_dir)")
 

@@ -3,21 +3,21 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from modeling_gpt2_repro.arguments import write_settings
+from modeling_gpt2_repro.errors import format_line
 from modeling_gpt2_repro.files import open_atomically, write_json
 from modeling_gpt2_repro.training.checkpoint import list_models, read_step, remove_folder
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.trackers import TENSORBOARD, Tracker, build_tracker, choose_trackers
 
 CONFIG, METRICS, LOG, SAMPLES, STATUS = "config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json"
 BEST, BEST_METRICS = "best", "metrics.json"
@@ -29,7 +29,7 @@ class RunRecord:
     """Writes a run folder's files, from the first process alone, and feeds the trackers.
 
     `metrics.jsonl` is the truth; `log.txt` is made from it, `samples.jsonl` has the texts, `config.yaml` what was run,
-    and `status.json` how the run stands. A tracker that fails is named once and never stops the training.
+    and `status.json` how the run stands. The trackers are fed from the first two.
 
     Args:
         warn: told of what went wrong and does not matter to the run.
@@ -47,13 +47,12 @@ class RunRecord:
         self.tracker_run_id = ""
         self.is_started = self.is_open = False
         self._warn = warn
-        self._has_warned = False
+        self._feeds: list[Feed] = []
 
     def start(self, config: TrainingConfig, first_step: int | None, tracker_run_id: str | None = None) -> None:
         """Open the record at `first_step`, forgetting what came after it; `None` replaces all that is there."""
         self.started = time.monotonic()
         self.tracker_run_id = tracker_run_id or uuid.uuid4().hex[:12]
-        wandb = {"name": config.run_name, "dir": str(self.folder), "id": self.tracker_run_id, "resume": "allow"}
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             if first_step is None:
@@ -63,13 +62,16 @@ class RunRecord:
             write_settings(config, self.folder / CONFIG)
             self.is_open = True
             self.set_status("running")
+            for name in choose_trackers(config.report_to):
+                samples = read_json_lines(self.folder / SAMPLES)
+                tracker = build_tracker(name, self.folder, config, self.tracker_run_id, samples)
+                self._feeds.append(Feed(tracker, self.folder, first_step or 0, self._warn))
         self.is_started = True
-        self._feed(lambda: self.accelerator.init_trackers(config.wandb_project, asdict(config), {"wandb": wandb}))
 
     def _clear(self) -> None:
         for name in (METRICS, LOG, SAMPLES, "curves.png"):
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "final", BEST):
+        for name in ("checkpoints", "final", BEST, TENSORBOARD):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _go_back(self, step: int) -> None:
@@ -83,6 +85,7 @@ class RunRecord:
         with open_atomically(self.folder / LOG) as stream:
             for line in lines:
                 stream.writelines(format_log_lines(line))
+        self.started -= max((line.get("train/elapsed_seconds", 0.0) for line in lines), default=0.0)
         shutil.rmtree(self.folder / "final", ignore_errors=True)
         for model in list_models(self.folder / "checkpoints"):
             if read_step(model) > step:
@@ -95,16 +98,16 @@ class RunRecord:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record numbers of the model after `step` updates."""
-        self._feed(lambda: self.accelerator.log(metrics, step))
         # JSON has no NaN; a number that is none is left out of the line.
         line = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
         self._append(METRICS, json.dumps(line) + "\n")
         self._append(LOG, "".join(format_log_lines(line)))
+        self._feed()
 
     def log_samples(self, step: int, texts: list[str]) -> None:
         """Record texts that the model wrote after `step` updates."""
-        self._feed(lambda: self._send_samples(step, texts))
         self._append(SAMPLES, "".join(json.dumps({"step": step, "text": t}, ensure_ascii=False) + "\n" for t in texts))
+        self._feed()
 
     def set_status(self, status: str, **details: Any) -> None:
         """Say in `status.json` how the run stands: `running`, `finished` or `preempted`.
@@ -129,26 +132,72 @@ class RunRecord:
 
     def close(self) -> None:
         """Let the trackers finish."""
-        self._feed(self.accelerator.end_training)
+        while self._feeds:
+            self._feeds.pop().close()
 
-    def _send_samples(self, step: int, texts: list[str]) -> None:
-        for tracker in self.accelerator.trackers if self.is_open else ():
-            if tracker.name == "wandb":
-                rows = [[step, text] for text in texts]
-                tracker.log_table("samples", columns=["step", "text"], data=rows, step=step)
-
-    def _feed(self, send: Callable[[], None]) -> None:
-        try:
-            send()
-        except Exception as error:  # whatever a tracker's library, or its network, comes up with
-            if not self._has_warned:
-                self._warn(f"the tracker failed, training goes on without it: {type(error).__name__}: {error}")
-            self._has_warned = True
+    def _feed(self) -> None:
+        for feed in self._feeds:
+            feed.catch_up()
 
     def _append(self, name: str, text: str) -> None:
         if self.is_open and text:
             with open(self.folder / name, "a", encoding="utf-8") as stream:
                 stream.write(text)
+
+
+class Feed:
+    """Tells a tracker what a run's files gain.
+
+    Whatever the tracker's library, or its network, comes up with is said once and stops nothing. From then on no step
+    waits for that tracker; at the end it is started anew and told what it missed.
+    """
+
+    def __init__(self, tracker: Tracker, folder: Path, first_step: int, warn: Callable[[str], None]):
+        self._tracker, self._folder, self._warn = tracker, folder, warn
+        self._read = {name: _measure(folder / name) for name in (METRICS, SAMPLES)}  # bytes that the tracker has
+        self._is_behind = False
+        self._attempt(lambda: tracker.start(first_step), "failed, training goes on without it")
+
+    def catch_up(self) -> None:
+        """Tell the tracker what is new, unless it has failed."""
+        if not self._is_behind:
+            self._attempt(self._send, "failed, training goes on without it")
+
+    def close(self) -> None:
+        """Tell a tracker that failed all that it missed, and let it finish."""
+        if self._is_behind:
+            self._attempt(self._restart_and_send, f"failed again, and lacks what {METRICS} has")
+        else:
+            self._attempt(self._tracker.finish, "failed at its end")
+
+    def _restart_and_send(self) -> None:
+        self._tracker.restart()
+        self._send()
+        self._tracker.finish()
+        self._warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
+
+    def _send(self) -> None:
+        ends = {name: _measure(self._folder / name) for name in self._read}
+        texts: dict[int, list[str]] = {}
+        for line in read_json_lines(self._folder / SAMPLES, self._read[SAMPLES]):
+            texts.setdefault(line["step"], []).append(line["text"])
+        lines = read_metrics(self._folder / METRICS, self._read[METRICS])
+        messages = [(line.pop("step"), line) for line in lines] + list(texts.items())
+        for step, message in sorted(messages, key=lambda message: message[0]):
+            (self._tracker.log_metrics if isinstance(message, dict) else self._tracker.log_samples)(step, message)
+        self._read = ends
+
+    def _attempt(self, action: Callable[[], None], consequence: str) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._is_behind = True
+            reason = format_line(f"{type(error).__name__}: {error}")
+            self._warn(f"the tracker {self._tracker.name} {consequence}: {reason}")
+
+
+def _measure(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def format_log_lines(metrics: dict[str, float]) -> Iterator[str]:
@@ -162,26 +211,32 @@ def format_log_lines(metrics: dict[str, float]) -> Iterator[str]:
         yield f"{step} hella {metrics['hellaswag/acc_norm']:.4f}\n"
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file that have a step; no file means none.
+def read_json_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
+    """Read the objects of a JSON-lines file that have a step, from its byte `start` on; no file means none.
 
     A line that is none, as a crash or a damaged disk leaves it, is passed over.
     """
     if not path.exists():
         return []
-    objects = (_read_object(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        text = stream.read().decode("utf-8", errors="replace")
+    objects = (_read_object(line) for line in text.split("\n"))
     return [content for content in objects if isinstance(content.get("step"), int)]
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the lines of `metrics.jsonl`, each its step and other numbers; what is none is passed over."""
+def read_metrics(path: Path, start: int = 0) -> list[dict[str, float]]:
+    """Read the lines of `metrics.jsonl` from its byte `start` on, each its step and other numbers.
+
+    What is no number is passed over.
+    """
     numbers = (
         {
             name: value
             for name, value in line.items()
             if type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
         }
-        for line in read_json_lines(path)
+        for line in read_json_lines(path, start)
     )
     return [line for line in numbers if line.get("step", -1) >= 0]
 
@@ -199,14 +254,3 @@ def _read_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def choose_tracker(requested: str) -> str | None:
-    """Return `wandb` where it is asked for, or where `auto` finds a key to log in with; else `None`."""
-    return "wandb" if requested == "wandb" or (requested == "auto" and has_wandb_key()) else None
-
-
-def has_wandb_key() -> bool:
-    """Tell whether wandb could log in without asking."""
-    netrc = Path.home() / ".netrc"
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and b"api.wandb.ai" in netrc.read_bytes())

@@ -1,12 +1,13 @@
 """The record of a run."""
 
 import json
+import time
 
 import pytest
 from accelerate import Accelerator
 
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.tracking import RunRecord, choose_tracker, read_json_lines
+from modeling_gpt2_repro.training.tracking import RunRecord, read_json_lines
 
 
 @pytest.fixture
@@ -47,21 +48,9 @@ def test_a_run_that_never_started_leaves_the_old_status(record, tmp_path):
     assert json.loads((record.folder / "status.json").read_text()) == {"status": "running"}
 
 
-def test_wandb_is_chosen_only_with_a_key_or_on_request(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert choose_tracker("auto") is None
-    assert choose_tracker("wandb") == "wandb"
-    monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
-    assert choose_tracker("auto") == "wandb"
-    assert choose_tracker("none") is None
-
-
-def test_wandb_gets_the_samples_as_a_table_and_never_asks(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    record = RunRecord(tmp_path / "run", Accelerator(log_with="wandb"))
-    record.start(TrainingConfig(), first_step=None)
-    record.log_samples(7, ["Hello, I'm", "a language model"])
-    record.accelerator.end_training()
-    (table,) = (tmp_path / "run").rglob("*.table.json")
-    assert json.loads(table.read_text())["data"] == [[7, "Hello, I'm"], [7, "a language model"]]
+def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
+    record.log(5, {"train/elapsed_seconds": 500.0})
+    record.log(6, {"train/elapsed_seconds": 9000.0})
+    again = RunRecord(tmp_path / "run", Accelerator())
+    again.start(TrainingConfig(), first_step=5)
+    assert 500 <= time.monotonic() - again.started < 9000

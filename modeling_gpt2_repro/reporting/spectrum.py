@@ -1,0 +1,120 @@
+"""Periods in a train loss: text in the order in which it was crawled comes back to the same kinds every so often."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.mlab import psd
+
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.reporting.curves import Curves, Series
+from modeling_gpt2_repro.reporting.figures import RUN_COLOURS, build_figure, finish_axes
+
+# The first steps, where the loss falls too fast to be told from what comes back.
+BEGINNING_SHARE = 0.05
+TREND_STEPS = 301  # a mean over as many steps is taken for the trend; longer periods cannot be seen
+SEGMENT_STEPS, FEWEST_SEGMENTS = 4096, 4
+FEWEST_STEPS = 128
+# Of a loss without periods the highest of some thousand powers lies about 3 times above their median.
+PEAK_POWER = 8.0
+PEAK_DISTANCE = 1.08  # nearer ones, as a ratio of periods, are one peak
+NAMED_PEAKS = 4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The power of a train loss at each period, both float64 and of one length; periods in steps, descending.
+
+    Power is relative to the median of all periods, which is that of a loss without any.
+    """
+
+    periods: np.ndarray
+    powers: np.ndarray
+
+    def list_peaks(self) -> list[tuple[float, float]]:
+        """Return the periods that stand out, the strongest first, each with its power."""
+        powers = self.powers
+        is_peak = (powers[1:-1] >= powers[:-2]) & (powers[1:-1] >= powers[2:]) & (powers[1:-1] >= PEAK_POWER)
+        peaks: list[tuple[float, float]] = []
+        for index in sorted(np.flatnonzero(is_peak) + 1, key=lambda index: -powers[index]):
+            period = self.periods[index]
+            if all(max(period, other) / min(period, other) > PEAK_DISTANCE for other, _ in peaks):
+                peaks.append((float(period), float(powers[index])))
+        return peaks[:NAMED_PEAKS]
+
+
+def compute_spectrum(losses: Series) -> Spectrum:
+    """Compute the power spectrum of a train loss by Welch's method, after its beginning and without its trend.
+
+    Steps that are missing are filled in on a straight line.
+
+    Raises:
+        UserError: too few steps to see a period in.
+    """
+    steps = np.arange(losses.steps[0], losses.steps[-1] + 1) if 0 < len(losses) < 10**7 else np.array([])
+    steps = steps[int(len(steps) * BEGINNING_SHARE) :]
+    if len(steps) < FEWEST_STEPS:
+        raise UserError(f"periods show in {FEWEST_STEPS} steps and more, not in {len(steps)}")
+    values = np.interp(steps, losses.steps, losses.values)
+    width = min(TREND_STEPS, len(values) // 4 * 2 + 1)
+    mirrored = np.pad(values, width // 2, mode="reflect")
+    values = values - np.convolve(mirrored, np.full(width, 1 / width), mode="valid")
+    segment = min(SEGMENT_STEPS, 2 ** int(np.log2(len(values) / FEWEST_SEGMENTS)))
+    powers, frequencies = psd(values, NFFT=segment, Fs=1, noverlap=segment // 2)
+    is_seen = frequencies > 1.5 / width
+    median = np.median(powers[is_seen])
+    if not median > 0:
+        raise UserError("the train loss never changes: it has no periods")
+    return Spectrum(1 / frequencies[is_seen], powers[is_seen] / median)
+
+
+def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
+    """Build a panel for each run: power over period, the strongest periods named.
+
+    Raises:
+        UserError: a run is too short.
+    """
+    figure = build_figure(11, 1.2 + 3.4 * len(runs))
+    rows = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, run, colour in zip(rows, runs, RUN_COLOURS * len(runs), strict=False):
+        spectrum = _compute(run)
+        axes.plot(spectrum.periods, spectrum.powers, color=colour, linewidth=0.9)
+        for period, power in spectrum.list_peaks():
+            place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes.annotate(f"{period:.1f} steps", (period, power), **place)
+            axes.plot(period, power, "o", color=colour, markersize=4)
+        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(0.1, max(30.0, 2.5 * spectrum.powers.max()))
+        axes.set_title(
+            f"{run.name}: power of the train loss, its median is 1", fontsize=11, loc="left", parse_math=False
+        )
+        axes.xaxis.set_major_formatter("{x:g}")
+        finish_axes(axes)
+    ticks = [2, 3, 5, 10, 20, 30, 50, 100, 200]
+    rows[-1].set_xticks(ticks)
+    rows[-1].set_xlabel("period in steps")
+    return figure
+
+
+def describe_spectrum(run: Curves) -> str:
+    """Say in a line which periods stand out of a run's train loss.
+
+    Raises:
+        UserError: the run is too short.
+    """
+    peaks = [f"{period:.1f} steps ({power:,.0f} times the median)" for period, power in _compute(run).list_peaks()]
+    return (
+        f"{run.name}: the train loss has periods of {', '.join(peaks)}"
+        if peaks
+        else f"{run.name}: no period stands out of the train loss"
+    )
+
+
+def _compute(run: Curves) -> Spectrum:
+    try:
+        return compute_spectrum(run.get("train/loss"))
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from error

@@ -1,0 +1,66 @@
+"""Periods in a train loss."""
+
+import numpy as np
+import pytest
+from conftest import SHARED_DATA
+
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.reporting.curves import Series, load_curves
+from modeling_gpt2_repro.reporting.plots import main
+from modeling_gpt2_repro.reporting.spectrum import compute_spectrum
+
+REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
+NEEDS_LOG = pytest.mark.skipif(
+    not REFERENCE_LOG.exists(), reason="needs ../shared/data/reference_runs, a log of a public run"
+)
+
+
+def build_loss(n_steps: int, period: float | None = None, seed: int = 0) -> Series:
+    """A loss that falls and is noisy, with a wave of a third of the noise in it."""
+    steps = np.arange(1, n_steps + 1, dtype=np.float64)
+    values = 3 + 8 * np.exp(-steps / 300) + np.random.default_rng(seed).normal(0, 0.06, n_steps)
+    return Series(steps, values + (0 if period is None else 0.02 * np.sin(2 * np.pi * steps / period)))
+
+
+@pytest.mark.parametrize("period", [7.0, 35.0, 90.0])
+def test_a_wave_far_below_the_noise_is_found(period):
+    ((found, power), *others) = compute_spectrum(build_loss(12_000, period)).list_peaks()
+    assert found == pytest.approx(period, rel=0.02)
+    assert power > 20 and others == []
+
+
+@pytest.mark.parametrize("n_steps", [140, 1000, 20_000])
+def test_noise_has_no_period(n_steps):
+    assert [compute_spectrum(build_loss(n_steps, seed=seed)).list_peaks() for seed in range(20)] == [[]] * 20
+
+
+def test_missing_steps_do_not_shift_a_period():
+    loss = build_loss(12_000, 35.0)
+    kept = np.random.default_rng(1).random(12_000) > 0.1
+    peaks = compute_spectrum(Series(loss.steps[kept], loss.values[kept])).list_peaks()
+    assert peaks[0][0] == pytest.approx(35.0, rel=0.02)
+
+
+@pytest.mark.parametrize("loss", [build_loss(100), Series(np.array([]), np.array([])), build_loss(1)])
+def test_short_runs_are_refused(loss):
+    with pytest.raises(UserError, match="periods show in 128 steps and more"):
+        compute_spectrum(loss)
+
+
+def test_a_loss_that_never_changes_is_refused():
+    with pytest.raises(UserError, match="never changes"):
+        compute_spectrum(Series(np.arange(1000.0), np.full(1000, 3.0)))
+
+
+@NEEDS_LOG
+def test_the_original_order_of_documents_shows_in_its_loss():
+    peaks = compute_spectrum(load_curves(REFERENCE_LOG).get("train/loss")).list_peaks()
+    assert [round(period) for period, _ in peaks[:2]] == [47, 35]
+    assert peaks[0][1] > 300
+
+
+@NEEDS_LOG
+def test_the_command_draws_the_spectrum_and_names_the_periods(tmp_path, capsys):
+    assert main([str(REFERENCE_LOG), "--spectrum", f"--output={tmp_path / 'spectrum.png'}"]) == 0
+    assert "the train loss has periods of 46.5 steps" in capsys.readouterr().out
+    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
