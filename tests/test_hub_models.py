@@ -19,6 +19,7 @@ from safetensors.torch import load
 from small_runs import flags, read_losses, run_training
 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION, SAMPLE_FILE
+from modeling_gpt2_repro.reporting.hub import main as publish
 from modeling_gpt2_repro.training.checkpoint import save_published_model
 
 ME, READER, STRANGER = "hf_me0123456789", "hf_reader0123456789", "hf_stranger0123456789"
@@ -285,7 +286,7 @@ def test_mistake_is_one_line_and_leaves_nothing(hub, finished_run, run, case):
     assert {key: dict(repository.references) for key, repository in hub.repositories.items()} == before
 
 
-def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, run, tmp_path):
+def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, run, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
     check_is_one_line(run(HUB), "give a run folder first")
     check_is_one_line(run(HUB, tmp_path / "begun"), "is not the folder of a run")
@@ -293,6 +294,8 @@ def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, r
     check_is_one_line(run(HUB, tmp_path / "begun"), "has no final/: give the folder of a finished run")
     hub.stop()
     check_is_one_line(run(HUB, finished_run), "the upload broke off: ")
+    assert publish([str(finished_run)]) == 2  # in this process, which has no Hub
+    assert "HF_HUB_OFFLINE says that there is none" in capsys.readouterr().err
 
 
 # Beside the training
