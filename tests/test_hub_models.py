@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load
 from small_runs import flags, read_losses, run_training
 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION, SAMPLE_FILE
+from modeling_gpt2_repro.reporting.hub import main as publish
 from modeling_gpt2_repro.training.checkpoint import save_published_model
 
 ME, READER, STRANGER = "hf_me0123456789", "hf_reader0123456789", "hf_stranger0123456789"
@@ -89,7 +91,7 @@ def run(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished_run(shards, tmp_path_factory) -> Path:
-    return run_training(shards, tmp_path_factory.mktemp("runs"), "tiny")
+    return run_training(shards, tmp_path_factory.mktemp("runs"), "tiny", sample_every=0)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,7 @@ def test_what_is_there_is_not_sent_again(hub, published, run, tmp_path):
     assert run(HUB, published).code == 0  # as it was, for the others
 
 
+@pytest.mark.slow
 def test_tag_moves_with_another_run_of_the_name(hub, published, run, tmp_path, shards):
     assert run(HUB, published, "--repo_id", "me/moved", "--checkpoints").code == 0
     other = run_training(shards, tmp_path, "tiny", seed=1, **QUICK)
@@ -283,7 +286,7 @@ def test_mistake_is_one_line_and_leaves_nothing(hub, finished_run, run, case):
     assert {key: dict(repository.references) for key, repository in hub.repositories.items()} == before
 
 
-def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, run, tmp_path):
+def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, run, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
     check_is_one_line(run(HUB), "give a run folder first")
     check_is_one_line(run(HUB, tmp_path / "begun"), "is not the folder of a run")
@@ -291,6 +294,8 @@ def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, r
     check_is_one_line(run(HUB, tmp_path / "begun"), "has no final/: give the folder of a finished run")
     hub.stop()
     check_is_one_line(run(HUB, finished_run), "the upload broke off: ")
+    assert publish([str(finished_run)]) == 2  # in this process, which has no Hub
+    assert "HF_HUB_OFFLINE says that there is none" in capsys.readouterr().err
 
 
 # Beside the training
@@ -301,7 +306,7 @@ def read_all(folder: Path) -> bytes:
 
 
 def test_run_publishes_its_checkpoints_and_its_end(hub, run, shards, tmp_path):
-    result = run("train", *flags(shards, tmp_path, "mine", push_to_hub=True, keep_checkpoints=1))
+    result = run("train", *flags(shards, tmp_path, "mine", push_to_hub=True, keep_checkpoints=1, sample_every=0))
     assert result.code == 0, result.err
     assert f"published   {hub.url}/me/mine" in result.out
     repository, folder = hub.repositories["models/me/mine"], tmp_path / "mine"
@@ -314,28 +319,26 @@ def test_run_publishes_its_checkpoints_and_its_end(hub, run, shards, tmp_path):
     assert ME.encode() not in read_all(folder) + b"".join(b"".join(t.values()) for t in repository.commits.values())
 
 
-def test_no_step_waits_for_an_upload(hub, environment, shards, tmp_path):
-    """The Hub doesn't answer until the run has made its last update and written its last checkpoint."""
+def test_no_step_waits_for_an_upload(hub, run, shards, tmp_path):
+    """The Hub doesn't answer until the run has made its last update and written its finished model."""
     hub.fail("/lfs/", "held")
     argv = flags(shards, tmp_path, "held", push_to_hub=True, keep_checkpoints=1, **QUICK)
-    log = tmp_path / "log"
-    with open(log, "w") as stream:
-        process = subprocess.Popen([sys.executable, "train.py", *argv], env=environment, cwd=REPOSITORY, stdout=stream)
-    try:
-        wait_until(lambda: (tmp_path / "held" / "final").is_dir() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        assert set(read_losses(tmp_path / "held")) == set(range(1, 13))
-        assert not hub.repositories["models/me/held"].tags
-        # The first checkpoint was pruned and is there to be uploaded all the same.
-        assert [path.name for path in (tmp_path / "held" / "checkpoints").iterdir()] == ["step_0000012"]
-        assert {path.name for path in (tmp_path / "held" / "hub_upload").iterdir()} == {"step_0000006", "step_0000012"}
-        hub.heal()
-        assert process.wait(300) == 0
-    finally:
-        hub.heal()
-        process.kill()
-        process.wait()
-    assert hub.repositories["models/me/held"].tags == TAGS, log.read_text()
+    folder = tmp_path / "held"
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(run, "train", *argv)
+        try:
+            wait_until(lambda: (folder / "final").is_dir() or result.done())
+            assert not result.done(), result.result().err
+            assert set(read_losses(folder)) == set(range(1, 13))
+            assert not hub.repositories["models/me/held"].tags
+            # The first checkpoint was pruned and is there to be uploaded all the same.
+            assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000012"]
+            assert {path.name for path in (folder / "hub_upload").iterdir()} == {"step_0000006", "step_0000012"}
+        finally:
+            hub.heal()
+    assert result.result().code == 0, result.result().err
+    assert hub.repositories["models/me/held"].tags == TAGS
+    assert not (folder / "hub_upload").exists()
 
 
 def wait_until(is_true, seconds=300) -> None:
@@ -345,13 +348,14 @@ def wait_until(is_true, seconds=300) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_run_that_is_asked_to_stop_does_not_wait_for_an_upload(hub, environment, run, shards, tmp_path):
     hub.fail("/lfs/", "held")
-    endless = {"push_to_hub": True, "lr_schedule": "constant", "save_every": 20, **QUICK}
+    # With curves, so that there are two large files.
+    endless = {**QUICK, "push_to_hub": True, "lr_schedule": "constant", "save_every": 20, "eval_every": 1000}
     argv = flags(shards, tmp_path, "stopped", max_steps=100_000, **endless)
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "train.py", *argv]
+    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: hub.count_requests("/preupload/") or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
@@ -368,6 +372,7 @@ def test_run_that_is_asked_to_stop_does_not_wait_for_an_upload(hub, environment,
     assert {name.replace("_", "-") for name in waiting} <= hub.repositories["models/me/stopped"].tags
 
 
+@pytest.mark.slow
 def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
     hub.fail("/commit/", "500", times=1)
     result = run("train", *flags(shards, tmp_path, "mended", push_to_hub=True, **QUICK))
@@ -379,7 +384,7 @@ def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
 def test_hub_that_is_gone_costs_the_run_nothing(hub, run, shards, tmp_path, finished_run):
     """It vanishes in the first upload; the same command, once it is back, publishes all of the finished run."""
     hub.fail("/lfs/", "gone")
-    argv = flags(shards, tmp_path, "gone", push_to_hub=True)
+    argv = flags(shards, tmp_path, "gone", push_to_hub=True, **QUICK)
     result = run("train", *argv)
     assert result.code == 0, result.err
     assert result.out.count("publishing failed") == 1
@@ -412,6 +417,7 @@ def test_mistake_is_told_before_the_first_step(hub, run, shards, tmp_path):
     assert read_all(tmp_path / "old") == before
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_without_the_hub(hub, run, shards, tmp_path):
     argv = {"max_steps": 6, "lr_schedule": "constant", **QUICK}
     run_training(shards, tmp_path, "late", **argv)

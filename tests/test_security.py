@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from loopback_hub import LoopbackHub, User
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval_hellaswag
@@ -255,22 +256,34 @@ SECRETS = {
 NETRC_SECRET = "fedcba9876543210fedcba9876543210fedcba98"
 
 
-def test_no_secret_is_told(shards, tmp_path):
-    """A whole run with wandb, offline, in a process whose environment and home hold keys."""
+def test_no_secret_is_told(shards, tokenizer, tmp_path):
+    """A whole run with wandb, offline, and a Hub to publish on, in a process whose environment and home hold keys."""
     home, runs = tmp_path / "home", tmp_path / "runs"
     (home / ".cache" / "huggingface").mkdir(parents=True)
     (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {NETRC_SECRET}\n")
     (home / ".netrc").chmod(0o600)
     (home / ".cache" / "huggingface" / "token").write_text(SECRETS["HF_TOKEN"])
-    environment = {**os.environ, **SECRETS, "HOME": str(home), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     settings = {"eval_every": 1, "eval_tokens": 64, "sample_every": 1, "sample_tokens": 12, "report_to": "auto"}
+    settings |= {"push_to_hub": True}
     command = [sys.executable, str(REPOSITORY / "train.py"), *flags(data_dir=shards, output_dir=runs, **settings)]
-    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=180)
+    with LoopbackHub() as hub:
+        hub.users = {SECRETS["HF_TOKEN"]: User("me")}
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        files = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
+        hub.commit("models/openai-community/gpt2", files)
+        environment = {**os.environ, **SECRETS, "HOME": str(home), "WANDB_MODE": "offline"}
+        environment |= hub.environment(home / ".cache" / "huggingface")
+        # An upload fails, so that something is told of it.
+        hub.fail("/commit/", "500", times=1)
+        process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=180)
+        published = hub.repositories["models/me/run"]
     printed = process.stdout + process.stderr
     assert process.returncode == 0, printed
     written = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.jsonl", "README.md"} <= {path.name for path in written}
     assert any(path.suffix == ".wandb" for path in written)
+    assert published.tags and b"publishing failed" in printed
+    written |= {Path(sha, path): content for sha, tree in published.commits.items() for path, content in tree.items()}
     for secret in (*SECRETS.values(), NETRC_SECRET):
         assert secret.encode() not in printed
         assert [path for path, content in written.items() if secret.encode() in content] == []

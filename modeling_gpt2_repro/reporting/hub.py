@@ -132,7 +132,7 @@ def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None
         if is_hidden or name.startswith(f"{TRAINING_STATE}/"):
             del files[name]
     if (run_folder / CURVES).is_file():
-        files[CURVES] = run_folder / CURVES
+        files[CURVES] = (run_folder / CURVES).read_bytes()  # a run draws them anew while they are sent
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "gpt2":
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()

@@ -72,3 +72,10 @@ def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
     assert "on 2 process(es) 1 micro-step(s) x 32 sequence(s)" in "\n".join(alone.describe_costs(small))
     at_a_rate = REPRODUCTION.describe_costs(TrainingConfig(max_steps=19_073, plan_tokens_per_second=1.5e6))
     assert at_a_rate[-1] == "time        1.9 h at 1,500,000 tokens/s"
+
+
+def test_checkpoints_that_wait_for_the_hub_need_room():
+    """All of them, in the worst case: 20 are saved, and each model is 4 bytes a parameter."""
+    config = TrainingConfig(max_steps=19_073)
+    needed = REPRODUCTION.estimate_disk_bytes(replace(config, push_to_hub=True))
+    assert needed - REPRODUCTION.estimate_disk_bytes(config) == 20 * 4 * REPRODUCTION.n_parameters

@@ -1,0 +1,120 @@
+"""What publishing beside the training costs: checkpoints of GPT-2 124M, to a stand-in for the Hub on this machine.
+
+    python benchmarks/bench_publishing.py [--model_size 124M] [--checkpoints 3]
+
+Handing a checkpoint over is timed by itself, because training stands still for it. Then updates of a small model are
+timed while nothing is uploaded, and while checkpoints are: on a CPU the two share its cores, and so does the stand-in,
+which reads what is sent and computes its checksum; on a GPU they would not.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+HUB = """
+import sys
+from loopback_hub import LoopbackHub, User
+with LoopbackHub() as hub:
+    hub.users = {"hf_benchmark": User("me")}
+    print(hub.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+def time_updates(update: Callable[[], None], is_over: Callable[[int], bool]) -> list[float]:
+    """Return the seconds of each update until `is_over(number of them)`."""
+    seconds: list[float] = []
+    while not is_over(len(seconds)):
+        started = time.perf_counter()
+        update()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def describe(name: str, seconds: list[float]) -> str:
+    ordered = sorted(seconds)
+    longest = ordered[int(0.99 * (len(ordered) - 1))]
+    return (
+        f"{name:32} median {1e3 * statistics.median(seconds):7.1f} ms, 99th percentile {1e3 * longest:7.1f} ms, "
+        f"{len(seconds)} updates"
+    )
+
+
+def main() -> None:
+    # After the address of the Hub is set: it is read on import.
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
+    from modeling_gpt2_repro.arguments import write_settings
+    from modeling_gpt2_repro.reporting.publisher import Publisher
+    from modeling_gpt2_repro.training.checkpoint import save_model
+    from modeling_gpt2_repro.training.config import TrainingConfig
+    from modeling_gpt2_repro.training.optim import build_adamw
+
+    transformers_logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_size", default="124M", choices=MODEL_SIZES)
+    parser.add_argument("--checkpoints", type=int, default=3)
+    arguments = parser.parse_args()
+    no_ids = {"bos_token_id": None, "eos_token_id": None}
+    small = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=1000, **no_ids))
+    optimizer = build_adamw(small, 6e-4, 0.1, (0.9, 0.95))
+    ids = torch.randint(0, 1000, (2, 129))
+
+    def update() -> None:
+        small(input_ids=ids[:, :-1], shift_labels=ids[:, 1:]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as name:
+        run_folder = Path(name) / "bench"
+        config = TrainingConfig(run_name="bench", push_to_hub=True, data_dir=str(run_folder))
+        run_folder.mkdir()
+        write_settings(config, run_folder / "config.yaml")
+        steps = range(1, arguments.checkpoints + 1)
+        (run_folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        checkpoints = [run_folder / "checkpoints" / f"step_{step:07d}" for step in steps]
+        for seed, checkpoint in enumerate(checkpoints):
+            torch.manual_seed(seed)
+            save_model(checkpoint, GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[arguments.model_size])), None)
+        publisher = Publisher(run_folder, config, True, lambda text: print(f"  {text}", flush=True))
+        publisher.check(is_resumed=False)
+        time_updates(update, lambda number: number >= 20)
+        alone = time_updates(update, lambda number: number >= 300)
+        publisher.start(None)
+        waiting = []
+        started = time.perf_counter()
+        for checkpoint in checkpoints:
+            handed_over = time.perf_counter()
+            publisher.submit(checkpoint)
+            waiting.append(time.perf_counter() - handed_over)
+            shutil.rmtree(checkpoint)  # as a run prunes them
+        beside = time_updates(update, lambda number: not any(publisher.waiting.glob("step_*")))
+        print(f"uploading {len(checkpoints)} checkpoints took {time.perf_counter() - started:.1f} s")
+        print(f"handing a checkpoint over        median {1e3 * statistics.median(waiting):7.1f} ms")
+        print(describe("update, nothing uploaded", alone))
+        print(describe("update, checkpoints uploaded", beside))
+
+
+if __name__ == "__main__":
+    command = [sys.executable, "-c", HUB]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")}
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server,
+        tempfile.TemporaryDirectory() as home,
+    ):
+        os.environ |= {"HF_ENDPOINT": server.stdout.readline().strip(), "HF_HOME": home, "HF_TOKEN": "hf_benchmark"}
+        os.environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        main()
+        server.stdin.close()
