@@ -316,6 +316,15 @@ def test_the_command_compares_runs_with_logs_in_a_process_of_its_own(tmp_path):
     assert last == "drawn as comparison.png"
 
 
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_drawn(tmp_path):
+    runs = [load_curves(write_run(tmp_path / name, build_lines(5))) for name in ("_$\\x^$ \U0001f600", "$_$", "名")]
+    figure = build_curves_figure(runs)
+    figure.canvas.draw()
+    assert len(find_panel(figure, "loss").get_legend().texts) == 6
+    build_curves_figure(runs[:1]).canvas.draw()
+
+
 @pytest.mark.parametrize("kind, head", [("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_the_outputs_name_decides_its_format(tmp_path, kind, head):
     run = write_run(tmp_path / "run", build_lines(5))
