@@ -27,8 +27,8 @@ from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.files import create_folder_atomically, write_json
+from modeling_gpt2_repro.reporting.background import CurveDrawer
 from modeling_gpt2_repro.reporting.model_card import write_model_card
-from modeling_gpt2_repro.reporting.plots import draw_curves
 from modeling_gpt2_repro.reporting.publisher import Publisher
 from modeling_gpt2_repro.reporting.reproduction import list_versions
 from modeling_gpt2_repro.run import Run, build_run, describe_plan
@@ -93,7 +93,8 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
         explained_write_failures(run.record.folder),
         preemption,
     ):
-        step = train(run, preemption)
+        with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
+            step = train(run, preemption, curves)
         if step < run.plan.last_step:
             run.record.set_status("preempted", step=step)
             way = (
@@ -105,7 +106,7 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
     return 0
 
 
-def train(run: Run, preemption: Preemption) -> int:
+def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
     """The loop: evaluate and save the model after `step` updates, and make the next update; return the last step."""
     config, plan = run.config, run.plan
     order = WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(run.inputs.train_set.is_shuffled))
@@ -122,6 +123,7 @@ def train(run: Run, preemption: Preemption) -> int:
         if not is_evaluated and not is_asked_to_stop:
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
+            curves.request()
             is_evaluated = True
         if step > plan.first_step and (is_asked_to_stop or plan.is_due(config.save_every, step)):
             with run.clock.measure("checkpoint"):
@@ -191,7 +193,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
 
 
 def evaluate(run: Run, step: int) -> None:
-    """Validate, score HellaSwag, sample and draw curves of the model after `step` updates, each where it is due."""
+    """Validate, score HellaSwag and sample the model after `step` updates, each where it is due."""
     config, plan, accelerator, inputs = run.config, run.plan, run.accelerator, run.inputs
     metrics = {}
     if plan.is_due(config.eval_every, step):
@@ -225,9 +227,6 @@ def evaluate(run: Run, step: int) -> None:
         )
         run.record.log_samples(step, texts)
         run.console.say(f"step {step} sample: {texts[0]!r}")
-    if (metrics or step == plan.last_step) and accelerator.is_main_process:
-        with tolerated_write_failures("curves.png", run.console.say):
-            draw_curves(run.record.folder)
 
 
 def save(run: Run, step: int, is_evaluated: bool) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import EngFormatter
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +13,13 @@ from modeling_gpt2_repro.data.inspection import Inspection, SplitStatistics
 from modeling_gpt2_repro.data.shards import INSPECTION_NAME
 from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.reporting.corpus_text import MOST_COMMON, quote_tokens
-from modeling_gpt2_repro.reporting.figures import SPLIT_COLOURS, build_figure, finish_axes, save_figure
+from modeling_gpt2_repro.reporting.figures import (
+    SPLIT_COLOURS,
+    build_figure,
+    finish_axes,
+    make_drawable,
+    save_figure,
+)
 
 BINS_PER_DOUBLING = 4
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
@@ -43,7 +49,7 @@ def build_inspection_figure(inspection: Inspection) -> Figure:
     _draw_most_common(figure.add_subplot(grid[2]), splits, inspection.tokenizer)
     tokens, documents = (sum(getattr(split, unit) for split in splits) for unit in ("tokens", "documents"))
     title = f"{follow_links(inspection.folder).name}: {tokens:,} tokens in {documents:,} documents"
-    figure.suptitle(_make_drawable(title, FontProperties()), fontsize=14, parse_math=False)
+    figure.suptitle(make_drawable(title), fontsize=14, parse_math=False)
     return figure
 
 
@@ -106,7 +112,7 @@ def _draw_most_common(axes: Axes, splits: list[SplitStatistics], tokenizer: PreT
     for split in splits[1:]:
         axes.plot(split.token_counts[ids] / max(1, split.tokens), rows, "o", markersize=4, **_style(split))
     font = FontProperties(family=TOKEN_FONT, size=9)
-    labels = [_make_drawable(token, font) for token in quote_tokens(tokenizer, ids)]
+    labels = [make_drawable(token, font) for token in quote_tokens(tokenizer, ids)]
     axes.set_yticks(rows, [_shorten(label) for label in labels], fontproperties=font, parse_math=False)
     axes.invert_yaxis()
     axes.set_title("most common tokens", fontsize=11)
@@ -124,12 +130,6 @@ def _style(split: SplitStatistics) -> dict[str, str]:
 
 def _write_percent(share: float, _: int) -> str:
     return f"{100 * share:.3g}%"
-
-
-def _make_drawable(text: str, font: FontProperties) -> str:
-    """Spell characters that the font has no picture of as Python does in ASCII."""
-    drawable = get_font(findfont(font)).get_charmap()
-    return "".join(character if ord(character) in drawable else ascii(character)[1:-1] for character in text)
 
 
 def _shorten(label: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import open_atomically
@@ -32,6 +33,12 @@ def format_count(value: float, _: int | None = None) -> str:
         if abs(value) >= length:
             return f"{value / length:.4g}{letter}"
     return f"{value:.4g}"
+
+
+def make_drawable(text: str, font: FontProperties | None = None) -> str:
+    """Spell characters that the font, the default one unless given, has no picture of as Python does in ASCII."""
+    drawable = get_font(findfont(font or FontProperties())).get_charmap()
+    return "".join(character if ord(character) in drawable else ascii(character)[1:-1] for character in text)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -26,6 +26,7 @@ from modeling_gpt2_repro.reporting.figures import (
     build_figure,
     finish_axes,
     format_count,
+    make_drawable,
     save_figure,
 )
 from modeling_gpt2_repro.reporting.references import Reference
@@ -87,7 +88,8 @@ def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Fig
     if panels:
         for axes, metric in zip(rows[1].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_small_panel(axes, metric, runs, axis)
-    figure.suptitle(_describe(runs), fontsize=13, parse_math=False)
+    if len(runs) == 1:
+        figure.suptitle(make_drawable(_describe(runs[0])), fontsize=13, parse_math=False)
     return figure
 
 
@@ -106,7 +108,8 @@ class _Axis:
 
     def finish(self, axes: Axes, with_steps: bool = False) -> None:
         """Label it; `with_steps` also in optimizer steps, on top, where those of all runs have one size."""
-        axes.set_xlim(-0.01 * self.end, 1.01 * self.end) if self.end else None
+        if self.end:
+            axes.set_xlim(-0.01 * self.end, 1.01 * self.end)
         axes.set_xlabel("hours" if self.over_hours else "tokens")
         if not self.over_hours:
             axes.xaxis.set_major_formatter(format_count)
@@ -125,7 +128,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Curves], axis: _Axis) -> None:
     shown, first = [], []  # heights that have to be inside, and the losses that the runs began with
     for run, colour in zip(runs, _choose_colours(runs), strict=True):
         train, val = run.get("train/loss"), run.get("val/loss")
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        prefix = f"{_label(run)}: " if len(runs) > 1 else ""
         if len(train):
             mean, width = smooth(train)
             if len(runs) == 1 and width > 1:
@@ -167,7 +170,7 @@ def _draw_scores(axes: Axes, runs: Sequence[Curves], axis: _Axis) -> None:
             score = run.get(metric)
             if len(score):
                 style = {"color": VAL_COLOUR if len(runs) == 1 else colour, "linestyle": line, "marker": "o"}
-                label = f"{run.name if len(runs) > 1 else protocol} {score.values[-1]:.4f}"
+                label = f"{_label(run) if len(runs) > 1 else protocol} {score.values[-1]:.4f}"
                 _plot(axes, axis.place(run, score.steps), score.values, markersize=3.5, label=label, **style)
                 shown += [score.values.min(), score.values.max()]
     references = _list_shared([run.score_references for run in runs])
@@ -175,7 +178,7 @@ def _draw_scores(axes: Axes, runs: Sequence[Curves], axis: _Axis) -> None:
         _draw_reference(axes, reference.value, reference.label)
     axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1, zorder=1, label=f"chance {CHANCE}")
     items = sorted({run.items for run in runs if len(run.get(ORIGINAL_SCORE)) or len(run.get(LM_EVAL_SCORE))})
-    axes.set_title(" / ".join(items), fontsize=10, loc="left", parse_math=False)
+    axes.set_title(make_drawable(" / ".join(items)), fontsize=10, loc="left", parse_math=False)
     axes.set_ylabel("acc_norm, original protocol, and dotted lm_eval" if has_both else "acc_norm, original protocol")
     legend = axes.legend(frameon=False, fontsize=8, loc="lower right")
     shown += [reference.value for reference in references]
@@ -263,10 +266,13 @@ def _choose_colours(runs: Sequence[Curves]) -> list[str]:
     return [RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(runs))]
 
 
-def _describe(runs: Sequence[Curves]) -> str:
-    if len(runs) > 1:
-        return ""
-    run = runs[0]
+def _label(run: Curves) -> str:
+    """Return a run's name as a legend shows it: it would take dollars for formulas, and leave out a leading `_`."""
+    name = make_drawable(run.name).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def _describe(run: Curves) -> str:
     text = f"{run.name}: step {run.last_step:,}, {format_count(run.last_step * run.tokens_per_step)} tokens"
     if len(run.get("train/elapsed_seconds")):
         text += f", {format_duration(3600 * run.count_hours(np.array([run.last_step]))[0])}"
@@ -283,7 +289,7 @@ def describe_end(run: Curves) -> str:
     """Say in a line what a run reached."""
     metrics = {"train/loss": "train", "val/loss": "validation", "hellaswag/acc_norm": "HellaSwag acc_norm (original)"}
     ends = [f"{label} {run.get(name).values[-1]:.4f}" for name, label in metrics.items() if len(run.get(name))]
-    return f"{_describe([run])}: {', '.join(ends)}"
+    return f"{_describe(run)}: {', '.join(ends)}"
 
 
 def build_parser() -> Parser:

@@ -9,7 +9,7 @@ from matplotlib.mlab import psd
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.reporting.curves import Curves, Series
-from modeling_gpt2_repro.reporting.figures import RUN_COLOURS, build_figure, finish_axes
+from modeling_gpt2_repro.reporting.figures import RUN_COLOURS, build_figure, finish_axes, make_drawable
 
 # The first steps, where the loss falls too fast to be told from what comes back.
 BEGINNING_SHARE = 0.05
@@ -89,7 +89,10 @@ def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
         axes.set_yscale("log")
         axes.set_ylim(0.1, max(30.0, 2.5 * spectrum.powers.max()))
         axes.set_title(
-            f"{run.name}: power of the train loss, its median is 1", fontsize=11, loc="left", parse_math=False
+            f"{make_drawable(run.name)}: power of the train loss, its median is 1",
+            fontsize=11,
+            loc="left",
+            parse_math=False,
         )
         axes.xaxis.set_major_formatter("{x:g}")
         finish_axes(axes)

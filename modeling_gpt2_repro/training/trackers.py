@@ -81,8 +81,9 @@ class Wandb:
         self._tracker.log(metrics, step)
 
     def log_samples(self, step: int, texts: list[str]) -> None:
-        self._rows += [[step, text] for text in texts]
-        self._tracker.log_table("samples", columns=["step", "text"], data=list(self._rows), step=step)
+        rows = self._rows + [[step, text] for text in texts]
+        self._tracker.log_table("samples", columns=["step", "text"], data=rows, step=step)
+        self._rows = rows
 
     def finish(self) -> None:
         self._tracker.finish()

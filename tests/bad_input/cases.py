@@ -234,7 +234,7 @@ def quick_machine() -> Iterator[None]:
     """Leave out what takes a second and does not depend on the input: timing the machine, and drawing in a run."""
     with (
         mock.patch("modeling_gpt2_repro.run.choose_peak", lambda *_: Peak(1e9, "a test")),
-        mock.patch("train.draw_curves", lambda folder: None),
+        mock.patch("train.CurveDrawer", mock.MagicMock()),
     ):
         yield
 

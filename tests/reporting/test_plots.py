@@ -1,7 +1,6 @@
 """Pictures of runs."""
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, SHARED_DATA
 from matplotlib.text import Annotation
+from written_runs import build_lines, write_run
 
-from modeling_gpt2_repro.arguments import write_settings
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, Manifest, Shard, Totals, list_checksums, save_manifest
 from modeling_gpt2_repro.evaluation.baseline import Baseline, record_hellaswag, record_validation, save_baseline
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
@@ -25,30 +24,10 @@ from modeling_gpt2_repro.evaluation.validation import ValidationResult
 from modeling_gpt2_repro.reporting.curves import Series, load_curves
 from modeling_gpt2_repro.reporting.figures import format_count
 from modeling_gpt2_repro.reporting.plots import build_curves_figure, draw_curves, main, smooth
-from modeling_gpt2_repro.training.config import TrainingConfig
 
 RESULT = HellaSwagResult("original", 48, 0.25, 0.06, 0.2955, 0.07, scored_items=(), examples_per_second=1.0)
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
 ITEMS = SHARED_DATA / "hellaswag_val.jsonl"
-
-
-def write_run(folder: Path, lines: list[dict], **settings) -> Path:
-    folder.mkdir(exist_ok=True)
-    write_settings(TrainingConfig(**{"run_name": folder.name, **settings}), folder / "config.yaml")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def build_lines(n_steps: int, every: int = 10) -> list[dict]:
-    """A loss that falls from 11 to 3 within the first hundred steps."""
-    lines = []
-    for step in range(n_steps + 1):
-        loss = 3 + 8 * np.exp(-step / 30)
-        if step:
-            lines.append({"step": step, "train/loss": loss, "train/lr": 1e-3, "train/elapsed_seconds": 60.0 * step})
-        if step % every == 0:
-            lines.append({"step": step, "val/loss": loss + 0.1, "hellaswag/acc_norm": 0.26})
-    return lines
 
 
 def draw(folder: Path, lines: list[dict]) -> np.ndarray:
@@ -335,6 +314,15 @@ def test_the_command_compares_runs_with_logs_in_a_process_of_its_own(tmp_path):
     first, second, *_, last = process.stdout.splitlines()
     assert first.startswith("run: ") and second.startswith("again/run: ")  # one name, and so by where they lie
     assert last == "drawn as comparison.png"
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_drawn(tmp_path):
+    runs = [load_curves(write_run(tmp_path / name, build_lines(5))) for name in ("_$\\x^$ \U0001f600", "$_$", "名")]
+    figure = build_curves_figure(runs)
+    figure.canvas.draw()
+    assert len(find_panel(figure, "loss").get_legend().texts) == 6
+    build_curves_figure(runs[:1]).canvas.draw()
 
 
 @pytest.mark.parametrize("kind, head", [("svg", b"<?xml"), ("pdf", b"%PDF")])

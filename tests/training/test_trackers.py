@@ -1,8 +1,10 @@
 """What trackers get to know of a run, in the files that they write themselves."""
 
+import contextlib
 import json
 import os
 import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from accelerate import Accelerator
 from conftest import REPOSITORY
 from small_runs import flags, read_series
-from tracker_files import read_tensorboard, read_wandb_run
+from tracker_files import PATIENCE_SECONDS, read_tensorboard, read_wandb_run
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.training.checkpoint import load_state
@@ -30,21 +32,16 @@ def _nobodys_home(monkeypatch, tmp_path):
 
 
 def train_in_a_terminal(argv: list[str], folder: Path) -> str:
-    """Run train.py with a terminal as its input and output, on which a question would wait for ever."""
+    """Run train.py with a terminal as its input and output; a question, to which silence is the answer, ends it."""
     terminal, end = pty.openpty()
     command = [sys.executable, str(REPOSITORY / "train.py"), *argv]
     process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, cwd=folder, start_new_session=True)
     os.close(end)
     printed = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:  # how Linux says that nobody has the other end open
-            break
-        if not chunk:
-            break
-        printed += chunk
-    os.close(terminal)
+    with contextlib.suppress(OSError):  # how Linux says that nobody has the other end open
+        while select.select([terminal], [], [], PATIENCE_SECONDS)[0]:
+            printed += os.read(terminal, 65536)
+    os.close(terminal)  # which hangs up, and so ends a process that still waits
     assert process.wait() == 0, printed.decode()
     return printed.decode()
 
