@@ -119,8 +119,11 @@ class Publisher:
         return self._repo_id
 
     def _work(self) -> None:
-        while self._is_due.wait() and not self._is_finishing:
+        is_last = False
+        while not is_last:
+            self._is_due.wait()
             self._is_due.clear()
+            is_last = self._is_finishing
             try:
                 self._upload_waiting()
             except Exception as error:  # whatever the network, the Hub or a library comes up with
