@@ -69,10 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if accelerator.is_main_process:
         data = Path(settings.data_file).name if settings.data_file else DATASET_NAME
         print(f"{settings.model} ({settings.dtype}) on {data}\n")
-        print(format_table(results, with_published=is_full_validation_split(items)))
+        is_validation_split = is_full_validation_split(items)
+        print(format_table(results, with_published=is_validation_split))
         if settings.output:
             scores = {result.protocol: result.summary() for result in results}
-            write_json(settings.output, {"model": settings.model, "data": data, "dtype": settings.dtype, **scores})
+            facts = {"model": settings.model, "data": data, "is_validation_split": is_validation_split}
+            write_json(settings.output, {**facts, "dtype": settings.dtype, **scores})
         if settings.per_example:
             with open_atomically(settings.per_example) as stream:
                 for example in (example for result in results for example in result.per_example()):

@@ -220,7 +220,8 @@ def evaluate(run: Run, step: int) -> None:
             metrics |= result.metrics()
     if metrics:
         run.record.log(step, metrics)
-        run.console.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        shown = {name: value for name, value in metrics.items() if not name.endswith(("_stderr", "/n"))}
+        run.console.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if plan.is_due(config.sample_every, step) and accelerator.is_main_process:
         texts = generate_samples(
             run.model, inputs.tokenizer, config.sample_prompt, n_tokens=config.sample_tokens, seed=config.seed + step

@@ -41,6 +41,7 @@ from modeling_gpt2_repro.evaluation.scoring import (
 
 # What a run's metrics are called by protocol.
 METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}
+SCORE_NAMES = ("acc_norm", "acc", "acc_norm_stderr", "acc_stderr", "n")
 ITEMS_PER_ENCODING = 1000
 
 
@@ -110,9 +111,10 @@ class HellaSwagResult:
         return {name: value for name, value in vars(self).items() if name not in ("protocol", "scored_items")}
 
     def metrics(self) -> dict[str, float]:
-        """Return the accuracies by the names that a run's metrics have."""
+        """Return the accuracies, their standard errors and `n` by the names that a run's metrics have."""
+        values = {name: getattr(self, name) for name in SCORE_NAMES}
         prefix = METRIC_PREFIXES[self.protocol]
-        return {f"{prefix}/acc_norm": self.acc_norm, f"{prefix}/acc": self.acc}
+        return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 
     def per_example(self) -> list[dict[str, Any]]:
         """Return one JSON-able object an item."""

@@ -5,14 +5,12 @@ calls this makes sure of it (`is_full_validation_split`).
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
-from modeling_gpt2_repro.files import open_atomically
 
 FOLDER = ".eval_results"
 # The Hub shows a score on a dataset's leaderboard where the dataset defines a task of this name. We could not try
@@ -73,18 +71,15 @@ def build_eval_result_entries(summaries: Summaries) -> dict[str, EvalResultEntry
     }
 
 
-def write_eval_results(folder: Path, summaries: Summaries) -> list[Path]:
-    """Write `.eval_results/hellaswag_PROTOCOL.yaml` into a model folder and return their paths.
+def render_eval_results(summaries: Summaries) -> dict[str, str]:
+    """Return the text of each `.eval_results/hellaswag_PROTOCOL.yaml` by its path in a model folder.
 
     One file a protocol, because the Hub wants several scores on one task in files of their own.
     """
-    (folder / FOLDER).mkdir(exist_ok=True)
-    paths = []
-    for protocol, entry in build_eval_result_entries(summaries).items():
-        paths.append(folder / FOLDER / f"hellaswag_{protocol}.yaml")
-        with open_atomically(paths[-1]) as stream:
-            yaml.safe_dump(eval_result_entries_to_yaml([entry]), stream, sort_keys=False)
-    return paths
+    return {
+        f"{FOLDER}/hellaswag_{protocol}.yaml": yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        for protocol, entry in build_eval_result_entries(summaries).items()
+    }
 
 
 def _collect_stderr(summary: Mapping[str, Any], metric: str) -> dict[str, float]:

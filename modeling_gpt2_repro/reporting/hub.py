@@ -25,7 +25,8 @@ from modeling_gpt2_repro.data.hub import HubUnreachableError, ask_hub, describe_
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
 from modeling_gpt2_repro.files import compute_checksum
-from modeling_gpt2_repro.reporting.model_card import CARD, render_model_card
+from modeling_gpt2_repro.reporting.eval_results import FOLDER as EVAL_RESULTS
+from modeling_gpt2_repro.reporting.model_card import CARD, describe_model
 from modeling_gpt2_repro.reporting.plots import CURVES
 from modeling_gpt2_repro.reporting.run_folder import read_settings
 from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, describe_as_gpt2, list_models, read_step
@@ -35,8 +36,7 @@ Answer = TypeVar("Answer")
 MODEL_CODE = "modeling_gpt2_repro.py"
 HARMLESS = {".gitattributes", CARD, "LICENSE"}
 # Files of a model that the next one may not have. Whatever else lies in the repository stays.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", ".eval_results/*", CURVES)
-EVAL_RESULTS = ".eval_results"
+REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
 # How long a connection may be silent: the library itself would wait for ever.
 SILENCE_SECONDS = 120
 
@@ -138,7 +138,8 @@ def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()
     # What a card says of data that are gone by now could not be said again.
     if step is not None or CARD not in files or Path(read_settings(run_folder)["data_dir"]).is_dir():
-        files[CARD] = render_model_card(folder, run_folder, repo_id=repo_id, step=step).encode()
+        texts = describe_model(folder, run_folder, repo_id=repo_id, step=step)
+        files |= {name: text.encode() for name, text in texts.items()}
     return files
 
 

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from modeling_gpt2_repro.data.shards import Manifest, load_manifest
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import open_atomically
+from modeling_gpt2_repro.reporting.eval_results import build_eval_results, render_eval_results
 from modeling_gpt2_repro.reporting.plots import CURVES
 from modeling_gpt2_repro.reporting.reproduction import list_commands, read_versions, shorten
 from modeling_gpt2_repro.reporting.run_folder import describe_validation, name_hellaswag_items, read_settings
-from modeling_gpt2_repro.reporting.scores import PROTOCOLS, list_scores
+from modeling_gpt2_repro.reporting.scores import find_validation_split_scores, list_scores, read_training_scores
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.tracking import (
     METRICS,
@@ -38,11 +39,26 @@ decide about people, and have somebody read what it writes before others rely on
 
 
 def write_model_card(folder: Path, run_folder: Path) -> None:
-    """Write the card of the finished model into its folder, with the curves that it shows."""
+    """Write the card of the finished model into its folder, with the curves that it shows and the scores by file."""
     if (run_folder / CURVES).is_file():
         (folder / CURVES).write_bytes((run_folder / CURVES).read_bytes())
-    with open_atomically(folder / CARD) as stream:
-        stream.write(render_model_card(folder, run_folder))
+    for name, text in describe_model(folder, run_folder).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with open_atomically(folder / name) as stream:
+            stream.write(text)
+
+
+def describe_model(
+    folder: Path, run_folder: Path, *, repo_id: str | None = None, step: int | None = None
+) -> dict[str, str]:
+    """Return what tells of a model by its path in the model's folder: the card, and the scores in files of their own.
+
+    Arguments and errors are those of `render_model_card`.
+    """
+    last = _merge(_read_lines(run_folder, step))
+    scores = find_validation_split_scores(run_folder, read_settings(run_folder), last, step, repo_id)
+    card = render_model_card(folder, run_folder, repo_id=repo_id, step=step)
+    return {CARD: card, **render_eval_results(scores)}
 
 
 def render_model_card(
@@ -51,7 +67,6 @@ def render_model_card(
     *,
     repo_id: str | None = None,
     step: int | None = None,
-    eval_results: Iterable[EvalResult] = (),
 ) -> str:
     """Return a card's text: the Hub's metadata, then what was trained on what, with which result, and how to use it.
 
@@ -61,7 +76,6 @@ def render_model_card(
         folder: of the model.
         repo_id: where the model goes, if to the Hub.
         step: of a checkpoint, in whose card nothing later is told; `None` for the finished model.
-        eval_results: what was measured beside the validation loss, for the metadata.
 
     Raises:
         UserError: the run's settings are missing or damaged.
@@ -70,11 +84,12 @@ def render_model_card(
     manifest = None
     with contextlib.suppress(UserError):
         manifest = load_manifest(settings["data_dir"])
-    lines = [line for line in read_metrics(run_folder / METRICS) if step is None or line["step"] <= step]
-    last = {name: value for line in lines for name, value in line.items()}
+    lines = _read_lines(run_folder, step)
+    last = _merge(lines)
+    scores = find_validation_split_scores(run_folder, settings, last, step, repo_id)
     name = repo_id.rpartition("/")[2] if repo_id else settings["run_name"]
     parts = [
-        f"---\n{build_metadata(name, settings, manifest, last, eval_results).to_yaml()}\n---\n",
+        f"---\n{build_metadata(name, settings, manifest, last, build_eval_results(scores)).to_yaml()}\n---\n",
         f"# {name}\n",
         _describe_origin(settings, last, step),
         f"![Curves of the run]({CURVES})\n" if (run_folder / CURVES).is_file() else "",
@@ -139,6 +154,14 @@ def build_metadata(
     )
 
 
+def _read_lines(run_folder: Path, step: int | None) -> list[dict[str, float]]:
+    return [line for line in read_metrics(run_folder / METRICS) if step is None or line["step"] <= step]
+
+
+def _merge(lines: Iterable[dict[str, float]]) -> dict[str, float]:
+    return {name: value for line in lines for name, value in line.items()}
+
+
 def describe_source(manifest: Manifest) -> str:
     """Name the corpus of a manifest in one phrase, without the paths of local files."""
     source = manifest.source
@@ -178,17 +201,19 @@ def _list_results(
     if "val/loss" in last:
         rows.append(("validation loss", describe_validation(last)))
         rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
-    for prefix, protocol in PROTOCOLS.items():
-        if f"{prefix}/acc_norm" in last:
-            name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
-            rows.append((name, f"{last[f'{prefix}/acc_norm']:.4f}"))
-    for items, scores in list_scores(run_folder, repo_id) if step is None else ():
+    for protocol, score in read_training_scores(last).items():
+        name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
+        rows.append((name, _describe_score(score, "acc_norm")))
+    for items, score in list_scores(run_folder, repo_id) if step is None else ():
         for metric in ("acc_norm", "acc"):
-            stderr = scores.get(f"{metric}_stderr")
-            error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
-            name = f"{items}: {metric}, protocol `{scores['protocol']}`"
-            rows.append((name, f"{scores[metric]:.4f}{error}, {scores['n']:,} items"))
+            rows.append((f"{items}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
     return rows
+
+
+def _describe_score(score: dict[str, Any], metric: str) -> str:
+    stderr, n = score.get(f"{metric}_stderr"), score.get("n")
+    error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
+    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "")
 
 
 def _list_data(settings: dict[str, Any], manifest: Manifest | None) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
-from modeling_gpt2_repro.reporting.eval_results import build_eval_results, write_eval_results
+from modeling_gpt2_repro.reporting.eval_results import build_eval_results, render_eval_results
 
 SUMMARIES = {
     "original": {"acc": 0.28589, "acc_stderr": 0.00451, "acc_norm": 0.29549, "acc_norm_stderr": 0.00455, "n": 10_042},
@@ -34,14 +34,14 @@ def test_a_model_card_carries_every_score_with_its_protocol():
         assert (result.dataset_revision, result.dataset_args) == (DATASET_REVISION, {"num_few_shot": 0})
 
 
-def test_the_hub_s_files_say_one_score_each(tmp_path):
-    paths = write_eval_results(tmp_path, SUMMARIES)
-    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+def test_the_hub_s_files_say_one_score_each():
+    texts = render_eval_results(SUMMARIES)
+    assert list(texts) == [
         ".eval_results/hellaswag_original.yaml",
         ".eval_results/hellaswag_lm_eval.yaml",
     ]
-    for path, (protocol, summary) in zip(paths, SUMMARIES.items(), strict=True):
-        (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    for text, (protocol, summary) in zip(texts.values(), SUMMARIES.items(), strict=True):
+        (entry,) = parse_eval_result_entries(yaml.safe_load(text))
         assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == (
             DATASET_NAME,
             "hellaswag",
@@ -49,4 +49,3 @@ def test_the_hub_s_files_say_one_score_each(tmp_path):
         )
         assert entry.value == pytest.approx(summary["acc_norm"], abs=1e-4)
         assert f"protocol {protocol}" in entry.notes and "acc_norm" in entry.notes
-    assert write_eval_results(tmp_path, SUMMARIES) == paths

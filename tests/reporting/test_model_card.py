@@ -7,7 +7,7 @@ import shlex
 import pytest
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import ModelCard
 
 import prepare_data
 from modeling_gpt2_repro.arguments import parse_arguments, write_settings
@@ -46,7 +46,8 @@ def run_folder(tmp_path, data_folder):
     lines = [
         *({"step": step, "train/loss": 9.0 - step, "train/tokens": 524288 * step} for step in range(1, 5)),
         {"step": 2, "val/loss": 7.25, "val/bpb": 3.5, "hellaswag/acc_norm": 0.2604},
-        {"step": 4, "val/loss": 5.25, "val/bpb": 2.5, "hellaswag/acc_norm": 0.2708, "train/epoch": 0.5},
+        {"step": 4, "val/loss": 5.25, "val/bpb": 2.5, "train/epoch": 0.5},
+        {"step": 4, "hellaswag/acc_norm": 0.2708, "hellaswag/acc_norm_stderr": 0.0649, "hellaswag/n": 48},
         {"step": 4, "train/tokens_per_second": 524288.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "val/lo')
@@ -77,7 +78,10 @@ def test_card_tells_data_model_training_and_results(run_folder):
     text = (run_folder / "final" / "README.md").read_text()
     table = read_table(text)
     assert table["validation loss"] == "5.2500 nats a token, 2.5000 bits a byte"
-    assert table["items.jsonl: acc_norm, protocol `original`, in training"] == "0.2708"
+    assert (
+        table["items.jsonl: acc_norm, protocol `original`, in training"]
+        == "0.2708 ± 0.0649 (standard error), 48 items"
+    )
     for protocol in ("original", "lm_eval"):
         name = f"Rowan/hellaswag: acc_norm, protocol `{protocol}`"
         assert table[name] == "0.5000 ± 0.1250 (standard error), 1,042 items"
@@ -114,20 +118,57 @@ def test_versions_are_those_that_the_run_ended_with(run_folder):
 
 
 def test_metadata_are_what_the_hub_reads(run_folder):
-    score = EvalResult("text-generation", "Rowan/hellaswag", "HellaSwag", "acc_norm", 0.5)
-    text = render_model_card(run_folder / "final", run_folder, repo_id="me/gpt2", eval_results=[score])
+    text = render_model_card(run_folder / "final", run_folder, repo_id="me/gpt2")
     card = ModelCard(text)
     assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
     metadata = yaml.safe_load(text.split("---\n")[1])
     (model,) = metadata["model-index"]
     assert model["name"] == "gpt2"
     metrics = {metric["type"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
-    assert metrics == {"loss": 5.25, "bits_per_byte": 2.5, "acc_norm": 0.5}
+    assert metrics == {"loss": 5.25, "bits_per_byte": 2.5}
     assert card.data.eval_results and "from_pretrained(folder)" in text and 'folder = "me/gpt2"' in text
     assert card.data.datasets is None  # local files are no dataset of the Hub
     # No results, no index: the tools refuse an empty one.
     (run_folder / "metrics.jsonl").unlink()
     assert "model-index" not in render_model_card(run_folder / "final", run_folder)
+
+
+def read_index(text: str) -> dict[str, float]:
+    """Return the scores of a card's `model-index` by protocol and metric."""
+    results = ModelCard(text).data.eval_results
+    return {(r.metric_args["protocol"], r.metric_type): r.metric_value for r in results if r.metric_args}
+
+
+def test_scores_on_the_whole_validation_set_are_hellaswags(run_folder):
+    """In the index and in files of their own; of other items, the table alone speaks."""
+    write_scores(run_folder)
+    write_model_card(run_folder / "final", run_folder)
+    assert read_index((run_folder / "final" / "README.md").read_text()) == {}
+    assert not (run_folder / "final" / ".eval_results").exists()
+
+    write_scores(run_folder, is_validation_split=True)
+    write_model_card(run_folder / "final", run_folder)
+    expected = {(protocol, "acc"): 0.25 for protocol in ("original", "lm_eval")}
+    expected |= {(protocol, "acc_norm"): 0.5 for protocol in ("original", "lm_eval")}
+    assert read_index((run_folder / "final" / "README.md").read_text()) == expected
+    for protocol in ("original", "lm_eval"):
+        (entry,) = yaml.safe_load((run_folder / "final" / ".eval_results" / f"hellaswag_{protocol}.yaml").read_text())
+        assert (entry["dataset"]["id"], entry["value"]) == ("Rowan/hellaswag", 0.5)
+
+
+def test_a_run_that_was_scored_on_the_whole_set_says_so(run_folder):
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"hellaswag_file": None}))
+    scores = {
+        "hellaswag/acc_norm": 0.3,
+        "hellaswag/acc": 0.28,
+        "hellaswag/acc_norm_stderr": 0.0046,
+        "hellaswag/n": 10042,
+    }
+    with open(run_folder / "metrics.jsonl", "a") as stream:
+        stream.write("\n" + json.dumps({"step": 4, **scores}) + "\n")
+    text = render_model_card(run_folder / "final", run_folder)
+    assert read_index(text) == {("original", "acc_norm"): 0.3, ("original", "acc"): 0.28}
 
 
 def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tmp_path):
@@ -153,7 +194,7 @@ def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
     text = render_model_card(run_folder / "final", run_folder, step=2)
     assert "**This is the model after 2 updates" in text and "early words" in text
     assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
-    assert "standard error" not in text  # of the finished model's score
+    assert "in training | 0.2604 |" in text and "lm_eval" not in text  # what the finished model scored
 
 
 def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
@@ -162,7 +203,7 @@ def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
     write_scores(run_folder, "hellaswag_odd.json", original={"acc": "x"}, lm_eval=None)
     write_scores(run_folder, "hellaswag_old.json")
     os.utime(run_folder / "hellaswag_old.json", (0, 0))
-    assert "standard error" not in render_model_card(run_folder / "final", run_folder)
+    assert "lm_eval" not in render_model_card(run_folder / "final", run_folder)
 
 
 def test_samples_show_as_they_are(run_folder):
