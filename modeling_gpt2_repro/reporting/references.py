@@ -8,6 +8,7 @@ from modeling_gpt2_repro.data.shards import BASELINES_NAME, Manifest, list_check
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.baseline import GPT2_124M_NAMES, Baseline, load_baselines
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, is_full_validation_split, load_hellaswag
+from modeling_gpt2_repro.evaluation.published import PUBLISHED_SCORES
 
 GPT2, GPT3 = "GPT-2 124M", "GPT-3 125M"
 # Of OpenAI's 124M on the first 10,485,760 tokens of FineWeb-Edu's sample-10BT in windows of 1,024: build-nanogpt,
@@ -15,9 +16,6 @@ GPT2, GPT3 = "GPT-2 124M", "GPT-3 125M"
 FINEWEB_EDU_LOSS = 3.2924
 FINEWEB_EDU_TOKENS, FINEWEB_EDU_SEQUENCE_LENGTH = 10_485_760, 1024
 GPT2_VOCABULARY = (50257, 50256)  # ids, and the end-of-text one
-# acc_norm on all of HellaSwag's validation set: OpenAI's 124M by the docstring of build-nanogpt's hellaswag.py, whose
-# protocol is ours called `original`; GPT-3 125M zero-shot by the GPT-3 paper, table H.1, in its own protocol.
-GPT2_HELLASWAG, GPT3_HELLASWAG = 0.2955, 0.337
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,10 @@ def list_score_references(settings: dict[str, Any]) -> list[Reference]:
 
 def list_validation_split_references() -> list[Reference]:
     """Return the published `acc_norm` of GPT-2, then of GPT-3, on all of HellaSwag's validation set."""
+    published = PUBLISHED_SCORES["original", "acc_norm"]
     return [
-        Reference(GPT2, GPT2_HELLASWAG, "original script's figure"),
-        Reference(GPT3, GPT3_HELLASWAG, "its paper's figure"),
+        Reference(GPT2, published[GPT2], "original script's figure"),
+        Reference(GPT3, published[GPT3], "its paper's figure"),
     ]
 
 
