@@ -54,12 +54,17 @@ def is_truncated(item: EncodedChoices, max_positions: int | None) -> bool:
     )
 
 
+def fits_in_one_row(item: EncodedChoices, max_positions: int | None) -> bool:
+    """Say whether all of an item is a row that no model could find too long, though its positions end earlier."""
+    return max_positions is None or item.n_read <= max_positions
+
+
 def build_rows(item: EncodedChoices, max_positions: int | None, shares_context: bool) -> list[EncodedChoices]:
     """Return the rows of an item, its endings in order: a single one, or one for each ending.
 
     A context that is too long loses another number of tokens before every ending, so that it cannot be shared.
     """
-    if shares_context and not is_truncated(item, max_positions):
+    if shares_context and fits_in_one_row(item, max_positions):
         return [item]
     return [EncodedChoices(truncate_context(item.context_ids, ids, max_positions), [ids]) for ids in item.ending_ids]
 

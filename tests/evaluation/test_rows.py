@@ -55,7 +55,6 @@ def test_rows_of_their_own_need_no_mask():
 
 
 def test_a_context_that_is_too_long_is_cut_for_each_ending():
-    assert build_rows(ITEM, max_positions=5, shares_context=True) == [ITEM]
     assert not is_truncated(ITEM, 5)
     # Of 4 positions the longest ending takes 2, because its last token is only predicted.
     assert is_truncated(ITEM, 4)
@@ -64,6 +63,11 @@ def test_a_context_that_is_too_long_is_cut_for_each_ending():
     assert truncate_context([1, 2], [3, 4], max_positions=2) == [2]
     with pytest.raises(UserError, match="an ending of 3 tokens does not fit the model's 2 positions"):
         is_truncated(ITEM, 2)
+
+
+def test_a_row_never_has_more_tokens_than_a_model_has_positions():
+    assert build_rows(ITEM, max_positions=7, shares_context=True) == [ITEM]
+    assert len(build_rows(ITEM, max_positions=6, shares_context=True)) == 4
 
 
 def draw_items(n, seed=0):
