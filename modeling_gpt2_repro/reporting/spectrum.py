@@ -13,8 +13,9 @@ from modeling_gpt2_repro.reporting.figures import RUN_COLOURS, build_figure, fin
 
 # The first steps, where the loss falls too fast to be told from what comes back.
 BEGINNING_SHARE = 0.05
-TREND_STEPS = 301  # a mean over as many steps is taken for the trend; longer periods cannot be seen
 SEGMENT_STEPS, FEWEST_SEGMENTS = 4096, 4
+FEWEST_WAVES = 4  # in a segment, for a period to be told from the trend
+LONGEST_PERIOD = 200
 FEWEST_STEPS = 128
 # Of a loss without periods the highest of some thousand powers lies about 3 times above their median.
 PEAK_POWER = 8.0
@@ -45,7 +46,9 @@ class Spectrum:
 
 
 def compute_spectrum(losses: Series) -> Spectrum:
-    """Compute the power spectrum of a train loss by Welch's method, after its beginning and without its trend.
+    """Compute the power spectrum of a train loss by Welch's method, after its beginning.
+
+    The mean is over segments that overlap by half, each without its linear trend and under a Hann window.
 
     Steps that are missing are filled in on a straight line.
 
@@ -57,12 +60,9 @@ def compute_spectrum(losses: Series) -> Spectrum:
     if len(steps) < FEWEST_STEPS:
         raise UserError(f"periods show in {FEWEST_STEPS} steps and more, not in {len(steps)}")
     values = np.interp(steps, losses.steps, losses.values)
-    width = min(TREND_STEPS, len(values) // 4 * 2 + 1)
-    mirrored = np.pad(values, width // 2, mode="reflect")
-    values = values - np.convolve(mirrored, np.full(width, 1 / width), mode="valid")
     segment = min(SEGMENT_STEPS, 2 ** int(np.log2(len(values) / FEWEST_SEGMENTS)))
-    powers, frequencies = psd(values, NFFT=segment, Fs=1, noverlap=segment // 2)
-    is_seen = frequencies > 1.5 / width
+    powers, frequencies = psd(values, NFFT=segment, Fs=1, noverlap=segment // 2, detrend="linear")
+    is_seen = frequencies >= max(FEWEST_WAVES / segment, 1 / LONGEST_PERIOD)
     median = np.median(powers[is_seen])
     if not median > 0:
         raise UserError("the train loss never changes: it has no periods")
@@ -96,8 +96,7 @@ def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
         )
         axes.xaxis.set_major_formatter("{x:g}")
         finish_axes(axes)
-    ticks = [2, 3, 5, 10, 20, 30, 50, 100, 200]
-    rows[-1].set_xticks(ticks)
+    rows[-1].set_xticks([2, 3, 5, 10, 20, 30, 50, 100, LONGEST_PERIOD])
     rows[-1].set_xlabel("period in steps")
     return figure
 

@@ -15,10 +15,10 @@ NEEDS_LOG = pytest.mark.skipif(
 )
 
 
-def build_loss(n_steps: int, period: float | None = None, seed: int = 0) -> Series:
+def build_loss(n_steps: int, period: float | None = None, seed: int = 0, fall_steps: float = 300) -> Series:
     """A loss that falls and is noisy, with a wave of a third of the noise in it."""
     steps = np.arange(1, n_steps + 1, dtype=np.float64)
-    values = 3 + 8 * np.exp(-steps / 300) + np.random.default_rng(seed).normal(0, 0.06, n_steps)
+    values = 3 + 8 * np.exp(-steps / fall_steps) + np.random.default_rng(seed).normal(0, 0.06, n_steps)
     return Series(steps, values + (0 if period is None else 0.02 * np.sin(2 * np.pi * steps / period)))
 
 
@@ -32,6 +32,14 @@ def test_a_wave_far_below_the_noise_is_found(period):
 @pytest.mark.parametrize("n_steps", [140, 1000, 20_000])
 def test_noise_has_no_period(n_steps):
     assert [compute_spectrum(build_loss(n_steps, seed=seed)).list_peaks() for seed in range(20)] == [[]] * 20
+
+
+def test_a_falling_loss_hides_no_period_and_is_none():
+    assert compute_spectrum(build_loss(140, fall_steps=1000)).powers.max() < 4
+    falling = build_loss(1000, fall_steps=300)
+    wave = 0.05 * np.sin(2 * np.pi * falling.steps / 20)
+    ((period, _),) = compute_spectrum(Series(falling.steps, falling.values + wave)).list_peaks()
+    assert period == pytest.approx(20, rel=0.1)
 
 
 def test_missing_steps_do_not_shift_a_period():
