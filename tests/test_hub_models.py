@@ -321,7 +321,7 @@ def test_run_publishes_its_checkpoints_and_its_end(hub, run, shards, tmp_path):
 
 def test_no_step_waits_for_an_upload(hub, run, shards, tmp_path):
     """The Hub doesn't answer until the run has made its last update and written its finished model."""
-    hub.fail("/lfs/", "held")
+    hub.fail("/lfs/models/", "held")
     argv = flags(shards, tmp_path, "held", push_to_hub=True, keep_checkpoints=1, **QUICK)
     folder = tmp_path / "held"
     with ThreadPoolExecutor() as pool:
@@ -350,14 +350,14 @@ def wait_until(is_true, seconds=300) -> None:
 
 @pytest.mark.slow
 def test_run_that_is_asked_to_stop_does_not_wait_for_an_upload(hub, environment, run, shards, tmp_path):
-    hub.fail("/lfs/", "held")
+    hub.fail("/lfs/models/", "held")
     # With curves, so that there are two large files.
     endless = {**QUICK, "push_to_hub": True, "lr_schedule": "constant", "save_every": 20, "eval_every": 1000}
     argv = flags(shards, tmp_path, "stopped", max_steps=100_000, **endless)
-    command = [sys.executable, "train.py", *argv]
+    command, n_held = [sys.executable, "train.py", *argv], hub.n_held
     process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: hub.count_requests("/preupload/") or process.poll() is not None)
+        wait_until(lambda: hub.n_held > n_held or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
         assert process.wait(300) == 75
     finally:
