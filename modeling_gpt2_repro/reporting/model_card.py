@@ -20,6 +20,7 @@ from modeling_gpt2_repro.reporting.reproduction import list_commands, read_versi
 from modeling_gpt2_repro.reporting.run_folder import describe_validation, name_hellaswag_items, read_settings
 from modeling_gpt2_repro.reporting.scores import PROTOCOLS, list_scores
 from modeling_gpt2_repro.training.console import format_duration
+from modeling_gpt2_repro.training.plan import HELLASWAG_ITEMS
 from modeling_gpt2_repro.training.tracking import (
     METRICS,
     SAMPLES,
@@ -180,17 +181,26 @@ def _list_results(
     if "val/loss" in last:
         rows.append(("validation loss", describe_validation(last)))
         rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
+    # A file may hold fewer items than its limit, so that only HellaSwag's own are counted here.
+    is_whole = settings["hellaswag_file"] is None
+    n = min(settings["hellaswag_limit"] or HELLASWAG_ITEMS, HELLASWAG_ITEMS) if is_whole else None
     for prefix, protocol in PROTOCOLS.items():
         if f"{prefix}/acc_norm" in last:
             name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
-            rows.append((name, f"{last[f'{prefix}/acc_norm']:.4f}"))
+            accuracy = last[f"{prefix}/acc_norm"]
+            # Of a mean of n zeros and ones; the evaluation's own, which saw them, is not in the record.
+            stderr = math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n and n > 1 and 0 <= accuracy <= 1 else None
+            rows.append((name, _describe_accuracy(accuracy, stderr, n)))
     for items, scores in list_scores(run_folder, repo_id) if step is None else ():
         for metric in ("acc_norm", "acc"):
-            stderr = scores.get(f"{metric}_stderr")
-            error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
             name = f"{items}: {metric}, protocol `{scores['protocol']}`"
-            rows.append((name, f"{scores[metric]:.4f}{error}, {scores['n']:,} items"))
+            rows.append((name, _describe_accuracy(scores[metric], scores.get(f"{metric}_stderr"), scores["n"])))
     return rows
+
+
+def _describe_accuracy(accuracy: float, stderr: float | None, n: int | None) -> str:
+    error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
+    return f"{accuracy:.4f}{error}" + (f", {n:,} items" if n else "")
 
 
 def _list_data(settings: dict[str, Any], manifest: Manifest | None) -> list[tuple[str, str]]:

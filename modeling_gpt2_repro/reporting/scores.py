@@ -30,6 +30,7 @@ def list_scores(run_folder: Path, repo_id: str | None = None) -> list[tuple[str,
             continue
         for protocol in (each for each in ENCODERS if isinstance(content.get(each), dict)):
             scores = content[protocol] | {"protocol": protocol}
-            if all(isinstance(scores.get(key), int | float) for key in ("n", "acc", "acc_norm")):
+            accuracies = (scores.get("acc"), scores.get("acc_norm"))
+            if type(scores.get("n")) is int and all(type(each) is float and 0 <= each <= 1 for each in accuracies):
                 found.append((str(content.get("data")), scores))
     return found

@@ -148,6 +148,18 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
     assert f"--revision={manifest['source']['revision']}" in text.split("```bash")[1]
 
 
+def test_scores_in_training_have_their_standard_error_where_the_items_are_known(run_folder):
+    """OpenAI's 124M, whose score on all 10,042 items has one of 0.46 points."""
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"hellaswag_file": None}))
+    with open(run_folder / "metrics.jsonl", "a") as stream:
+        stream.write('\n{"step": 4, "hellaswag/acc_norm": 0.2955, "hellaswag_lm_eval/acc_norm": 0.3114}\n')
+    table = read_table(render_model_card(run_folder / "final", run_folder))
+    for protocol, score in (("original", "0.2955"), ("lm_eval", "0.3114")):
+        name = f"HellaSwag validation: acc_norm, protocol `{protocol}`, in training"
+        assert table[name] == f"{score} ± 0.0046 (standard error), 10,042 items"
+
+
 @pytest.mark.parametrize("init_from, base", [("gpt2", "gpt2"), ("/home/me/x", None), ("scratch", None), (".", None)])
 def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
