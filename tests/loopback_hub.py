@@ -104,12 +104,14 @@ class LoopbackHub:
         repositories: by key.
         requests: what was asked since the last `forget_requests`.
         users: by token; any other token is refused.
+        n_held: requests that were held.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.users: dict[str, User] = {}
+        self.n_held = 0
         self._failures: list[Failure] = []
         self._is_healed = threading.Event()
         self._lock = threading.Lock()
@@ -198,7 +200,9 @@ class LoopbackHub:
         self._failures.clear()
         self._is_healed.set()
 
-    def wait_until_healed(self) -> None:
+    def hold(self) -> None:
+        """Let a request wait until the Hub is healed."""
+        self.n_held += 1
         self._is_healed.wait()
 
     def forget_requests(self) -> None:
@@ -242,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._failure == "slow":
             time.sleep(0.3)
         if self._failure == "held":
-            self.hub.wait_until_healed()
+            self.hub.hold()
         if self._failure == "gone":
             self.hub.stop()
             self.close_connection = True

@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from fork_server import serve_forks
 from loopback_hub import LoopbackHub, User
 from safetensors.torch import load
-from small_runs import flags, read_losses, run_training
+from small_runs import flags, list_launch_command, read_losses, run_training
 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION, SAMPLE_FILE
 from modeling_gpt2_repro.reporting.hub import main as publish
@@ -321,7 +321,7 @@ def test_run_publishes_its_checkpoints_and_its_end(hub, run, shards, tmp_path):
 
 def test_no_step_waits_for_an_upload(hub, run, shards, tmp_path):
     """The Hub doesn't answer until the run has made its last update and written its finished model."""
-    hub.fail("/lfs/", "held")
+    hub.fail("/lfs/models/", "held")
     argv = flags(shards, tmp_path, "held", push_to_hub=True, keep_checkpoints=1, **QUICK)
     folder = tmp_path / "held"
     with ThreadPoolExecutor() as pool:
@@ -350,14 +350,14 @@ def wait_until(is_true, seconds=300) -> None:
 
 @pytest.mark.slow
 def test_run_that_is_asked_to_stop_does_not_wait_for_an_upload(hub, environment, run, shards, tmp_path):
-    hub.fail("/lfs/", "held")
+    hub.fail("/lfs/models/", "held")
     # With curves, so that there are two large files.
     endless = {**QUICK, "push_to_hub": True, "lr_schedule": "constant", "save_every": 20, "eval_every": 1000}
     argv = flags(shards, tmp_path, "stopped", max_steps=100_000, **endless)
-    command = [sys.executable, "train.py", *argv]
+    command, n_held = [sys.executable, "train.py", *argv], hub.n_held
     process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: hub.count_requests("/preupload/") or process.poll() is not None)
+        wait_until(lambda: hub.n_held > n_held or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
         assert process.wait(300) == 75
     finally:
@@ -426,6 +426,17 @@ def test_resumed_run_goes_on_without_the_hub(hub, run, shards, tmp_path):
     assert result.code == 0, result.err
     assert result.out.count("publishing failed, training goes on") == 1
     assert len(read_losses(tmp_path / "late")) == 12
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_publishes(hub, environment, shards, tmp_path):
+    command = list_launch_command(2, flags(shards, tmp_path, "shared", push_to_hub=True, **QUICK))
+    result = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es)" in result.stdout
+    assert hub.count_requests("/api/repos/create") == hub.count_requests("/whoami-v2") == 1
+    assert hub.repositories["models/me/shared"].tags == TAGS
+    check_same_weights(hub.get_file("models/me/shared", "model.safetensors"), tmp_path / "shared" / "final")
 
 
 def test_published_form_comes_from_files_as_from_a_model(published, hub, tokenizer, tmp_path):

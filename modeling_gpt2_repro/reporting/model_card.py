@@ -30,6 +30,7 @@ from modeling_gpt2_repro.training.tracking import (
 )
 
 CARD = "README.md"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LIMITS = """\
 This is a base model: it continues text and follows no instructions, and nothing was done to make its words true, safe
 or fair. It states falsehoods fluently. It has learned what its training text says, with its errors, its stereotypes
@@ -126,7 +127,7 @@ def build_metadata(
 ) -> ModelCardData:
     """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
     source = manifest.source if manifest else {}
-    is_on_hub = source.get("revision") is not None
+    is_on_hub = all(isinstance(source.get(name), str) for name in ("id", "revision"))
     data = {
         "dataset_type": source["id"] if is_on_hub else "text",
         "dataset_name": describe_source(manifest) if manifest else Path(settings["data_dir"]).name,
@@ -142,14 +143,15 @@ def build_metadata(
         )
         if metric in last
     ]
-    is_base_on_hub = settings["init_from"] != "scratch" and not Path(settings["init_from"]).exists()
+    base = settings["init_from"]
+    is_base_on_hub = base != "scratch" and HUB_ID.fullmatch(base) and not Path(base).exists()
     return ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2-repro"],
         datasets=[source["id"]] if is_on_hub else None,
-        base_model=settings["init_from"] if is_base_on_hub else None,
+        base_model=base if is_base_on_hub else None,
         eval_results=[*measured, *eval_results] or None,
     )
 

@@ -54,6 +54,7 @@ def list_scores(run_folder: Path, repo_id: str | None = None) -> list[tuple[str,
         for protocol in (each for each in ENCODERS if isinstance(content.get(each), dict)):
             is_validation_split = content.get("is_validation_split") is True
             scores = content[protocol] | {"protocol": protocol, "is_validation_split": is_validation_split}
-            if all(isinstance(scores.get(key), int | float) for key in ("n", "acc", "acc_norm")):
+            accuracies = (scores.get("acc"), scores.get("acc_norm"))
+            if type(scores.get("n")) is int and all(type(each) is float and 0 <= each <= 1 for each in accuracies):
                 found.append((str(content.get("data")), scores))
     return found

@@ -189,6 +189,15 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
     assert f"--revision={manifest['source']['revision']}" in text.split("```bash")[1]
 
 
+@pytest.mark.parametrize("init_from, base", [("gpt2", "gpt2"), ("/home/me/x", None), ("scratch", None), (".", None)])
+def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"init_from": init_from}))
+    text = render_model_card(run_folder / "final", run_folder)
+    assert ModelCard(text).data.base_model == base
+    assert "/home" not in text
+
+
 def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
     write_scores(run_folder)
     text = render_model_card(run_folder / "final", run_folder, step=2)
