@@ -410,6 +410,7 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"sample_prompt": ""}, "the prompt has no tokens"),
         ({"seed": 2**64}, "--seed below 2**63"),
         ({"hellaswag_file": "missing.jsonl"}, "missing.jsonl"),
+        ({"sequence_length": 8, "sample_every": 0}, "tokens does not fit the model's 8 positions"),
         ({"resume_from_checkpoint": "missing"}, "missing is not a checkpoint to resume from"),
         ({"block_size": 64}, "unknown setting --block_size: use --sequence_length"),
         ({"lerning_rate": 1}, "did you mean --learning_rate?"),
