@@ -24,16 +24,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_tracking import STEP_METRICS
+
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.arguments import write_settings
 from modeling_gpt2_repro.reporting.background import CurveDrawer
 from modeling_gpt2_repro.reporting.plots import CURVES, draw_curves
 from modeling_gpt2_repro.training.config import TrainingConfig
 
-STEP_METRICS = (
-    *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/data_wait_seconds"),
-    *("train/tokens", "train/epoch", "train/flops", "train/elapsed_seconds", "train/peak_memory_gb"),
-)
 EVALUATION_METRICS = ("val/loss", "val/bpb", "hellaswag/acc_norm", "hellaswag/acc")
 VOCABULARY = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
 EVAL_EVERY, LOOP_STEPS = 250, 100

@@ -42,10 +42,12 @@ def test_a_picture_comes_while_the_run_goes_on_and_another_at_its_end(run_folder
         curves.request()
         wait_for(picture.exists)
         first = picture.read_bytes()
+        (process,) = psutil.Process().children()
+        process.send_signal(signal.SIGTERM)  # as a batch system that asks all processes of the run to stop
         write_run(run_folder, build_lines(40))
         curves.request()
         wait_for(lambda: picture.read_bytes() != first)
-        (process,) = psutil.Process().children()  # one for all pictures
+        assert psutil.Process().children() == [process]  # one for all pictures
         write_run(run_folder, build_lines(60))
         second = picture.read_bytes()
     assert picture.read_bytes() not in (first, second)
@@ -102,7 +104,7 @@ def test_only_one_process_of_a_run_draws(run_folder, warnings):
     assert not (run_folder / "curves.png").exists()
 
 
-def test_it_ends_with_a_run_that_is_killed_and_ignores_what_asks_the_run_to_stop(run_folder):
+def test_it_ends_with_a_run_that_is_killed(run_folder):
     program = (
         "import sys, time\nfrom pathlib import Path\n"
         "from modeling_gpt2_repro.reporting.background import CurveDrawer\n"
@@ -113,7 +115,6 @@ def test_it_ends_with_a_run_that_is_killed_and_ignores_what_asks_the_run_to_stop
     wait_for((run_folder / "curves.png").exists)
     (process,) = psutil.Process(run.pid).children()
     assert process.nice() == background.NICENESS
-    process.send_signal(signal.SIGTERM)
     run.kill()
     run.wait()
     process.wait(PATIENCE_SECONDS)

@@ -157,12 +157,13 @@ def test_a_resumed_run_does_not_show_what_it_went_back_from(tmp_path):
 
 def test_a_new_run_in_the_folder_of_another_is_another_one(tmp_path):
     record = start_record(tmp_path / "run", "tensorboard")
+    record.log(0, {"val/loss": 9.0})
     log_steps(record, range(1, 6))
     record.close()
     again = start_record(tmp_path / "run", "tensorboard")
     again.log(1, {"train/loss": 0.5})
     again.close()
-    assert read_tensorboard(tmp_path / "run" / "tensorboard")[0]["train/loss"] == {1: 0.5}
+    assert read_tensorboard(tmp_path / "run" / "tensorboard")[0] == {"train/loss": {1: 0.5}}
     assert again.tracker_run_id != record.tracker_run_id
 
 
