@@ -91,7 +91,7 @@ def main() -> None:
         publisher = Publisher(run_folder, config, True, lambda text: print(f"  {text}", flush=True))
         publisher.check(is_resumed=False)
         time_updates(update, lambda number: number >= 20)
-        alone = time_updates(update, lambda number: number >= 300)
+        alone = time_updates(update, lambda number: number >= 200)
         publisher.start(None)
         waiting = []
         started = time.perf_counter()
