@@ -39,6 +39,7 @@ SMOOTHED_SHARE = 0.01  # of a run's steps make up a smoothed point
 # What comes before this share of the picture's width may lie above its upper edge: a loss that falls from 11 to 3
 # within the first steps would squash the rest.
 BEGINNING_SHARE = 0.03
+SMALL_PANEL_PERCENTILES = (2, 97)  # are inside, so that a gradient out of hand does not squash the rest either
 STEPS_SHOWN_WHOLE = 200  # a run that is no longer is shown with its beginning
 ORIGINAL_SCORE, LM_EVAL_SCORE = "hellaswag/acc_norm", "hellaswag_lm_eval/acc_norm"
 CHANCE = 0.25
@@ -203,9 +204,10 @@ def _draw_small_panel(axes: Axes, metric: str, runs: Sequence[Curves], axis: _Ax
         _plot(
             axes, axis.place(run, mean.steps), mean.values, color=colour, linewidth=1.2, marker="o" if is_rare else ""
         )
-        shown += list(_leave_out_beginning(axis, run, mean))
-        if len(runs) == 1:
-            shown += list(np.percentile(_leave_out_beginning(axis, run, series), (1, 99)))
+        later = _leave_out_beginning(axis, run, mean)
+        shown += list(later if width == 1 else np.percentile(later, SMALL_PANEL_PERCENTILES))
+        if width > 1 and len(runs) == 1:
+            shown += list(np.percentile(_leave_out_beginning(axis, run, series), SMALL_PANEL_PERCENTILES))
     axes.set_title(SMALL_PANELS[metric], fontsize=10, loc="left")
     _set_limits(axes, shown if is_rare else [0, *shown])
     if metric == "train/tokens_per_second":

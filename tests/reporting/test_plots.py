@@ -78,6 +78,13 @@ def test_an_early_loss_does_not_squash_the_rest(tmp_path):
     assert find_panel(short, "loss").get_ylim()[1] > 11
 
 
+def test_a_gradient_out_of_hand_does_not_squash_the_rest(tmp_path):
+    norms = [100.0 if step == 30 else 1.0 for step in range(1, 201)]
+    lines = [{"step": step, "train/grad_norm": norm} for step, norm in enumerate(norms, start=1)]
+    panel = find_panel(build_curves_figure([load_curves(write_run(tmp_path / "run", lines))]), "gradient norm")
+    assert panel.get_ylim()[0] == 0 and 1 < panel.get_ylim()[1] < 2
+
+
 def test_tokens_run_below_and_steps_above(tmp_path):
     figure = build_curves_figure([load_curves(write_run(tmp_path / "run", build_lines(50), tokens_per_step=2048))])
     panel = find_panel(figure, "loss")
