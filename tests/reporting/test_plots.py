@@ -23,7 +23,8 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.evaluation.validation import ValidationResult
 from modeling_gpt2_repro.reporting.curves import Series, load_curves
 from modeling_gpt2_repro.reporting.figures import format_count
-from modeling_gpt2_repro.reporting.plots import build_curves_figure, draw_curves, main, smooth
+from modeling_gpt2_repro.reporting.panels import smooth
+from modeling_gpt2_repro.reporting.plots import build_curves_figure, draw_curves, main
 
 RESULT = HellaSwagResult("original", 48, 0.25, 0.06, 0.2955, 0.07, scored_items=(), examples_per_second=1.0)
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
