@@ -11,44 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
 
 from modeling_gpt2_repro.arguments import Parser, whole_number
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.reporting.curves import LOGGED_TOKENS_PER_STEP, Curves, Series, load_curves
-from modeling_gpt2_repro.reporting.figures import (
-    RUN_COLOURS,
-    TRAIN_COLOUR,
-    VAL_COLOUR,
-    build_figure,
-    finish_axes,
-    format_count,
-    make_drawable,
-    save_figure,
+from modeling_gpt2_repro.reporting.curves import LOGGED_TOKENS_PER_STEP, Curves, load_curves
+from modeling_gpt2_repro.reporting.figures import build_figure, format_count, make_drawable, save_figure
+from modeling_gpt2_repro.reporting.panels import (
+    LM_EVAL_SCORE,
+    ORIGINAL_SCORE,
+    SMALL_PANELS,
+    Axis,
+    draw_losses,
+    draw_scores,
+    draw_small_panel,
 )
-from modeling_gpt2_repro.reporting.references import Reference
 from modeling_gpt2_repro.reporting.spectrum import build_spectrum_figure, describe_spectrum
 from modeling_gpt2_repro.training.console import format_duration
 
 CURVES, COMPARISON, SPECTRUM = "curves.png", "comparison.png", "spectrum.png"
-REFERENCE_COLOUR = "#444444"
-SMOOTHED_SHARE = 0.01  # of a run's steps make up a smoothed point
-# What comes before this share of the picture's width may lie above its upper edge: a loss that falls from 11 to 3
-# within the first steps would squash the rest.
-BEGINNING_SHARE = 0.03
-STEPS_SHOWN_WHOLE = 200  # a run that is no longer is shown with its beginning
-ORIGINAL_SCORE, LM_EVAL_SCORE = "hellaswag/acc_norm", "hellaswag_lm_eval/acc_norm"
-CHANCE = 0.25
-SMALLEST_SCORE_SPAN = 0.04  # four standard errors on HellaSwag's validation set are as much
-SMALL_PANELS = {
-    "train/lr": "learning rate",
-    "train/grad_norm": "gradient norm",
-    "train/tokens_per_second": "tokens a second",
-    "val/bpb": "validation, bits a byte",
-}
 
 
 def draw_curves(run_folder: str | Path) -> Path:
@@ -81,195 +62,16 @@ def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Fig
     rows = figure.subfigures(2, 1, height_ratios=(1.9, 1)) if panels else [figure.subfigures(1, 1)]
     widths = (2.2, 1) if has_scores else (1,)
     top = rows[0].subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    axis = _Axis(runs, over_hours)
-    _draw_losses(top[0], runs, axis)
+    axis = Axis(runs, over_hours)
+    draw_losses(top[0], runs, axis)
     if has_scores:
-        _draw_scores(top[1], runs, axis)
+        draw_scores(top[1], runs, axis)
     if panels:
         for axes, metric in zip(rows[1].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw_small_panel(axes, metric, runs, axis)
+            draw_small_panel(axes, metric, runs, axis)
     if len(runs) == 1:
         figure.suptitle(make_drawable(_describe(runs[0])), fontsize=13, parse_math=False)
     return figure
-
-
-class _Axis:
-    """The horizontal axis that all panels share."""
-
-    def __init__(self, runs: Sequence[Curves], over_hours: bool):
-        self.over_hours = over_hours
-        sizes = {run.tokens_per_step for run in runs}
-        self.tokens_per_step = sizes.pop() if len(sizes) == 1 and not over_hours else None
-        self.end = max(float(self.place(run, np.array([run.last_step]))[0]) for run in runs)
-
-    def place(self, run: Curves, steps: np.ndarray) -> np.ndarray:
-        """Return where a run's steps lie."""
-        return run.count_hours(steps) if self.over_hours else steps * run.tokens_per_step
-
-    def finish(self, axes: Axes, with_steps: bool = False) -> None:
-        """Label it; `with_steps` also in optimizer steps, on top, where those of all runs have one size."""
-        if self.end:
-            axes.set_xlim(-0.01 * self.end, 1.01 * self.end)
-        axes.set_xlabel("hours" if self.over_hours else "tokens")
-        if not self.over_hours:
-            axes.xaxis.set_major_formatter(format_count)
-        finish_axes(axes)
-        if with_steps and self.tokens_per_step is not None:
-            size = self.tokens_per_step
-            steps = axes.secondary_xaxis("top", functions=(lambda x: x / size, lambda x: x * size))
-            steps.xaxis.set_major_formatter(format_count)
-            steps.xaxis.set_major_locator(MaxNLocator(integer=True))
-            steps.tick_params(labelsize=8, colors="grey", length=2)
-            steps.spines["top"].set_visible(False)
-            steps.set_xlabel(f"steps of {size:,} tokens", fontsize=8, color="grey")
-
-
-def _draw_losses(axes: Axes, runs: Sequence[Curves], axis: _Axis) -> None:
-    shown, first = [], []  # heights that have to be inside, and the losses that the runs began with
-    for run, colour in zip(runs, _choose_colours(runs), strict=True):
-        train, val = run.get("train/loss"), run.get("val/loss")
-        prefix = f"{_label(run)}: " if len(runs) > 1 else ""
-        if len(train):
-            mean, width = smooth(train)
-            if len(runs) == 1 and width > 1:
-                axes.plot(axis.place(run, train.steps), train.values, color=TRAIN_COLOUR, alpha=0.22, linewidth=0.6)
-                shown += list(np.percentile(_leave_out_beginning(axis, run, train), (0.5, 99.5)))
-            style = {"color": TRAIN_COLOUR} if len(runs) == 1 else {"color": colour, "alpha": 0.55, "linewidth": 1}
-            over = f" (mean of {width} steps)" if width > 1 else ""
-            label = f"{prefix}train {mean.values[-1]:.3f}{over}"
-            _plot(axes, axis.place(run, mean.steps), mean.values, label=label, **style)
-            shown += list(_leave_out_beginning(axis, run, mean))
-            first.append(mean.values[0])
-        if len(val):
-            style = {"color": VAL_COLOUR if len(runs) == 1 else colour, "marker": "o", "markersize": 3.5}
-            _plot(
-                axes, axis.place(run, val.steps), val.values, label=f"{prefix}validation {val.values[-1]:.3f}", **style
-            )
-            shown += list(_leave_out_beginning(axis, run, val))
-            first.append(val.values[0])
-    references = _list_shared([run.loss_references for run in runs])
-    for reference in references:
-        _draw_reference(axes, reference.value, " ".join(reference.label.split("\n")))
-    title = "loss, nats a token"
-    if len(runs) > 1 and (runs[0].validation is None or any(run.validation != runs[0].validation for run in runs)):
-        title += " (not known to be validated on the same tokens)"
-    axes.set_title(title, fontsize=11, loc="left")
-    if shown:
-        _set_limits(axes, [*shown, *(reference.value for reference in references)])
-        if max(first) > axes.get_ylim()[1]:
-            axes.text(0.08, 0.985, f"↑ from {max(first):.2f}", transform=axes.transAxes, va="top", fontsize=9)
-        axes.legend(frameon=False, fontsize=9, loc="upper right")
-    axis.finish(axes, with_steps=True)
-
-
-def _draw_scores(axes: Axes, runs: Sequence[Curves], axis: _Axis) -> None:
-    shown = [CHANCE]
-    has_both = any(len(run.get(LM_EVAL_SCORE)) for run in runs)
-    for run, colour in zip(runs, _choose_colours(runs), strict=True):
-        for metric, line, protocol in ((ORIGINAL_SCORE, "-", "original"), (LM_EVAL_SCORE, ":", "lm_eval")):
-            score = run.get(metric)
-            if len(score):
-                style = {"color": VAL_COLOUR if len(runs) == 1 else colour, "linestyle": line, "marker": "o"}
-                label = f"{_label(run) if len(runs) > 1 else protocol} {score.values[-1]:.4f}"
-                _plot(axes, axis.place(run, score.steps), score.values, markersize=3.5, label=label, **style)
-                shown += [score.values.min(), score.values.max()]
-    references = _list_shared([run.score_references for run in runs])
-    for reference in references:
-        _draw_reference(axes, reference.value, reference.label)
-    axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1, zorder=1, label=f"chance {CHANCE}")
-    items = sorted({run.items for run in runs if len(run.get(ORIGINAL_SCORE)) or len(run.get(LM_EVAL_SCORE))})
-    axes.set_title(make_drawable(" / ".join(items)), fontsize=10, loc="left", parse_math=False)
-    axes.set_ylabel("acc_norm, original protocol, and dotted lm_eval" if has_both else "acc_norm, original protocol")
-    legend = axes.legend(frameon=False, fontsize=8, loc="lower right")
-    shown += [reference.value for reference in references]
-    span = max(max(shown) - min(shown), SMALLEST_SCORE_SPAN)
-    # The legend stands below all lines.
-    axes.set_ylim(min(shown) - span * (0.1 + 0.055 * len(legend.texts)), max(shown) + 0.1 * span)
-    axis.finish(axes, with_steps=True)
-
-
-def _draw_small_panel(axes: Axes, metric: str, runs: Sequence[Curves], axis: _Axis) -> None:
-    shown = []
-    is_rare = metric.startswith("val/")
-    for run, colour in zip(runs, _choose_colours(runs), strict=True):
-        series = run.get(metric)
-        if not len(series):
-            continue
-        if len(runs) == 1:
-            colour = VAL_COLOUR if is_rare else TRAIN_COLOUR
-        mean, width = (series, 1) if is_rare or metric == "train/lr" else smooth(series)
-        if width > 1 and len(runs) == 1:
-            axes.plot(axis.place(run, series.steps), series.values, color=colour, alpha=0.22, linewidth=0.6)
-        _plot(
-            axes, axis.place(run, mean.steps), mean.values, color=colour, linewidth=1.2, marker="o" if is_rare else ""
-        )
-        shown += list(_leave_out_beginning(axis, run, mean))
-        if len(runs) == 1:
-            shown += list(np.percentile(_leave_out_beginning(axis, run, series), (1, 99)))
-    axes.set_title(SMALL_PANELS[metric], fontsize=10, loc="left")
-    _set_limits(axes, shown if is_rare else [0, *shown])
-    if metric == "train/tokens_per_second":
-        axes.yaxis.set_major_formatter(format_count)
-    if metric == "train/lr":
-        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}".replace("e-0", "e-") if rate else "0")
-    axis.finish(axes)
-
-
-def smooth(series: Series) -> tuple[Series, int]:
-    """Return the mean over neighbouring values, as many on either side, and how many they are; fewer at the ends."""
-    half = int(len(series) * SMOOTHED_SHARE / 2)
-    sums = np.cumsum(np.concatenate([[0.0], series.values]))
-    places = np.arange(len(series))
-    starts, ends = np.maximum(0, places - half), np.minimum(len(series), places + half + 1)
-    return Series(series.steps, (sums[ends] - sums[starts]) / (ends - starts)), 2 * half + 1
-
-
-def _leave_out_beginning(axis: _Axis, run: Curves, series: Series) -> np.ndarray:
-    """Return the values after the picture's first part; all of them where hardly any come later."""
-    if run.last_step <= STEPS_SHOWN_WHOLE:
-        return series.values
-    later = series.values[axis.place(run, series.steps) >= BEGINNING_SHARE * axis.end]
-    return later if len(later) > 1 else series.values
-
-
-def _set_limits(axes: Axes, values: Sequence[float]) -> None:
-    low, high = min(values), max(values)
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    axes.set_ylim(low - (margin if low else 0.0), high + margin)
-
-
-def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, marker: str = "", markersize: float = 3.0, **style) -> None:
-    """Draw a line, whose points are marked where the line would be none."""
-    axes.plot(x, y, marker=marker or ("o" if len(x) == 1 else ""), markersize=markersize, **style)
-
-
-def _draw_reference(axes: Axes, value: float, label: str) -> None:
-    axes.axhline(value, color=REFERENCE_COLOUR, linestyle="--", linewidth=1, zorder=1, label="_reference")
-    text = axes.annotate(
-        label,
-        (0.01, value),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color=REFERENCE_COLOUR,
-        fontsize=8,
-    )
-    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-
-
-def _list_shared(references: Sequence[list[Reference]]) -> list[Reference]:
-    """Return the references that hold for all runs."""
-    return [reference for reference in references[0] if all(reference in others for others in references)]
-
-
-def _choose_colours(runs: Sequence[Curves]) -> list[str]:
-    return [RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(runs))]
-
-
-def _label(run: Curves) -> str:
-    """Return a run's name as a legend shows it: it would take dollars for formulas, and leave out a leading `_`."""
-    name = make_drawable(run.name).replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
 
 
 def _describe(run: Curves) -> str:

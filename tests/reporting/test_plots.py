@@ -23,7 +23,8 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.evaluation.validation import ValidationResult
 from modeling_gpt2_repro.reporting.curves import Series, load_curves
 from modeling_gpt2_repro.reporting.figures import format_count
-from modeling_gpt2_repro.reporting.plots import build_curves_figure, draw_curves, main, smooth
+from modeling_gpt2_repro.reporting.panels import smooth
+from modeling_gpt2_repro.reporting.plots import build_curves_figure, draw_curves, main
 
 RESULT = HellaSwagResult("original", 48, 0.25, 0.06, 0.2955, 0.07, scored_items=(), examples_per_second=1.0)
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
@@ -76,6 +77,13 @@ def test_an_early_loss_does_not_squash_the_rest(tmp_path):
     assert [text.get_text() for text in panel.texts] == ["↑ from 11.10"]
     short = build_curves_figure([load_curves(write_run(tmp_path / "short", build_lines(60)))])
     assert find_panel(short, "loss").get_ylim()[1] > 11
+
+
+def test_a_gradient_out_of_hand_does_not_squash_the_rest(tmp_path):
+    norms = [100.0 if step == 30 else 1.0 for step in range(1, 201)]
+    lines = [{"step": step, "train/grad_norm": norm} for step, norm in enumerate(norms, start=1)]
+    panel = find_panel(build_curves_figure([load_curves(write_run(tmp_path / "run", lines))]), "gradient norm")
+    assert panel.get_ylim()[0] == 0 and 1 < panel.get_ylim()[1] < 2
 
 
 def test_tokens_run_below_and_steps_above(tmp_path):
