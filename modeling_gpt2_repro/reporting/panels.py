@@ -111,12 +111,14 @@ def draw_scores(axes: Axes, runs: Sequence[Curves], axis: Axis) -> None:
     shown = [CHANCE]
     has_both = any(len(run.get(LM_EVAL_SCORE)) for run in runs)
     for run, colour in zip(runs, _choose_colours(runs), strict=True):
-        for metric, line, protocol in ((ORIGINAL_SCORE, "-", "original"), (LM_EVAL_SCORE, ":", "lm_eval")):
+        for metric, marker, protocol in ((ORIGINAL_SCORE, "o", "original"), (LM_EVAL_SCORE, "s", "lm_eval")):
             score = run.get(metric)
             if len(score):
-                style = {"color": VAL_COLOUR if len(runs) == 1 else colour, "linestyle": line, "marker": "o"}
+                style = {"color": VAL_COLOUR if len(runs) == 1 else colour, "marker": marker}
+                if metric == LM_EVAL_SCORE:
+                    style |= {"linestyle": ":", "fillstyle": "none"}
                 label = f"{_label(run) if len(runs) > 1 else protocol} {score.values[-1]:.4f}"
-                _plot(axes, axis.place(run, score.steps), score.values, markersize=3.5, label=label, **style)
+                _plot(axes, axis.place(run, score.steps), score.values, markersize=4, label=label, **style)
                 shown += [score.values.min(), score.values.max()]
     references = _list_shared([run.score_references for run in runs])
     for reference in references:
@@ -124,7 +126,7 @@ def draw_scores(axes: Axes, runs: Sequence[Curves], axis: Axis) -> None:
     axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1, zorder=1, label=f"chance {CHANCE}")
     items = sorted({run.items for run in runs if len(run.get(ORIGINAL_SCORE)) or len(run.get(LM_EVAL_SCORE))})
     axes.set_title(make_drawable(" / ".join(items)), fontsize=10, loc="left", parse_math=False)
-    axes.set_ylabel("acc_norm, original protocol, and dotted lm_eval" if has_both else "acc_norm, original protocol")
+    axes.set_ylabel("acc_norm, original protocol, and hollow lm_eval" if has_both else "acc_norm, original protocol")
     legend = axes.legend(frameon=False, fontsize=8, loc="lower right")
     shown += [reference.value for reference in references]
     span = max(max(shown) - min(shown), SMALLEST_SCORE_SPAN)
