@@ -32,7 +32,7 @@ test: install
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m slow
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m slow -rs
 
 quality: install
 	$(BIN)/ruff check .
