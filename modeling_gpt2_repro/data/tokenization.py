@@ -23,7 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_gpt2_repro.data.hub import HUB_TIMEOUT_SECONDS, ask_hub
 from modeling_gpt2_repro.devices import measure_private_memory
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, format_line
 
 GPT2_TOKENIZER = "openai-community/gpt2"
 GPT2_NAMES = (GPT2_TOKENIZER, "gpt2")
@@ -153,7 +153,9 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> "DocumentEnc
         encoder = DocumentEncoder(
             dataclasses.replace(reference, tokenizer_json=json.dumps(definition), uses_gigatoken=True)
         )
-    except (ValueError, RuntimeError, TypeError, NotImplementedError):
+    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:  # what gigatoken says to what it lacks
+        reason = format_line(str(error))
+        print(f"gigatoken cannot take the tokenizer {name}, the far slower tokenizers does: {reason}", flush=True)
         return DocumentEncoder(reference)
     check_engines_agree(encoder, DocumentEncoder(reference), name)
     return encoder

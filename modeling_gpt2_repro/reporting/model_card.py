@@ -123,7 +123,7 @@ def build_metadata(
     settings: dict[str, Any],
     manifest: Manifest | None,
     last: dict[str, float],
-    eval_results: Iterable[EvalResult] = (),
+    eval_results: Iterable[EvalResult],
 ) -> ModelCardData:
     """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
     source = manifest.source if manifest else {}

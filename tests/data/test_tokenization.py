@@ -202,11 +202,12 @@ def test_tokenizer_without_end_of_text_is_refused():
         build_encoder(words, "words")
 
 
-def test_tokenizer_unknown_to_gigatoken_uses_the_reference():
+def test_tokenizer_unknown_to_gigatoken_uses_the_reference_and_says_so(capsys):
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
     spec = build_encoder(tokenizer, "words").spec
     assert not spec.uses_gigatoken
+    assert capsys.readouterr().out.startswith("gigatoken cannot take the tokenizer words")
     assert encode(spec, ["a"]) == [[0]]
 
 
