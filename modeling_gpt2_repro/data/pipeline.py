@@ -255,13 +255,15 @@ def _run_task(number: int, task: Task) -> TaskSummary | None:
 
 def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> tuple[Totals, Selection, SplitPlan]:
     """Decide what goes where: a function of the finished tasks, and so the same in every process."""
+
+    def count_bytes(ids: np.ndarray) -> int:
+        return int(token_byte_lengths(request.tokenizer)[ids].sum())
+
     options = request.options
     runs = list_runs(summaries)
     try:
         read = count_documents(work.pieces, runs, options.max_tokens)
-        selection = choose_splits(
-            work.pieces, runs, read, options.val_tokens, options.shard_size, token_byte_lengths(request.tokenizer)
-        )
+        selection = choose_splits(work.pieces, runs, read, options.val_tokens, options.shard_size, count_bytes)
         splits = plan_splits(
             work.pieces,
             work.path,

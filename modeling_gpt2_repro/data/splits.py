@@ -6,6 +6,7 @@ each bucket in the final shards is known before a token is touched, and any work
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,17 @@ def count_documents(folder: Path, runs: list[Run], max_tokens: int | None) -> To
 
 
 def choose_splits(
-    folder: Path, runs: list[Run], read: Totals, val_tokens: int | None, shard_size: int, byte_lengths: np.ndarray
+    folder: Path,
+    runs: list[Run],
+    read: Totals,
+    val_tokens: int | None,
+    shard_size: int,
+    count_bytes: Callable[[np.ndarray], int],
 ) -> Selection:
     """Decide which of the `read` documents are validation; `val_tokens=None` is one shard, at most a tenth.
 
     Args:
-        byte_lengths: UTF-8 bytes of each token id, to count those of a document that is cut.
+        count_bytes: returns how many UTF-8 bytes token ids stand for; called only where a document is cut.
 
     Raises:
         UserError: a corpus too small for both splits.
@@ -116,7 +122,7 @@ def choose_splits(
     cut_bytes = 0
     if cut_tokens:
         (tokens_of_cut,) = slice_tokens(folder, run, rows[documents : documents + 1])
-        cut_bytes = int(byte_lengths[tokens_of_cut[:cut_tokens]].sum())
+        cut_bytes = count_bytes(tokens_of_cut[:cut_tokens])
     keys = np.unique(rows["key"][: documents + (cut_tokens > 0)])
     return Selection(read.documents, documents, cut_tokens, cut_bytes, keys)
 

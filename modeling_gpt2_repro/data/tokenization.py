@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -35,8 +36,8 @@ MAX_VOCAB_SIZE = 2**16
 # where the words are ever new. Prose grows it so slowly that building it anew (0.1 s) at this size costs nothing; text
 # of nothing but new words has that done every million or two, for a fifth of the time.
 ENGINE_BYTES = 96 * 2**20
-# Where a process cannot see its own memory: the text whose new words would take that much.
-TEXT_BYTES_PER_ENGINE = 16 * 2**20
+# Where a process cannot see its own memory: what a byte of text costs, were all its words new.
+ENGINE_BYTES_PER_TEXT_BYTE = 6
 
 # What engines are known to treat differently: contractions, runs of spaces, newlines, digits, marks, emoji, scripts
 # without spaces, control characters, and the text of special tokens.
@@ -143,29 +144,28 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> "DocumentEnc
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name} has no end-of-text token (eos_token) to put in front of each document")
-    reference = EncoderSpec(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, uses_gigatoken=False)
-    definition = json.loads(reference.tokenizer_json)
+    reference = tokenizer.backend_tokenizer.to_str()
+    definition = json.loads(reference)
     # Nothing may be cut, padded or put around a document.
     definition.update(truncation=None, padding=None, post_processor=None)
     # gigatoken has no switch for special tokens: without their entries it takes their text as text.
     definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
     try:
-        encoder = DocumentEncoder(
-            dataclasses.replace(reference, tokenizer_json=json.dumps(definition), uses_gigatoken=True)
-        )
+        encoder = DocumentEncoder(EncoderSpec(json.dumps(definition), tokenizer.eos_token_id, uses_gigatoken=True))
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:  # what gigatoken says to what it lacks
         reason = format_line(str(error))
         print(f"gigatoken cannot take the tokenizer {name}, the far slower tokenizers does: {reason}", flush=True)
-        return DocumentEncoder(reference)
-    check_engines_agree(encoder, DocumentEncoder(reference), name)
+        return DocumentEncoder(EncoderSpec(reference, tokenizer.eos_token_id, uses_gigatoken=False))
+    check_engines_agree(encoder, tokenizer, name)
     return encoder
 
 
-def check_engines_agree(encoder: "DocumentEncoder", reference: "DocumentEncoder", name: str) -> None:
-    """Raise a `UserError` when the two encoders differ on a sample of odd texts."""
-    for text in ODD_SAMPLE:
-        documents = pa.array([text], pa.large_string())
-        if not np.array_equal(encoder.encode(documents)[0], reference.encode(documents)[0]):
+def check_engines_agree(encoder: "DocumentEncoder", tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Raise a `UserError` when `encoder` gives other ids than `tokenizer` itself for a sample of odd texts."""
+    tokens, offsets = encoder.encode(pa.array(ODD_SAMPLE, pa.large_string()))
+    for text, (start, end) in zip(ODD_SAMPLE, itertools.pairwise(offsets), strict=True):
+        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, truncation=False, padding=False)
+        if tokens[start:end].tolist() != encoded["input_ids"]:
             raise UserError(
                 f"gigatoken {importlib.metadata.version('gigatoken')} and tokenizers {tokenizers.__version__} encode "
                 f"{text!r} differently with the tokenizer {name}: install the versions of constraints.txt"
@@ -199,24 +199,24 @@ class DocumentEncoder:
             offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
             return np.fromiter((i for ids in encodings for i in ids), np.uint16, count=offsets[-1]), offsets
         text_offsets, text = get_text_buffers(documents)
-        if self._is_too_large():
+        if self._engine_bytes > ENGINE_BYTES:
             self._build_engine()
-        self._text_bytes += int(text_offsets[-1] - text_offsets[0])
-        encoded = self._engine.encode_batch(_view_as_awkward(text_offsets, text), parallel=False).layout
+        texts = _view_as_awkward(text_offsets, text)
+        before = measure_private_memory()
+        encoded = self._engine.encode_batch(texts, parallel=False).layout
+        # Around the call alone: what else a worker comes to hold is as much again, and would have the engine built
+        # anew, its words forgotten, for nothing.
+        if before is not None:
+            self._engine_bytes += max(0, measure_private_memory() - before)
+        else:
+            self._engine_bytes += ENGINE_BYTES_PER_TEXT_BYTE * int(text_offsets[-1] - text_offsets[0])
         offsets = np.asarray(encoded.offsets.data, dtype=np.int64)
         tokens = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]].astype(np.uint16)
         return tokens, offsets - offsets[0]
 
-    def _is_too_large(self) -> bool:
-        memory = measure_private_memory()
-        if memory is None:
-            return self._text_bytes > TEXT_BYTES_PER_ENGINE
-        return memory - self._memory_before > ENGINE_BYTES
-
     def _build_engine(self) -> None:
         self._engine = None  # the old one first, so that the two never exist together
-        self._text_bytes = 0
-        self._memory_before = measure_private_memory()
+        self._engine_bytes = 0
         if self.spec.uses_gigatoken:
             self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.spec.tokenizer_json))
         else:

@@ -89,7 +89,7 @@ def test_encodes_a_slice_of_an_array(gigatoken_spec):
 def test_rebuilt_engine_gives_the_same_ids(gigatoken_spec, monkeypatch):
     texts = [f"word{i} " * 20 for i in range(50)]
     expected = encode(gigatoken_spec, texts)
-    monkeypatch.setattr(tokenization, "TEXT_BYTES_PER_ENGINE", 3000)
+    monkeypatch.setattr(tokenization, "ENGINE_BYTES", 18_000)
     monkeypatch.setattr(tokenization, "measure_private_memory", lambda: None)  # as elsewhere than on Linux
     encoder = DocumentEncoder(gigatoken_spec)
     engines = set()
@@ -121,15 +121,30 @@ def test_ever_new_words_take_bounded_memory(gigatoken_spec):
     assert 20e6 < growth < 250e6  # 350e6 and rising where nothing is forgotten
 
 
+@pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
+def test_memory_of_others_does_not_cost_the_engine_its_words(gigatoken_spec):
+    encoder = DocumentEncoder(gigatoken_spec)
+    engine, held = encoder._engine, []
+    for text in ("one", "two", "three"):
+        held.append(np.ones(tokenization.ENGINE_BYTES, np.uint8))
+        encoder.encode(pa.array([text], pa.large_string()))
+    assert encoder._engine is engine
+
+
 def test_an_encoder_travels_to_another_process(gigatoken_spec):
     encoder = pickle.loads(pickle.dumps(DocumentEncoder(gigatoken_spec)))
     assert encoder.encode(pa.array(["Hello world"], pa.large_string()))[0].tolist() == PUBLISHED["Hello world"]
 
 
-def test_different_engines_stop_the_run(gigatoken_spec, reference_spec):
+def test_different_engines_stop_the_run(tokenizer, reference_spec):
     with_special_tokens = EncoderSpec(reference_spec.tokenizer_json, reference_spec.eot_id, uses_gigatoken=True)
     with pytest.raises(UserError, match="differently"):
-        check_engines_agree(DocumentEncoder(with_special_tokens), DocumentEncoder(reference_spec), "gpt2")
+        check_engines_agree(DocumentEncoder(with_special_tokens), tokenizer, "gpt2")
+
+
+def test_the_check_leaves_the_tokenizer_as_it_was(gigatoken_spec, tokenizer):
+    check_engines_agree(DocumentEncoder(gigatoken_spec), tokenizer, "gpt2")
+    assert tokenizer("a<|endoftext|>")["input_ids"] == [64, 50256]
 
 
 def test_byte_lengths_add_up_to_the_text(tokenizer):
