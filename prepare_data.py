@@ -26,8 +26,9 @@ from modeling_gpt2_repro.data.corpora import (
 )
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
-from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_manifest, verify_folder
+from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_manifest
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
