@@ -55,8 +55,7 @@ def build_file_corpus(patterns: list[str], text_column: str, document_separator:
     files = find_files(patterns)
     source = {"id": "files", "files": [{"path": str(path), "bytes": path.stat().st_size} for path in files]}
     prefix = _slugify(files[0].name.partition(".")[0]) if len(files) == 1 else "text"
-    tasks = (task for path in files for task in list_file_tasks(path, text_column, document_separator))
-    return Corpus(source, prefix, tasks)
+    return Corpus(source, prefix, list_file_tasks(files, text_column, document_separator))
 
 
 def build_docstring_corpus() -> Corpus:

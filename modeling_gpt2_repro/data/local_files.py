@@ -1,14 +1,16 @@
 """Documents in local `.parquet`, `.jsonl` and `.txt` files.
 
 A task is a part of one file that can be read on its own: some row groups of a parquet file, a range of bytes of a
-JSON Lines file, or one whole compressed or text file. Tasks follow each other in the order of the documents.
+JSON Lines file, one whole compressed file, or some text files. Tasks follow each other in the order of the documents.
 """
 
+import codecs
 import dataclasses
 import glob
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +28,8 @@ TASK_BYTES = 2**25
 # Text per batch, which is what is decoded and encoded at once.
 BATCH_BYTES = 4 * 2**20
 BATCH_ROWS = 1024
+# What is read at once of a parquet file.
+READ_BYTES = 2**20
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -41,32 +45,62 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             matches = [Path(pattern)]
         files = {path for path in matches if path.is_file()}
         for folder in set(matches) - files:
-            files.update(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES))
+            # `**` follows links to folders, and passes over hidden files such as macOS leaves beside others.
+            inside = map(Path, glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
+            files.update(path for path in inside if path.is_file() and _has_known_suffix(path))
         if not files:
             raise UserError(f"--files {pattern}: no such file, or a folder without {', '.join(SUFFIXES)} files")
         found |= files
     for path in found:
-        if not path.name.endswith(SUFFIXES):
+        if not _has_known_suffix(path):
             raise UserError(f"--files {path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}")
-    return sorted(found)
+    # Two paths may lead to one file.
+    return sorted({os.path.realpath(path): path for path in sorted(found, reverse=True)}.values())
 
 
-def list_file_tasks(path: Path, text_column: str, document_separator: str | None) -> Iterator["FileTask"]:
-    """Yield the tasks of one file, in the order of its documents.
+def list_file_tasks(
+    paths: Iterable[Path], text_column: str, document_separator: str | None
+) -> Iterator["FileTask | TextTask"]:
+    """Yield the tasks of some files, in the order of their documents.
 
     Raises:
         UserError: a file that cannot be opened, or one without the column `text_column`.
     """
-    if path.name.endswith(".parquet"):
+    for is_text, group in itertools.groupby(paths, lambda path: path.name.lower().endswith((".txt", ".txt.gz"))):
+        if is_text:
+            yield from _list_text_tasks(group, document_separator)
+            continue
+        for path in group:
+            yield from _list_tasks_of_file(path, text_column)
+
+
+def _has_known_suffix(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _list_tasks_of_file(path: Path, text_column: str) -> Iterator["FileTask"]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         yield from _list_parquet_tasks(str(path), text_column)
-    elif path.name.endswith(".jsonl"):
+    elif name.endswith(".jsonl"):
         size = path.stat().st_size
         for start in range(0, size, TASK_BYTES):
             yield JsonlTask(str(path), text_column, start, min(start + TASK_BYTES, size))
-    elif ".jsonl." in path.name:
-        yield JsonlTask(str(path), text_column)
     else:
-        yield TextTask(str(path), document_separator)
+        yield JsonlTask(str(path), text_column)
+
+
+def _list_text_tasks(paths: Iterable[Path], document_separator: str | None) -> Iterator["TextTask"]:
+    together: list[str] = []
+    size = 0
+    for path in paths:
+        together.append(str(path))
+        size += path.stat().st_size
+        if size >= TASK_BYTES:
+            yield TextTask(tuple(together), document_separator)
+            together, size = [], 0
+    if together:
+        yield TextTask(tuple(together), document_separator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +125,8 @@ class ParquetTask(FileTask):
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
         """Yield the rows' texts; a null stays null."""
         try:
-            with pa.parquet.ParquetFile(self.path) as file:
+            # A buffer of its own, or whole row groups are read ahead: gigabytes, of files that have few of them.
+            with pa.parquet.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as file:
                 for batch in file.iter_batches(
                     self.rows_per_batch, row_groups=self.row_groups, columns=[self.text_column], use_threads=False
                 ):
@@ -115,7 +150,7 @@ class JsonlTask(FileTask):
             checked = position > 0
             rest = b""
             while self.end is None or position < self.end:
-                block = _read(stream, BATCH_BYTES, self.path)
+                block = _read(stream, max(BATCH_BYTES, len(rest)), self.path)
                 cut = block.rfind(b"\n") + 1
                 if block and cut == 0:  # a line longer than a block
                     rest += block
@@ -160,6 +195,8 @@ class JsonlTask(FileTask):
             raise UserError(_describe_missing_column(self.path, self.text_column, list(row)))
 
     def _parse(self, lines: bytes, position: int) -> pa.LargeStringArray:
+        if position == 0:
+            lines = lines.removeprefix(codecs.BOM_UTF8)
         if lines.lstrip().startswith(b"null"):  # of a first row that is none, Arrow 26 dies (a segmentation fault)
             return self._parse_line_by_line(lines, position)
         schema = pa.schema([(self.text_column, pa.large_string())])
@@ -204,26 +241,43 @@ class JsonlTask(FileTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextTask(FileTask):
-    """A text file: one document, or the pieces between the occurrences of `document_separator`."""
+class TextTask:
+    """Some text files: one document each, or the pieces between the occurrences of `document_separator`."""
 
+    paths: tuple[str, ...]
     document_separator: str | None = None
 
+    @property
+    def name(self) -> str:
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        return f"{self.paths[0]}{more}"
+
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the file's documents as they stand there: no line end is changed, no space stripped."""
-        with _open(self.path) as stream:
+        """Yield the files' documents as they stand there: no line end is changed, no space stripped."""
+        batch: list[pa.LargeStringArray] = []
+        size = 0
+        for path in self.paths:
+            for documents in self._read_documents(path):
+                batch.append(as_texts(pa.array(documents, pa.large_binary()), path))
+                size += sum(map(len, documents))
+                if size >= BATCH_BYTES:
+                    yield pa.concat_arrays(batch)
+                    batch, size = [], 0
+        if batch:
+            yield pa.concat_arrays(batch)
+
+    def _read_documents(self, path: str) -> Iterator[list[bytes]]:
+        with _open(path) as stream:
             if self.document_separator is None:
-                yield self._decode([_read(stream, None, self.path)])
+                yield [_read(stream, None, path)]
                 return
             separator = self.document_separator.encode()
             rest = b""
-            while block := _read(stream, BATCH_BYTES, self.path):
+            # As much again as is left over, or text without a separator would be copied over and over.
+            while block := _read(stream, max(BATCH_BYTES, len(rest)), path):
                 *documents, rest = (rest + block).split(separator)
-                yield self._decode(documents)
-            yield self._decode([rest])
-
-    def _decode(self, documents: list[bytes]) -> pa.LargeStringArray:
-        return as_texts(pa.array(documents, pa.large_binary()), self.path)
+                yield documents
+            yield [rest]
 
 
 def as_texts(column: pa.Array, source: str) -> pa.LargeStringArray:
@@ -273,7 +327,7 @@ def _describe_missing_column(path: str, text_column: str, names: list[str]) -> s
 
 
 def _open(path: str) -> IO[bytes]:
-    compression = COMPRESSIONS.get(Path(path).suffix)
+    compression = COMPRESSIONS.get(Path(path).suffix.lower())
     try:
         return pa.input_stream(path, compression=compression) if compression else open(path, "rb")
     except OSError as error:

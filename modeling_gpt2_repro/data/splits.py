@@ -21,7 +21,7 @@ from modeling_gpt2_repro.data.shuffle import (
     select_training,
     select_validation,
 )
-from modeling_gpt2_repro.data.tokenized import Run, create_piece, read_documents, slice_tokens
+from modeling_gpt2_repro.data.tokenized import Run, copy_tokens, create_piece, read_documents
 from modeling_gpt2_repro.errors import UserError
 
 # What a worker holds of a bucket while it sorts it: 32 MB of ids.
@@ -121,8 +121,10 @@ def choose_splits(
     documents, cut_tokens = choose_validation_end(ends, wanted, read.tokens)
     cut_bytes = 0
     if cut_tokens:
-        (tokens_of_cut,) = slice_tokens(folder, run, rows[documents : documents + 1])
-        cut_bytes = count_bytes(tokens_of_cut[:cut_tokens])
+        cut = rows[documents : documents + 1]
+        ids = np.empty(cut["tokens"][0], dtype="<u2")
+        copy_tokens(folder, run, cut, ids, np.zeros(1, dtype=np.int64))
+        cut_bytes = count_bytes(ids[:cut_tokens])
     keys = np.unique(rows["key"][: documents + (cut_tokens > 0)])
     return Selection(read.documents, documents, cut_tokens, cut_bytes, keys)
 
@@ -183,29 +185,27 @@ def plan_splits(
 
 def write_part(folder: Path, number: int, part: Part, selection: Selection) -> PartOutcome:
     """Write part `number` from the tasks' files in `folder` to its shards, and then its outcome to `folder`."""
-    rows: list[np.ndarray] = []
-    pieces: list[np.ndarray] = []
+    is_validation = part.writer.split == "val"
+    selected = []
     for run in part.runs:
-        found = read_documents(folder, run, part.key_range)
-        if part.writer.split == "val":
-            found = select_validation(found, selection)
-        else:
-            found, _ = select_training(found, selection)
-        rows.append(found)
-        pieces.extend(slice_tokens(folder, run, found))
-    documents = np.concatenate(rows)
+        rows = read_documents(folder, run, part.key_range)
+        selected.append(select_validation(rows, selection) if is_validation else select_training(rows, selection)[0])
+    documents = np.concatenate(selected)
     in_bucket = part.key_range is not None
-    if in_bucket:
-        order = order_by_key(documents)
-        documents = documents[order]
-        pieces = [pieces[index] for index in order.tolist()]
-    if pieces:
-        part.writer.write(part.position, np.concatenate(pieces))
-    starts = part.position + np.cumsum(documents["tokens"], dtype=np.int64) - documents["tokens"]
-    if part.writer.split == "train" and selection.cut_tokens:
+    order = order_by_key(documents) if in_bucket else np.arange(len(documents))
+    ends = np.cumsum(documents["tokens"][order], dtype=np.int64)
+    starts = np.empty(len(documents), dtype=np.int64)
+    starts[order] = ends - documents["tokens"][order]
+    tokens = np.empty(ends[-1] if len(ends) else 0, dtype="<u2")
+    places = np.split(starts, np.cumsum([len(rows) for rows in selected])[:-1])
+    for run, rows, place in zip(part.runs, selected, places, strict=True):
+        copy_tokens(folder, run, rows, tokens, place)
+    part.writer.write(part.position, tokens)
+    starts += part.position
+    if selection.cut_tokens and not is_validation:
         starts = starts[documents["position"] != selection.validation_documents]
     begun = np.bincount(starts // part.writer.shard_size, minlength=len(part.writer.names))
-    outcome = PartOutcome(begun.tolist(), count_repeated(documents["key"]) if in_bucket else 0)
+    outcome = PartOutcome(begun.tolist(), count_repeated(documents["key"][order]) if in_bucket else 0)
     with create_piece(_get_outcome_path(folder, number)) as stream:
         stream.write(json.dumps(dataclasses.asdict(outcome)).encode())
     return outcome

@@ -172,12 +172,16 @@ def read_documents(folder: Path, run: Run, key_range: tuple[int, int] | None = N
     return rows
 
 
-def slice_tokens(folder: Path, run: Run, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the ids of each document in `rows`, which belong to `run`'s task, as views of its file."""
-    # A plain array over the mapping: slicing numpy's memmap class costs several times as much.
+def copy_tokens(folder: Path, run: Run, rows: np.ndarray, destination: np.ndarray, starts: np.ndarray) -> None:
+    """Copy the ids of the documents in `rows`, which belong to `run`'s task, into `destination`, uint16 of shape
+    `(tokens,)`, where each has its place in `starts`."""
+    if len(rows) == 0:
+        return
+    # Mapped for this call alone: a large corpus has more runs than a process may have files open. And as a plain array
+    # over the mapping: slicing numpy's memmap class costs several times as much.
     tokens = np.asarray(np.memmap(folder / f"{_name(run.task)}.tokens.bin", dtype="<u2", mode="r"))
-    for start, length in zip(rows["offset"].tolist(), rows["tokens"].tolist(), strict=True):
-        yield tokens[start : start + length]
+    for source, length, start in zip(rows["offset"].tolist(), rows["tokens"].tolist(), starts.tolist(), strict=True):
+        destination[start : start + length] = tokens[source : source + length]
 
 
 @contextlib.contextmanager

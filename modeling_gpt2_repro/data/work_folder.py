@@ -33,7 +33,7 @@ PLAN_NAME = "plan.json"
 # The workers of a process that was killed hold its lock until they have noticed.
 LOCK_SECONDS = 3.0
 # Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
-WORK_VERSION = 1
+WORK_VERSION = 2
 # Known to fit only once the corpus has been read: a run that failed for them may be repeated with others.
 PLANNING_SETTINGS = ("shard_size", "val_tokens")
 

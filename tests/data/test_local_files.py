@@ -17,7 +17,7 @@ TEXTS = ["one", 'quotes " and \\ and\nlines\ttabs', "日本語 🙂", "", None, 
 
 
 def read(path, column="text", separator=None):
-    tasks = list_file_tasks(path, column, separator)
+    tasks = list_file_tasks([path], column, separator)
     return [text for task in tasks for batch in task.read_batches() for text in batch.to_pylist()]
 
 
@@ -62,17 +62,26 @@ def test_reads_parquet(tmp_path, monkeypatch, kind):
     pa.parquet.write_table(
         pa.table({"n": range(len(TEXTS)), "text": column}), tmp_path / "a.parquet", row_group_size=2
     )
-    assert len(list(list_file_tasks(tmp_path / "a.parquet", "text", None))) > 1
+    assert len(list(list_file_tasks([tmp_path / "a.parquet"], "text", None))) > 1
     assert read(tmp_path / "a.parquet") == TEXTS
 
 
 def test_long_documents_of_parquet_come_a_few_at_a_time(tmp_path):
     texts = ["".join(map(str, np.random.default_rng(number).integers(0, 10, 500_000))) for number in range(20)]
     pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "books.parquet", use_dictionary=False)
-    (task,) = list_file_tasks(tmp_path / "books.parquet", "text", None)
+    (task,) = list_file_tasks([tmp_path / "books.parquet"], "text", None)
     batches = [batch.to_pylist() for batch in task.read_batches()]
     assert [text for batch in batches for text in batch] == texts
     assert max(len(batch) for batch in batches) * 500_000 <= local_files.BATCH_BYTES
+
+
+def test_a_large_row_group_is_read_a_little_at_a_time(tmp_path):
+    text = np.random.default_rng(0).integers(97, 123, 2**26, np.uint8).tobytes().decode()
+    texts = [text[start : start + 2**12] for start in range(0, len(text), 2**12)]
+    pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
+    (task,) = list_file_tasks([tmp_path / "a.parquet"], "text", None)
+    before = pa.total_allocated_bytes()
+    assert max(pa.total_allocated_bytes() - before for _ in task.read_batches()) < 2**24
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
@@ -82,6 +91,41 @@ def test_reads_text(tmp_path, monkeypatch, name):
     assert read(tmp_path / name) == [content.decode()]
     monkeypatch.setattr(local_files, "BATCH_BYTES", 4)
     assert read(tmp_path / name, separator="---") == ["first\r\n\n", " second --\n", "third"]
+
+
+def test_small_texts_share_a_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_files, "TASK_BYTES", 12)
+    names = ["a.txt", "b.txt", "c.txt.gz", "d.jsonl", "e.TXT"]
+    for name in names:
+        content = b'{"text":"d"}' if name == "d.jsonl" else f"text {name[0]}".encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    tasks = list(list_file_tasks([tmp_path / name for name in names], "text", None))
+    assert [[batch.to_pylist() for batch in task.read_batches()] for task in tasks] == [
+        [["text a", "text b"]],
+        [["text c"]],
+        [["d"]],
+        [["text e"]],
+    ]
+    assert tasks[0].name == f"{tmp_path / 'a.txt'} and 1 more"
+
+
+@pytest.mark.parametrize("line", ["null", '{"text": "cut \\ud83d"}'])
+def test_byte_order_mark_is_no_text(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b'\n{"text": "a"}\n')
+    assert read(tmp_path / "a.jsonl") == [None if line == "null" else "cut \ufffd", "a"]
+
+
+def test_a_file_that_two_paths_lead_to_is_found_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").touch()
+    (tmp_path / "real" / "._a.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "z.txt").symlink_to(tmp_path / "real" / "a.txt")
+    through_links = find_files([str(tmp_path / "folder")])
+    assert [path.name for path in through_links] == ["a.txt"]
+    patterns = [str(tmp_path / name) for name in ("z.txt", "real/a.txt", "real/../real", "folder")]
+    assert len(find_files(patterns)) == 1
 
 
 def test_finds_files_sorted_and_once(tmp_path):

@@ -197,23 +197,29 @@ def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noq
     assert f"{len(pieces)} pieces are finished" in out
 
 
+def run_limited(flags, resource_kind: int, limit: int, task_bytes: int = 2500) -> subprocess.CompletedProcess:
+    """Run a real process with the small pieces of these tests and a limit of the system's."""
+    script = (
+        "import sys, prepare_data\n"
+        "from modeling_gpt2_repro.data import local_files as l, splits as s, tokenized as t\n"
+        f"l.TASK_BYTES, t.TOKENS_PER_RUN, s.TOKENS_PER_BUCKET = {task_bytes}, 500, 2000\n"
+        "sys.exit(prepare_data.main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        preexec_fn=lambda: resource.setrlimit(resource_kind, (limit, limit)),
+        cwd=os.path.dirname(prepare_data.__file__),
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize("limit", [3_000, 12_000])
 def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
     """A real process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
-    script = (
-        "import sys, prepare_data\n"
-        "from modeling_gpt2_repro.data import local_files as l, splits as s, tokenized as t\n"
-        "l.TASK_BYTES, t.TOKENS_PER_RUN, s.TOKENS_PER_BUCKET = 2500, 500, 2000; sys.exit(prepare_data.main())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, *flags],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        cwd=os.path.dirname(prepare_data.__file__),
-        capture_output=True,
-        text=True,
-    )
+    result = run_limited(flags, resource.RLIMIT_FSIZE, limit)
     assert result.returncode == 2, result.stderr
     assert "cannot write" in result.stderr and "File too large" in result.stderr
     assert "Traceback" not in result.stderr
@@ -222,3 +228,9 @@ def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
     assert prepare_data.main(flags) == 0
     assert hash_folder(folder) == expected
     assert bool(pieces) == ("finished pieces are kept" in result.stderr) == (limit > 10_000)
+
+
+def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path):
+    result = run_limited([*flags, f"--output_dir={tmp_path / 'out'}"], resource.RLIMIT_NOFILE, 64, task_bytes=300)
+    assert result.returncode == 0, result.stderr
+    assert hash_folder(tmp_path / "out") == expected
