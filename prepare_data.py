@@ -26,7 +26,7 @@ from modeling_gpt2_repro.data.corpora import (
 )
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
-from modeling_gpt2_repro.data.shards import Manifest, is_shard_folder, load_manifest
+from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
@@ -164,6 +164,10 @@ def explained_errors(folder: Path) -> Iterator[None]:
     """Turn errors of the disk into a `UserError`, and tell with any of these what is finished already."""
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        if finished := count_finished_pieces(folder):
+            print(f"stopped: {finished} finished pieces are kept, and the same command goes on", file=sys.stderr)
+        raise
     except (UserError, OSError) as error:
         message = str(error)
         if not isinstance(error, UserError):
@@ -214,8 +218,10 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
         raise UserError(f"--output_dir {folder} is a link that leads to itself: give another folder")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not folder.is_dir() or not is_shard_folder(folder):
-        raise UserError(f"--output_dir {folder} holds something else than shards: give another folder")
+    if not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is no folder: give another name")
+    if foreign := find_foreign_file(folder):
+        raise UserError(f"--output_dir {folder} holds {foreign}, which is no shard: give another folder")
     if settings.overwrite:
         return False
     manifest = load_manifest(folder)

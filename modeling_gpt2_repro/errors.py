@@ -26,8 +26,8 @@ class UserError(ValueError):
 def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
     """Decorate a script's `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2.
 
-    So does what the operating system refuses whoever asks. Any other exception passes through with its traceback,
-    because it is a bug of ours and not a mistake of the user's.
+    So does what the operating system refuses whoever asks. Ctrl-C becomes 130, as of other commands. Any other
+    exception passes through with its traceback, because it is a bug of ours and not a mistake of the user's.
     """
 
     @functools.wraps(main)
@@ -36,6 +36,8 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
             return main(argv)
         except UserError as error:
             return _report(str(error))
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
         except BrokenPipeError:
             # Whoever read the output, such as `head`, has had enough; nor can Python's own last flush reach them.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -223,7 +223,7 @@ def test_never_replaces_a_folder_of_other_things(run, corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     code, _, err = run("--files", corpus, "--overwrite")
-    assert (code, "something else than shards" in err) == (2, True)
+    assert (code, "holds thesis.tex, which is no shard" in err) == (2, True)
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 

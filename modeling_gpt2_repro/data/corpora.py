@@ -1,6 +1,8 @@
 """Corpora: where documents come from, as independent tasks in source order."""
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any, Protocol
 import huggingface_hub
 import pyarrow as pa
 
-from modeling_gpt2_repro.data.docstrings import list_docstring_tasks
+from modeling_gpt2_repro.data.docstrings import describe_packages, list_docstring_tasks
 from modeling_gpt2_repro.data.hub import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
 from modeling_gpt2_repro.data.hub_datasets import list_hub_tasks
 from modeling_gpt2_repro.data.local_files import find_files, list_file_tasks
@@ -37,11 +39,14 @@ class Corpus:
 
     Attributes:
         source: what the manifest records: `id`, and `config`, `split`, `revision` or `files`.
+        state: by which a run that goes on knows that the documents are still the same. The manifest, which does not
+            depend on when files were copied, leaves it out.
         prefix: how the names of its shards begin.
         tasks: in source order, listed as they are asked for.
     """
 
     source: dict[str, Any]
+    state: str
     prefix: str
     tasks: Iterable[Task]
 
@@ -55,12 +60,12 @@ def build_file_corpus(patterns: list[str], text_column: str, document_separator:
     files = find_files(patterns)
     source = {"id": "files", "files": [{"path": str(path), "bytes": path.stat().st_size} for path in files]}
     prefix = _slugify(files[0].name.partition(".")[0]) if len(files) == 1 else "text"
-    return Corpus(source, prefix, list_file_tasks(files, text_column, document_separator))
+    return Corpus(source, _describe_files(files), prefix, list_file_tasks(files, text_column, document_separator))
 
 
 def build_docstring_corpus() -> Corpus:
     """Build the built-in offline corpus (see `data.docstrings`)."""
-    return Corpus({"id": DOCSTRINGS}, DOCSTRINGS, list_docstring_tasks())
+    return Corpus({"id": DOCSTRINGS}, describe_packages(), DOCSTRINGS, list_docstring_tasks())
 
 
 def build_hub_corpus(name: str, config: str | None, split: str, revision: str | None, text_column: str) -> Corpus:
@@ -72,12 +77,20 @@ def build_hub_corpus(name: str, config: str | None, split: str, revision: str | 
         UserError: an unknown dataset, config, split or column, or an unreachable Hub.
     """
     config = config or DEFAULT_CONFIGS.get(name)
-    if not Path(name).is_dir():
+    state = ""  # the revision says it all
+    if Path(name).is_dir():
+        state = _describe_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+    else:
         revision = _resolve_revision(name, revision)
     tasks = list_hub_tasks(name, config, split, revision, text_column)
     source = {"id": name, "config": config, "split": split, "revision": revision}
     prefix = "edufineweb" if name == FINEWEB_EDU else _slugify(Path(name).name)
-    return Corpus(source, prefix, tasks)
+    return Corpus(source, state, prefix, tasks)
+
+
+def _describe_files(paths: Iterable[Path]) -> str:
+    facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _resolve_revision(name: str, revision: str | None) -> str:

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def list_docstring_tasks() -> Iterator[DocstringTask]:
 
     A file whose bytes were seen before (vendored copies, mostly) is left out.
     """
-    roots = {os.path.realpath(sysconfig.get_path(name)): None for name in ("purelib", "platlib", "stdlib")}
+    roots = _list_roots("purelib", "platlib", "stdlib")
     seen: set[bytes] = set()
     paths: list[str] = []
     for _, path in sorted((path[len(root) :], path) for root in roots for path in _walk(root)):
@@ -73,6 +74,13 @@ def list_docstring_tasks() -> Iterator[DocstringTask]:
             paths = []
     if paths:
         yield DocstringTask(tuple(paths))
+
+
+def describe_packages() -> str:
+    """Return a digest that changes when packages are installed, removed or upgraded."""
+    names = sorted(name for root in _list_roots("purelib", "platlib") for name in os.listdir(root))
+    content = "\n".join([sys.version, *(name for name in names if name != "__pycache__")])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_documentation(path: Path) -> str:
@@ -139,6 +147,10 @@ def is_prose(paragraph: str) -> bool:
         and paragraph.count(" ") + 1 >= MIN_PARAGRAPH_WORDS
         and ">>>" not in paragraph
     )
+
+
+def _list_roots(*names: str) -> list[str]:
+    return list(dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in names))
 
 
 def _walk(root: str) -> Iterator[str]:

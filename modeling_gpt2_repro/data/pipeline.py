@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.corpora import Corpus, Task
-from modeling_gpt2_repro.data.shards import Manifest, Shard, Totals, save_manifest
+from modeling_gpt2_repro.data.shards import Manifest, Shard, Totals, load_manifest, save_manifest
 from modeling_gpt2_repro.data.shuffle import Selection
 from modeling_gpt2_repro.data.splits import (
     Part,
@@ -41,7 +41,7 @@ from modeling_gpt2_repro.data.tokenization import (
 )
 from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, load_summary, tokenize_task
 from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
-from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool
+from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, is_over
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import compute_checksum
 
@@ -90,6 +90,7 @@ class Request:
         return {
             "settings": self.settings,
             "source": self.corpus.source,
+            "corpus_state": self.corpus.state,
             "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
         }
 
@@ -115,9 +116,13 @@ def build_shards(
     plan = request.describe()
     with (
         open_work_folder(folder, plan, alone=True, overwrite=overwrite) as work,
-        _open_pool(work, encoder, request.options, report_progress) as (pool, state),
+        _open_pool(work, encoder, request.options, report_progress) as pool,
     ):
-        summaries = _tokenize(pool, state, request.corpus.tasks)
+        if work.is_complete():  # an earlier run was killed while it published them
+            manifest = load_manifest(work.path)
+            work.publish()
+            return manifest
+        summaries = _tokenize(pool, request.options, request.corpus.tasks)
         read, selection, splits = _plan(work, request, summaries)
         outcomes = _write(pool, splits, selection, range(len(splits.parts)))
         manifest = Manifest(
@@ -157,17 +162,17 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
     with open_work_folder(folder, plan, alone=False) as work:
         if stage == "tokenize":
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
-            with _open_pool(work, encoder, request.options) as (pool, _):
+            with _open_pool(work, encoder, request.options) as pool:
                 jobs = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
                 return sum(1 for _ in pool.map_in_order(_run_task, jobs))
         summaries = _collect_summaries(work, request)
         _, selection, splits = _plan(work, request, summaries)
-        with _open_pool(work, None, request.options) as (pool, _):
+        with _open_pool(work, None, request.options) as pool:
             return len(_write(pool, splits, selection, range(first, len(splits.parts), count)))
 
 
 class _SharedState:
-    """What this process and its workers share: where the pieces are, how to make them, and two signals."""
+    """What this process and its workers share: where the pieces are, how to make them, and how far they are."""
 
     def __init__(self, work: WorkFolder, encoder: DocumentEncoder | None, options: ShardOptions):
         context = multiprocessing.get_context(START_METHOD)
@@ -175,7 +180,6 @@ class _SharedState:
         self.encoder = encoder
         self.options = options
         self.tokens_read = context.Value("q", 0)
-        self.is_enough = context.Value("b", False)
 
 
 _state: _SharedState
@@ -187,15 +191,14 @@ def _open_pool(
     encoder: DocumentEncoder | None,
     options: ShardOptions,
     report_progress: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[tuple[WorkerPool, _SharedState]]:
+) -> Iterator[WorkerPool]:
     state = _SharedState(work, encoder, options)
     pool = WorkerPool(
         options.num_workers, _start_worker, (state,), on_wait=lambda: report_progress(state.tokens_read.value)
     )
     try:
-        yield pool, state
+        yield pool
     finally:
-        state.is_enough.value = True
         pool.shut_down()
 
 
@@ -204,13 +207,12 @@ def _start_worker(state: _SharedState) -> None:
     _state = state
 
 
-def _tokenize(pool: WorkerPool, state: _SharedState, tasks: Iterable[Task]) -> list[TaskSummary]:
+def _tokenize(pool: WorkerPool, options: ShardOptions, tasks: Iterable[Task]) -> list[TaskSummary]:
     """Run stage 1 until the tasks, or `max_tokens`, are reached; later tasks that were begun are given up."""
     summaries: list[TaskSummary] = []
     for summary in pool.map_in_order(_run_task, enumerate(tasks)):
         summaries.append(summary)
-        if _has_enough(summaries, state.options):
-            state.is_enough.value = True
+        if _has_enough(summaries, options):
             break
     return summaries
 
@@ -248,7 +250,7 @@ def _run_task(number: int, task: Task) -> TaskSummary | None:
         seed=_state.options.seed,
         shuffle=_state.options.shuffle,
         max_tokens=_state.options.max_tokens,
-        should_stop=lambda: bool(_state.is_enough.value),
+        should_stop=is_over,
         report_tokens=report_tokens,
     )
 

@@ -29,6 +29,8 @@ BASELINES_NAME = "baselines.json"
 FORMAT_VERSION = 1
 # A folder with this in it is being written, or its writer was killed.
 WORK_FOLDER = "unfinished"
+# What is being made there; a writer that was killed at the very end leaves it in the finished folder.
+PLAN_NAME = "plan.json"
 # What `prepare_data.py --inspect` draws beside the shards.
 INSPECTION_NAME = "inspection.png"
 
@@ -152,7 +154,8 @@ class SplitWriter:
             index, start = divmod(position, self.shard_size)
             part = tokens[: self.shard_size - start]
             path = self.folder / self.names[index]
-            with open(path, "r+b") as stream:
+            # For writing only: opened to read as well, NFS writes whole pages, over a neighbour's tokens in them.
+            with os.fdopen(os.open(path, os.O_WRONLY), "wb") as stream:
                 stream.seek(path.stat().st_size - 2 * self.sizes[index] + 2 * start)
                 stream.write(np.ascontiguousarray(part, dtype="<u2").data)
                 stream.flush()
@@ -312,11 +315,16 @@ def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
     )
 
 
-def is_shard_folder(folder: str | Path) -> bool:
-    """Tell whether everything in `folder` is shards and what belongs to them, so that it may be replaced."""
-    ours = {MANIFEST_NAME, WORK_FOLDER, INSPECTION_NAME, INSPECTION_NAME + TEMPORARY_SUFFIX, BASELINES_NAME}
+def find_foreign_file(folder: str | Path) -> str | None:
+    """Return the name of something in `folder` that is neither a shard nor belongs to them; `None` where all may be
+    replaced. Hidden files, which file managers leave anywhere, do not count."""
+    ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, INSPECTION_NAME, BASELINES_NAME}
     pattern = re.compile(r".*_(val|train)_\d{6}\.npy")
-    return all(path.name in ours or pattern.fullmatch(path.name) for path in Path(folder).iterdir())
+    for path in sorted(Path(folder).iterdir()):
+        name = path.name.removesuffix(TEMPORARY_SUFFIX)
+        if not (name in ours or name.startswith(".") or pattern.fullmatch(name)):
+            return path.name
+    return None
 
 
 def _list_names(folder: Path, split: Split, manifest: Manifest | None) -> list[str]:

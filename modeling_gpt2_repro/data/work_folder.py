@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from modeling_gpt2_repro.data.shards import WORK_FOLDER
+from modeling_gpt2_repro.data.shards import MANIFEST_NAME, PLAN_NAME, WORK_FOLDER
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, follow_links, sync_folder, sync_tree, write_json
 
@@ -29,7 +29,6 @@ except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
 LOCK_NAME = "lock"
-PLAN_NAME = "plan.json"
 # The workers of a process that was killed hold its lock until they have noticed.
 LOCK_SECONDS = 3.0
 # Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
@@ -66,6 +65,7 @@ class WorkFolder:
             begun = json.loads(path.read_text(encoding="utf-8"))
             then, now = begun.pop("settings"), plan["settings"]
             changes = [f"{name} ({then[name]} there)" for name in now if name in then and then[name] != now[name]]
+            has_changed = begun.pop("corpus_state", None) != plan["corpus_state"]
             changes += [name for name, value in begun.items() if value != plan[name]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): --overwrite starts afresh") from error
@@ -74,8 +74,16 @@ class WorkFolder:
                 f"{self.path} was begun with other settings: {', '.join(changes)}. Give those again to go on, or "
                 "--overwrite to start afresh, or another --output_dir"
             )
+        if has_changed:
+            raise UserError(
+                f"the files of the corpus have changed since {self.path} was begun: --overwrite starts afresh"
+            )
         if then != now:
             write_json(path, plan)
+
+    def is_complete(self) -> bool:
+        """Tell whether all shards are there, and nothing is left to do but to publish them."""
+        return (self.path / MANIFEST_NAME).exists()
 
     def reopen_planning(self) -> None:
         """Let the next run choose the settings of the splits anew, because these turned out not to fit."""
@@ -85,14 +93,17 @@ class WorkFolder:
         write_json(path, plan)
 
     def publish(self) -> None:
-        """Remove what served the making, synchronise the rest to disk, and give it the final name."""
+        """Remove what served the making, synchronise the rest to disk, and give it the final name.
+
+        Killed at any moment, it can be called again: the manifest says that everything is there, the plan whose it is.
+        """
         shutil.rmtree(self.pieces)
-        (self.path / PLAN_NAME).unlink()
         sync_tree(self.path)
         (self.path / LOCK_NAME).unlink()
         if self.final.exists():
             shutil.rmtree(self.final)
         self.path.replace(self.final)
+        (self.final / PLAN_NAME).unlink()
         sync_folder(self.final.parent)
 
 
@@ -143,10 +154,13 @@ def open_work_folder(
         if not alone and fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_SH)
         work.pieces.mkdir(exist_ok=True)
+        if alone:
+            for path in work.pieces.glob(f"*.{'[0-9a-f]' * 32}"):  # half written by workers that were killed
+                path.unlink()
         try:
             yield work
         except BaseException:
-            if alone and work.pieces.is_dir() and not list(work.pieces.glob("*.json")):
+            if alone and not work.is_complete() and work.pieces.is_dir() and not list(work.pieces.glob("*.json")):
                 shutil.rmtree(work.path)
             raise
 

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -52,8 +53,8 @@ class WorkerPool:
         """Yield `function(*job)` for each job, in order; jobs are asked for as workers come free.
 
         An exception of a job, or of `jobs` itself, is raised where its result would have come, so that a caller who
-        stops before it never sees it. When it is raised, or the caller stops, jobs that run are waited for, and no
-        other begins.
+        stops before it never sees it. When it is raised, or the caller stops, no other job begins, and those that run
+        are waited for: they look at `is_over` now and then and give up.
         """
         if self._executor is None:
             for job in jobs:
@@ -80,6 +81,7 @@ class WorkerPool:
     def shut_down(self) -> None:
         """End the workers."""
         if self._executor is not None:
+            self._is_over.value = True
             self._executor.shutdown(cancel_futures=True)
 
     def _submit_next(self, function: Callable, jobs: Iterator[tuple], pending: collections.deque) -> bool:
@@ -105,18 +107,25 @@ class WorkerPool:
             raise UserError("a worker process was killed, most often for memory: lower --num_workers") from error
 
 
-_is_over: Any
+_is_over: Any = None
 
 
-def _initialize(is_over: Any, initializer: Callable, initargs: tuple) -> None:
+def is_over() -> bool:
+    """Tell, in a worker, that nobody waits for the result of its job any more."""
+    return _is_over is not None and bool(_is_over.value)
+
+
+def _initialize(flag: Any, initializer: Callable, initargs: tuple) -> None:
     global _is_over
-    _is_over = is_over
+    _is_over = flag
+    # Ctrl-C reaches all processes of a terminal: what is to become of the jobs is the parent's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     initializer(*initargs)
 
 
 def _run(function: Callable, job: tuple) -> Any:
-    return None if _is_over.value else function(*job)
+    return None if is_over() else function(*job)
 
 
 def _exit_with_parent() -> None:

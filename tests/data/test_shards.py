@@ -12,7 +12,7 @@ from modeling_gpt2_repro.data.shards import (
     MANIFEST_NAME,
     WORK_FOLDER,
     Totals,
-    is_shard_folder,
+    find_foreign_file,
     list_checksums,
     load_manifest,
     map_files,
@@ -92,9 +92,11 @@ def test_checksums_of_a_split_are_the_manifests_or_those_of_its_files(folder):
 
 def test_kept_baselines_belong_to_a_folder_of_shards(folder):
     (folder / BASELINES_NAME).write_text("[]")
-    assert is_shard_folder(folder)
+    for name in (".DS_Store", "manifest.json.partial"):  # from a file manager, and from a process that was killed
+        (folder / name).touch()
+    assert find_foreign_file(folder) is None
     (folder / "other.json").write_text("[]")
-    assert not is_shard_folder(folder)
+    assert find_foreign_file(folder) == "other.json"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -6,17 +6,19 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
 
 import prepare_data
-from modeling_gpt2_repro.data import local_files, splits, tokenized
+from modeling_gpt2_repro.data import local_files, splits, tokenized, work_folder
 
 FORK = multiprocessing.get_context("fork")
 
@@ -197,18 +199,22 @@ def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noq
     assert f"{len(pieces)} pieces are finished" in out
 
 
-def run_limited(flags, resource_kind: int, limit: int, task_bytes: int = 2500) -> subprocess.CompletedProcess:
-    """Run a real process with the small pieces of these tests and a limit of the system's."""
+def list_command(flags, task_bytes: int = 2500, bucket_tokens: int = 2000) -> list[str]:
+    """Return the command of a real process with the small pieces of these tests."""
     script = (
-        "import sys, prepare_data\n"
+        f"import runpy, sys; sys.path.insert(0, {os.path.dirname(prepare_data.__file__)!r})\n"
         "from modeling_gpt2_repro.data import local_files as l, splits as s, tokenized as t\n"
-        f"l.TASK_BYTES, t.TOKENS_PER_RUN, s.TOKENS_PER_BUCKET = {task_bytes}, 500, 2000\n"
-        "sys.exit(prepare_data.main())"
+        f"l.TASK_BYTES, t.TOKENS_PER_RUN, s.TOKENS_PER_BUCKET = {task_bytes}, 500, {bucket_tokens}\n"
+        f"runpy.run_path({prepare_data.__file__!r}, run_name='__main__')"
     )
+    return [sys.executable, "-c", script, *flags]
+
+
+def run_limited(command: list[str], resource_kind: int, limit: int) -> subprocess.CompletedProcess:
+    """Run a process with a limit of the system's."""
     return subprocess.run(
-        [sys.executable, "-c", script, *flags],
+        command,
         preexec_fn=lambda: resource.setrlimit(resource_kind, (limit, limit)),
-        cwd=os.path.dirname(prepare_data.__file__),
         capture_output=True,
         text=True,
     )
@@ -219,7 +225,7 @@ def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
     """A real process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
-    result = run_limited(flags, resource.RLIMIT_FSIZE, limit)
+    result = run_limited(list_command(flags), resource.RLIMIT_FSIZE, limit)
     assert result.returncode == 2, result.stderr
     assert "cannot write" in result.stderr and "File too large" in result.stderr
     assert "Traceback" not in result.stderr
@@ -231,6 +237,76 @@ def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
 
 
 def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path):
-    result = run_limited([*flags, f"--output_dir={tmp_path / 'out'}"], resource.RLIMIT_NOFILE, 64, task_bytes=300)
+    flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
+    result = run_limited(list_command(flags, task_bytes=300, bucket_tokens=10**6), resource.RLIMIT_NOFILE, 64)
     assert result.returncode == 0, result.stderr
     assert hash_folder(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("moment", ["sync", "rmtree", "replace"])
+def test_killed_while_it_is_published_it_is_published_by_the_same_command(run, flags, expected, tmp_path, moment):  # noqa: F811
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (Path, "replace")}
+
+    def die_there():
+        owner, name = calls[moment]
+        original = getattr(owner, name)
+
+        def die(path, *arguments, **options):
+            if Path(path) == work.pieces or Path(path) == work.path:
+                os._exit(9)
+            return original(path, *arguments, **options)
+
+        work = work_folder.WorkFolder(folder)
+        setattr(owner, name, die)
+        sys.exit(prepare_data.main(flags))
+
+    process = FORK.Process(target=die_there)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    code, _, err = run(*flags, "--seed", 7)
+    assert code == 2
+    assert "was begun with other settings: seed" in err
+    made = {path.name: path.stat().st_ino for path in folder.with_name("out.partial").glob("*.npy")}
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+    assert {path.name: path.stat().st_ino for path in folder.glob("*.npy")} == made
+
+
+def test_files_that_changed_since_are_noticed(run, corpus, flags, tmp_path):  # noqa: F811
+    folder = tmp_path / "out"
+    kill_after(start([*flags, f"--output_dir={folder}"]), folder, 3)
+    content = corpus.read_bytes()
+    corpus.write_bytes(content.swapcase())
+    code, _, err = run(*flags)
+    assert code == 2
+    assert "the files of the corpus have changed since" in err
+
+
+def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):  # noqa: F811
+    flags = [*flags, "--val_tokens=1000000000"]  # more than there are: what is finished is kept
+    assert run(*flags)[0] == 2
+    pieces = list_pieces(tmp_path / "out")
+    left = tmp_path / "out.partial" / "unfinished" / f"task-000001.tokens.bin.{'0a' * 16}"
+    left.touch()
+    assert run(*flags)[0] == 2
+    assert not left.exists()
+    assert list_pieces(tmp_path / "out") == pieces
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_it_says_what_is_kept(flags, expected, tmp_path, number, code):
+    """To all its processes, as Ctrl-C in a terminal and a batch system send it."""
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    command = list_command(flags, task_bytes=100)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not list_pieces(folder) and process.poll() is None:
+            time.sleep(0.001)
+        os.killpg(process.pid, number)
+        err = process.stderr.read()
+    assert process.returncode == code, err
+    assert "finished pieces are kept" in err
+    assert "Traceback" not in err

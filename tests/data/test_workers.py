@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from modeling_gpt2_repro.data.workers import WorkerPool
+from modeling_gpt2_repro.data.workers import WorkerPool, is_over
 
 
 def touch(folder, number):
@@ -37,3 +37,23 @@ def test_failed_job_lets_no_other_begin(pool, tmp_path):
     begun = {int(path.name) for path in tmp_path.iterdir()}
     assert begun <= {0, 2, 3}
     assert list(pool.map_in_order(touch, [(tmp_path, 7)])) == [7]
+
+
+def work_for_long(folder, number):
+    deadline = time.monotonic() + 30
+    while number > 0 and time.monotonic() < deadline and not is_over():
+        (folder / "begun").touch()
+        time.sleep(0.01)
+    return is_over()
+
+
+def test_a_job_hears_that_nobody_waits_any_more(tmp_path):
+    pool = WorkerPool(2, lambda: None, ())
+    started = time.monotonic()
+    results = pool.map_in_order(work_for_long, [(tmp_path, 0), (tmp_path, 1)])
+    assert next(results) is False
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    results.close()
+    assert time.monotonic() - started < 20
+    pool.shut_down()
