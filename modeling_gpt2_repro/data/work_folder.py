@@ -10,6 +10,7 @@ processes, on several machines that see the folder, may each make a share of the
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -31,6 +32,8 @@ except ImportError:  # Windows: nothing keeps two runs apart there
 LOCK_NAME = "lock"
 # The workers of a process that was killed hold its lock until they have noticed.
 LOCK_SECONDS = 3.0
+# What file systems say that cannot lock, as some that clusters share.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 # Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
 WORK_VERSION = 2
 # Known to fit only once the corpus has been read: a run that failed for them may be repeated with others.
@@ -152,7 +155,8 @@ def open_work_folder(
                     path.unlink()
         work.agree_on(plan)
         if not alone and fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_SH)
         work.pieces.mkdir(exist_ok=True)
         if alone:
             for path in work.pieces.glob(f"*.{'[0-9a-f]' * 32}"):  # half written by workers that were killed
@@ -182,5 +186,10 @@ def _lock(folder: Path, alone: bool) -> IO:
                 stream.close()
                 raise UserError(f"another prepare_data.py is working on {folder}: wait for it, or stop it") from error
             time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"the file system of {folder} has no locks: see that nothing else works there", flush=True)
+            return stream
         stream.close()
     raise AssertionError("the modes never end")

@@ -1,6 +1,7 @@
 """Making shards in several goes: killed runs, shares of the work, and everything that may lie in the way."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -77,7 +78,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, e
         while process.is_alive() and not workers:
             workers = psutil.Process(process.pid).children()
         time.sleep(delays.uniform(0, 0.01))
-        finished = kill_after(process, folder, len(pieces) + 2)
+        finished = kill_after(process, folder, len(pieces) + 3)
         assert psutil.wait_procs(workers, timeout=30)[1] == [], "a worker outlived its parent"
         if not folder.exists():
             kills += 1
@@ -130,7 +131,8 @@ def test_damaged_piece_is_made_again(flags, expected, tmp_path, damage):
     assert hash_folder(folder) == expected
 
 
-def test_two_runs_on_one_folder(flags, tmp_path, capfd):
+def test_two_runs_on_one_folder(flags, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     first = start(flags)
@@ -143,6 +145,18 @@ def test_two_runs_on_one_folder(flags, tmp_path, capfd):
     os.kill(first.pid, signal.SIGCONT)
     first.join()
     assert first.exitcode == 0
+
+
+def test_a_file_system_without_locks_is_named(flags, expected, tmp_path, monkeypatch, capfd):
+    def flock(stream, mode):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(work_folder.fcntl, "flock", flock)
+    flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
+    assert prepare_data.main([*flags, "--stage=tokenize"]) == 0
+    assert prepare_data.main(flags) == 0
+    assert "has no locks" in capfd.readouterr().out
+    assert hash_folder(tmp_path / "out") == expected
 
 
 def test_shares_of_both_stages_in_any_order_make_the_same_folder(flags, expected, tmp_path, capfd):
