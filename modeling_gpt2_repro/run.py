@@ -277,7 +277,8 @@ def load_resumed_state(
         UserError: anything else differs that decides the weights.
     """
     state = checkpoints.load_state(checkpoint)
-    saved = state.experiment
+    # A checkpoint that does not say where its first weights came from is older than the question.
+    saved = {"init_from": config.init_from, **state.experiment}
     max_steps, saved_max_steps = experiment["max_steps"], saved.get("max_steps")
     is_prolonged = isinstance(saved_max_steps, int) and max_steps != saved_max_steps
     if (

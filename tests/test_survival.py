@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
+from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.training import preemption
 from modeling_gpt2_repro.training.tracking import RunRecord
 
@@ -368,10 +369,34 @@ def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
     assert "the training data are others" in complain(other)
     assert "tokens_per_step was 256 and is now 128" in complain(tokens_per_step=128)
     assert "n_layer was 2 and is now 3" in complain(n_layer=3)
+    # config.yaml, and the card with it, would name weights that this run never had.
+    assert f"init_from was scratch and is now {run / 'final'}" in complain(init_from=run / "final")
     longer = complain(max_steps=24)
     assert "max_steps was 12 and is now 24" in longer and "--lr_schedule constant or wsd" in longer
     assert "--init_from" in longer
     assert_same_end(run, whole_run)
+
+
+def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp_path, whole_run, capsys):
+    start = {"init_from": whole_run / "final", **BARE}
+    run = run_training(shards, tmp_path, **start)
+    shutil.rmtree(run / "final")
+    newest = run / "checkpoints" / "step_0000012"
+    shutil.rmtree(newest)
+    assert train.main(flags(shards, tmp_path, **BARE)) == 2
+    assert f"init_from was {start['init_from']} and is now scratch" in capsys.readouterr().err
+    run_training(shards, tmp_path, **start)
+    assert "from step 6" in capsys.readouterr().out
+    # Nor is a checkpoint refused that was written before init_from was kept.
+    state = newest / "training_state" / "state.json"
+    content = json.loads(state.read_text())
+    del content["experiment"]["init_from"]
+    state.write_text(json.dumps(content))
+    checksums = newest / "training_state" / "checksums.json"
+    known = json.loads(checksums.read_text()) | {"training_state/state.json": compute_checksum(state)}
+    checksums.write_text(json.dumps(known))
+    assert train.main(flags(shards, tmp_path, **start)) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("schedule, step", [("constant", 6), ("wsd", 6)])

@@ -60,7 +60,7 @@ KNOWN_ELSEWHERE = {
 
 # Settings that leave the weights as they are: they may differ when a run is resumed.
 OPERATIONAL = {
-    *("data_dir", "output_dir", "run_name", "init_from", "epochs", "max_steps", "micro_batch_size", "compile"),
+    *("data_dir", "output_dir", "run_name", "epochs", "max_steps", "micro_batch_size", "compile"),
     *("loss_chunk_tokens", "eval_only"),
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
