@@ -150,6 +150,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     check_agreement(accelerator, [first_step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
     check_any_made(skips, first_step, max_steps)
+    is_own = resume_from is not None and checkpoints.lies_in(resume_from, record.folder / "checkpoints")
     if resume_from is None:
         check_run_folder(record.folder)
     is_finished = (record.folder / "final").is_dir()
@@ -157,7 +158,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
         publisher.finish()
         return None
-    if is_finished and resume_from is None and config.resume_from_checkpoint == "auto":
+    if is_finished and not is_own and config.resume_from_checkpoint != "never":
         raise UserError(
             f"{record.folder} holds a finished run: give another --run_name, or --resume_from_checkpoint never to "
             "replace it"
@@ -214,7 +215,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     for skip in skips:
         console.say(f"skipped     updates {skip.start:,} to {skip.stop - 1:,}")
     recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in skips])
-    record.start(recorded, first_step if state else None, state.tracker_run_id if state else None)
+    # A tracker knows a run that forks off another as one of its own.
+    record.start(recorded, first_step if state else None, state.tracker_run_id if is_own else None)
     publisher.start(first_step if state else None)
     reset_peak_memory(accelerator.device)
     return Run(

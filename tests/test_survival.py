@@ -21,6 +21,7 @@ from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses,
 import train
 from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.training import preemption
+from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.tracking import RunRecord
 
 # Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
@@ -207,6 +208,30 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path, 
     assert len(reached) >= 2 and 0 < max(reached) < settings["max_steps"]
     assert_same_end(run, expected)
     assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkeypatch, capsys, whole_run):
+    fork = {**BARE, "save_every": 3, "resume_from_checkpoint": whole_run / "checkpoints" / "step_0000003"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, signal.SIGTERM)
+        assert train.main(flags(shards, tmp_path, **fork)) == 75
+    own = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in own.iterdir()) == ["step_0000006", "step_0000007"]
+    # A tracker would write into the curves of the run that it comes from.
+    tracker_run_id = load_state(own / "step_0000007").tracker_run_id
+    assert tracker_run_id != load_state(fork["resume_from_checkpoint"]).tracker_run_id
+    capsys.readouterr()
+
+    run = run_training(shards, tmp_path, **fork)
+    out = capsys.readouterr().out
+    assert "the run goes on from its own" in out and "from step 7" in out
+    assert load_state(own / "step_0000012").tracker_run_id == tracker_run_id
+    assert read_losses(run) == {step: loss for step, loss in read_losses(whole_run).items() if step > 3}
+    run_training(shards, tmp_path, **fork)
+    assert "is finished" in capsys.readouterr().out
+    shutil.rmtree(own)
+    assert train.main(flags(shards, tmp_path, **fork)) == 2
+    assert "holds a finished run" in capsys.readouterr().err
 
 
 def damage(kind: str, checkpoint: Path) -> None:

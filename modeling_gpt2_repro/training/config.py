@@ -157,7 +157,8 @@ class TrainingConfig:
     save_best: bool = setting(False, "keep the model of the lowest validation loss in best/")
     resume_from_checkpoint: str = setting(
         "auto",
-        "auto: the newest checkpoint of the run folder, if any; never: replace what is in the run folder; or a path",
+        "auto: the newest checkpoint of the run folder, if any; never: replace what is in the run folder; or a path, "
+        "which may be of another run's checkpoint until this run has a newer one",
         aliases=["--resume"],
     )
 
