@@ -151,7 +151,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
     check_any_made(skips, first_step, max_steps)
     is_own = resume_from is not None and checkpoints.lies_in(resume_from, record.folder / "checkpoints")
-    if resume_from is None:
+    if not is_own:
         check_run_folder(record.folder)
     is_finished = (record.folder / "final").is_dir()
     if is_finished and resume_from and first_step >= max_steps:
