@@ -90,17 +90,14 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
     """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
     with (
         explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
-        explained_write_failures(run.record.folder),
+        explained_write_failures(run.record.folder, run.describe_way_back),
         preemption,
     ):
         with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
             step = train(run, preemption, curves)
         if step < run.plan.last_step:
             run.record.set_status("preempted", step=step)
-            way = (
-                "the same command" if run.config.resume_from_checkpoint == "auto" else "--resume_from_checkpoint auto"
-            )
-            run.console.say(f"stopped after {step:,} steps, as asked: {way} goes on from there")
+            run.console.say(f"stopped after {step:,} steps, as asked: {run.describe_way_back()}")
             return PREEMPTED_EXIT_CODE
         finish_smoke_test(run) if run.config.smoke else publish(run)
     return 0
@@ -129,9 +126,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
             with run.clock.measure("checkpoint"):
                 is_saved = save(run, step, is_evaluated)
             if is_asked_to_stop and not is_saved:
-                raise UserError(
-                    "asked to stop, the run could not save: the same command goes on from its last checkpoint"
-                )
+                raise UserError(f"asked to stop, the run could not save: {run.describe_way_back()}")
         if is_asked_to_stop:
             break
         if step < plan.last_step and not is_skipped(step + 1, run.skips):

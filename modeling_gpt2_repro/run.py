@@ -105,6 +105,10 @@ class Run:
     publisher: Publisher
     clock: Clock = field(default_factory=Clock)
 
+    def describe_way_back(self) -> str:
+        """Say how the run goes on if it ends now."""
+        return checkpoints.describe_way_back(self.config.resume_from_checkpoint, self.record.folder / "checkpoints")
+
 
 def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     """Open the shards and load what the run is evaluated on.

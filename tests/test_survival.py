@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or hindered, and go on to the very same end."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -78,7 +80,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     run = tmp_path / "run"
     assert read_status(run) == {"status": "preempted", "step": update}
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "as asked: the same command goes on from its last checkpoint" in capsys.readouterr().out
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert update not in read_series(run, "val/loss")  # who asks to stop does not wait for an evaluation
     run_training(shards, tmp_path, save_every=0)
@@ -100,6 +102,28 @@ def test_signals_that_come_together_are_one_request(shards, tmp_path, monkeypatc
     stop_at(monkeypatch, 4, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
     assert train.main(flags(shards, tmp_path, save_every=0)) == 75
     assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
+
+
+def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_path, monkeypatch, capsys):
+    """It would delete the checkpoints once more."""
+    anew = {**BARE, "save_every": 3, "resume_from_checkpoint": "never"}
+    way = "the same command with --resume_from_checkpoint auto goes on from its last checkpoint"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, signal.SIGTERM)
+        assert train.main(flags(shards, tmp_path, **anew)) == 75
+    assert f"as asked: {way}" in capsys.readouterr().out
+    # Nor who went back to a checkpoint, when the disk is full at the end, or at the step where it was asked to stop.
+    (own,) = (tmp_path / "run" / "checkpoints").glob("*4")
+    disk_full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoints, "save_published_model", mock.Mock(side_effect=disk_full))
+        assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
+    assert f"No space left on device. Make room: {way}" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, signal.SIGTERM)
+        patch.setattr(train.checkpoints, "save_checkpoint", mock.Mock(side_effect=disk_full))
+        assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
+    assert f"could not save: {way}" in capsys.readouterr().err
 
 
 def wait_for_update(run: Path, update: int, seconds: float = 120) -> None:
@@ -215,6 +239,7 @@ def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkey
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
         assert train.main(flags(shards, tmp_path, **fork)) == 75
+    assert ": the same command goes on from its last checkpoint" in capsys.readouterr().out
     own = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in own.iterdir()) == ["step_0000006", "step_0000007"]
     # A tracker would write into the curves of the run that it comes from.
@@ -360,7 +385,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(shards, tmp_path, whole_
     assert [out.count(f"checkpoint of step {step} was not written, training goes on") for step in (3, 6, 9, 12)] == [
         1
     ] * 4
-    assert "make room, and the same command goes on" in err and err.count("\n") == 1
+    assert "Make room: it has no checkpoint yet, and the same command starts it again" in err
+    assert err.count("\n") == 1
     run = tmp_path / "run"
     assert list(read_losses(run)) == list(range(1, N_STEPS + 1))
     assert list((run / "checkpoints").iterdir()) == []

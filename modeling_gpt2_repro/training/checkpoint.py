@@ -171,6 +171,15 @@ def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) 
     return newest
 
 
+def describe_way_back(requested: str, folder: Path) -> str:
+    """Say how a run that ended early goes on, given its `resume_from_checkpoint` and its checkpoint folder."""
+    if not list_checkpoints(folder):
+        return "it has no checkpoint yet, and the same command starts it again"
+    goes_back = requested == "never" or (requested != "auto" and lies_in(requested, folder))
+    way = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
+    return f"{way} goes on from its last checkpoint"
+
+
 def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):

@@ -79,13 +79,16 @@ def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[
 
 
 @contextlib.contextmanager
-def explained_write_failures(folder: Path) -> Iterator[None]:
-    """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it."""
+def explained_write_failures(folder: Path, describe_way_back: Callable[[], str]) -> Iterator[None]:
+    """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it.
+
+    Args:
+        folder: of the run.
+        describe_way_back: says how it goes on.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or not is_write_failure(error):
             raise
-        raise UserError(
-            f"cannot write to {folder}: {error}. The last checkpoint is whole: make room, and the same command goes on"
-        ) from error
+        raise UserError(f"cannot write to {folder}: {error}. Make room: {describe_way_back()}") from error
