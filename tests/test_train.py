@@ -363,7 +363,7 @@ def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys,
     theirs.mkdir(parents=True)
     assert train.main([*flags(tmp_path / "no_data", tmp_path), "--smoke"]) == 2
     capsys.readouterr()
-    assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0), "--smoke"]) == 0
+    assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0, keep_weights_every=3), "--smoke"]) == 0
     out = capsys.readouterr().out
     assert "median of 8" in out and "MFU" in out and "GB at most" in out
     assert float(re.search(r"apart +([\d.]+) s an evaluation", out)[1]) >= 2
@@ -415,6 +415,8 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"block_size": 64}, "unknown setting --block_size: use --sequence_length"),
         ({"lerning_rate": 1}, "did you mean --learning_rate?"),
         ({"compile": "maybe"}, "--compile"),
+        ({"keep_weights_every": 5}, "--keep_weights_every 5 is not a multiple of --save_every 6, and only"),
+        ({"keep_weights_every": 15}, "can be kept: use 18, or another --save_every"),
         ({"skip_steps": "7"}, "--skip_steps 7: has to be A:B"),
         ({"plan_tokens_per_second": 0}, "--plan_tokens_per_second has to be"),
     ],

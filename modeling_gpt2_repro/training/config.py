@@ -152,7 +152,9 @@ class TrainingConfig:
     save_every: int = setting(1000, "steps between checkpoints, and one at the end; 0: never")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep; 0: all")
     keep_weights_every: int = setting(
-        0, "steps between checkpoints whose model is kept for good, when what training needs of them is gone; 0: none"
+        0,
+        "steps between checkpoints whose model is kept for good, when what training needs of them is gone; a multiple "
+        "of save_every; 0: none",
     )
     save_best: bool = setting(False, "keep the model of the lowest validation loss in best/")
     resume_from_checkpoint: str = setting(
@@ -235,6 +237,12 @@ class TrainingConfig:
                 f"--tokens_per_step {self.tokens_per_step:,} is not a multiple of --sequence_length "
                 f"{self.sequence_length:,}: use {lower or self.sequence_length:,}"
             )
+        if self.save_every and self.keep_weights_every % self.save_every:
+            more = self.keep_weights_every // self.save_every * self.save_every + self.save_every
+            raise UserError(
+                f"--keep_weights_every {self.keep_weights_every:,} is not a multiple of --save_every "
+                f"{self.save_every:,}, and only what is saved can be kept: use {more:,}, or another --save_every"
+            )
         if self.micro_batch_size != "auto" and not re.fullmatch(r"0{0,9}[1-9][0-9]{0,9}", self.micro_batch_size):
             raise UserError(f"--micro_batch_size has to be auto or 1 or more, not {self.micro_batch_size}")
         self.skips  # noqa: B018, to hear of a mistake in it now
@@ -265,6 +273,7 @@ class TrainingConfig:
             report_to="none",
             push_to_hub=False,
             save_every=self.save_every or SMOKE_STEPS,
+            keep_weights_every=0,
         )
 
     @property
