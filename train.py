@@ -42,7 +42,7 @@ from modeling_gpt2_repro.training.faults import (
     tolerated_write_failures,
 )
 from modeling_gpt2_repro.training.optim import set_learning_rate
-from modeling_gpt2_repro.training.preemption import PREEMPTED_EXIT_CODE, Preemption
+from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
 from modeling_gpt2_repro.training.skipping import is_skipped
@@ -95,6 +95,9 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
     ):
         with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
             step = train(run, preemption, curves)
+        if step < run.plan.last_step and run.config.smoke:
+            run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to go on from")
+            return INTERRUPTED_EXIT_CODE
         if step < run.plan.last_step:
             run.record.set_status("preempted", step=step)
             run.console.say(f"stopped after {step:,} steps, as asked: {run.describe_way_back()}")
@@ -115,6 +118,8 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
         is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
+        if is_asked_to_stop and config.smoke:
+            break
         is_evaluated = not plan.is_looked_at(config, step) or (step == plan.first_step and run.is_first_step_evaluated)
         # Who asks to stop waits for seconds, and an evaluation can take minutes: the resumed run will make it.
         if not is_evaluated and not is_asked_to_stop:

@@ -126,6 +126,14 @@ def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_pat
     assert f"could not save: {way}" in capsys.readouterr().err
 
 
+def test_a_trial_that_is_asked_to_stop_promises_nothing(shards, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 4, signal.SIGTERM)
+    assert train.main([*flags(shards, tmp_path), "--smoke"]) == 130
+    out = capsys.readouterr().out
+    assert "the trial was stopped after 4 steps, and leaves nothing" in out and "goes on from" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
 def wait_for_update(run: Path, update: int, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
