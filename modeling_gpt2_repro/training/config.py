@@ -117,7 +117,7 @@ class TrainingConfig:
     weight_decay: float = setting(0.1, "AdamW's decay of every tensor of two or more dimensions")
     beta1: float = setting(0.9, "AdamW's decay of the gradient mean")
     beta2: float = setting(0.95, "AdamW's decay of the squared-gradient mean")
-    grad_clip: float = setting(1.0, "largest global gradient norm")
+    grad_clip: float = setting(1.0, "largest global gradient norm; inf: gradients are not clipped")
     dropout: float = setting(
         0.0, "probability, at embeddings, attention and residuals; OpenAI trained with 0.1 and several epochs"
     )
