@@ -42,7 +42,7 @@ from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 from modeling_gpt2_repro.training.trackers import choose_trackers
 from modeling_gpt2_repro.training.tracking import RunRecord
-from modeling_gpt2_repro.weights import build_model, build_skeleton
+from modeling_gpt2_repro.weights import build_model, build_skeleton, load_shape, resolve_shape
 
 GPT2_VOCAB_SIZE = 50257
 
@@ -143,6 +143,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     max_steps = config.derive_max_steps(len(inputs.train_set))
     experiment = {
         **config.experiment,
+        **resolve_shape(config),
         "max_steps": max_steps,
         "train_tokens": inputs.train_set.n_tokens,
         "data": fingerprint_split(config.data_dir, "train"),
@@ -284,7 +285,7 @@ def load_resumed_state(
     """
     state = checkpoints.load_state(checkpoint)
     # A checkpoint that does not say where its first weights came from is older than the question.
-    saved = {"init_from": config.init_from, **state.experiment}
+    saved = {"init_from": config.init_from, **state.experiment, **load_shape(str(checkpoint))}
     max_steps, saved_max_steps = experiment["max_steps"], saved.get("max_steps")
     is_prolonged = isinstance(saved_max_steps, int) and max_steps != saved_max_steps
     if (

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.training import preemption
 from modeling_gpt2_repro.training.checkpoint import load_state
@@ -436,6 +438,29 @@ def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
     assert_same_end(run, whole_run)
 
 
+def rewrite_experiment(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    """Make a checkpoint one of another version."""
+    state, checksums = (checkpoint / "training_state" / name for name in ("state.json", "checksums.json"))
+    content = json.loads(state.read_text())
+    change(content["experiment"])
+    state.write_text(json.dumps(content))
+    known = json.loads(checksums.read_text()) | {"training_state/state.json": compute_checksum(state)}
+    checksums.write_text(json.dumps(known))
+
+
+def test_a_shape_is_the_same_however_it_is_given(shards, tmp_path, whole_run, monkeypatch, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    monkeypatch.setitem(MODEL_SIZES, "tiny", {"n_layer": 2, "n_head": 2, "n_embd": 16})
+    argv = [flag for flag in flags(shards, tmp_path, save_every=3) if not flag.startswith("--n_")]
+    assert train.main([*argv, "--model_size=tiny"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main(argv) == 2
+    assert "n_layer was 2 and is now 12" in capsys.readouterr().err
+    newest = tmp_path / "run" / "checkpoints" / "step_0000012"
+    rewrite_experiment(newest, lambda experiment: experiment.update(model_size=None, n_layer=2, n_head=2, n_embd=16))
+    assert train.main([*argv, "--model_size=tiny"]) == 0
+
+
 def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp_path, whole_run, capsys):
     start = {"init_from": whole_run / "final", **BARE}
     run = run_training(shards, tmp_path, **start)
@@ -447,13 +472,7 @@ def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp
     run_training(shards, tmp_path, **start)
     assert "from step 6" in capsys.readouterr().out
     # Nor is a checkpoint refused that was written before init_from was kept.
-    state = newest / "training_state" / "state.json"
-    content = json.loads(state.read_text())
-    del content["experiment"]["init_from"]
-    state.write_text(json.dumps(content))
-    checksums = newest / "training_state" / "checksums.json"
-    known = json.loads(checksums.read_text()) | {"training_state/state.json": compute_checksum(state)}
-    checksums.write_text(json.dumps(known))
+    rewrite_experiment(newest, lambda experiment: experiment.pop("init_from"))
     assert train.main(flags(shards, tmp_path, **start)) == 0
     assert "is finished" in capsys.readouterr().out
 

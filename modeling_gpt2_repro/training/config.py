@@ -58,8 +58,10 @@ KNOWN_ELSEWHERE = {
 }
 
 
-# Settings that leave the weights as they are: they may differ when a run is resumed.
+# Settings that leave the weights as they are, or may be spelled in several ways, as the shape: they may differ when a
+# run is resumed.
 OPERATIONAL = {
+    *("model_size", "n_layer", "n_head", "n_embd"),
     *("data_dir", "output_dir", "run_name", "epochs", "max_steps", "micro_batch_size", "compile"),
     *("loss_chunk_tokens", "eval_only"),
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
