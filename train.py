@@ -36,7 +36,9 @@ from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
 from modeling_gpt2_repro.training.faults import (
+    MOST_OVERFLOWS,
     NonFiniteError,
+    RepeatedOverflowError,
     explained_out_of_memory,
     explained_write_failures,
     tolerated_write_failures,
@@ -168,9 +170,12 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
         loss += micro_loss.detach()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
-    # An infinite gradient is fp16's scaler's to deal with: it skips the update and scales less.
+    # An infinite gradient is fp16's scaler's to deal with: it skips the update and scales less, until that is no help.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
         raise NonFiniteError(step + 1, loss, grad_norm, order.windows_of_step(step, config.windows_per_step))
+    run.n_overflows = 0 if math.isfinite(grad_norm) else run.n_overflows + 1
+    if run.n_overflows >= MOST_OVERFLOWS:
+        raise RepeatedOverflowError(step + 1, run.n_overflows)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -86,6 +86,7 @@ class Run:
         skips: updates that are passed over.
         is_first_step_evaluated: nothing is to be measured before the first update.
         micro_batch_sizes: the sizes that divide a step, largest first.
+        n_overflows: updates in a row, up to the last, that had an infinite gradient.
     """
 
     config: TrainingConfig
@@ -104,6 +105,7 @@ class Run:
     peak: Peak
     publisher: Publisher
     clock: Clock = field(default_factory=Clock)
+    n_overflows: int = 0
 
     def describe_way_back(self) -> str:
         """Say how the run goes on if it ends now."""

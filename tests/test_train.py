@@ -346,6 +346,30 @@ def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards
     assert "the checkpoint has made these updates, up to 9" in capsys.readouterr().err
 
 
+def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_path, monkeypatch, capsys):
+    """With the loss scaler of fp16, which accelerate has only for GPUs, given to a run on the CPU."""
+    start = train.start_accelerator
+
+    def start_with_scaler(precision: str):
+        accelerator = start(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    def overflow(loss: torch.Tensor) -> torch.Tensor:
+        return loss + torch.sqrt(loss - loss.detach())  # plus 0, with an infinite slope
+
+    monkeypatch.setattr(train, "start_accelerator", start_with_scaler)
+    quick = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0, "shuffle_windows": "off"}
+    with monkeypatch.context() as patch:
+        poison(patch, random_shards, update=7, fault=overflow)
+        norms = read_series(run_training(random_shards, tmp_path, **quick), "train/grad_norm")
+    assert list(norms) == [step for step in range(1, N_STEPS + 1) if step != 7]
+    forward = WindowLoss.forward
+    monkeypatch.setattr(WindowLoss, "forward", lambda self, windows: overflow(forward(self, windows)))
+    assert train.main(flags(random_shards, tmp_path, "lost", **quick, max_steps=30)) == 2
+    assert "the last 20 updates, up to 20, were not made" in capsys.readouterr().err
+
+
 def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, monkeypatch, capsys):
     def run_out(loss):
         raise torch.OutOfMemoryError("CUDA out of memory.")
