@@ -36,13 +36,15 @@ from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
 from modeling_gpt2_repro.training.faults import (
+    MOST_OVERFLOWS,
     NonFiniteError,
+    RepeatedOverflowError,
     explained_out_of_memory,
     explained_write_failures,
     tolerated_write_failures,
 )
 from modeling_gpt2_repro.training.optim import set_learning_rate
-from modeling_gpt2_repro.training.preemption import PREEMPTED_EXIT_CODE, Preemption
+from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
 from modeling_gpt2_repro.training.skipping import is_skipped
@@ -90,17 +92,17 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
     """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
     with (
         explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
-        explained_write_failures(run.record.folder),
+        explained_write_failures(run.record.folder, run.describe_way_back),
         preemption,
     ):
         with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
             step = train(run, preemption, curves)
+        if step < run.plan.last_step and run.config.smoke:
+            run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to go on from")
+            return INTERRUPTED_EXIT_CODE
         if step < run.plan.last_step:
             run.record.set_status("preempted", step=step)
-            way = (
-                "the same command" if run.config.resume_from_checkpoint == "auto" else "--resume_from_checkpoint auto"
-            )
-            run.console.say(f"stopped after {step:,} steps, as asked: {way} goes on from there")
+            run.console.say(f"stopped after {step:,} steps, as asked: {run.describe_way_back()}")
             return PREEMPTED_EXIT_CODE
         finish_smoke_test(run) if run.config.smoke else publish(run)
     return 0
@@ -118,6 +120,8 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
         is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
+        if is_asked_to_stop and config.smoke:
+            break
         is_evaluated = not plan.is_looked_at(config, step) or (step == plan.first_step and run.is_first_step_evaluated)
         # Who asks to stop waits for seconds, and an evaluation can take minutes: the resumed run will make it.
         if not is_evaluated and not is_asked_to_stop:
@@ -129,9 +133,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
             with run.clock.measure("checkpoint"):
                 is_saved = save(run, step, is_evaluated)
             if is_asked_to_stop and not is_saved:
-                raise UserError(
-                    "asked to stop, the run could not save: the same command goes on from its last checkpoint"
-                )
+                raise UserError(f"asked to stop, the run could not save: {run.describe_way_back()}")
         if is_asked_to_stop:
             break
         if step < plan.last_step and not is_skipped(step + 1, run.skips):
@@ -168,9 +170,12 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
         loss += micro_loss.detach()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
-    # An infinite gradient is fp16's scaler's to deal with: it skips the update and scales less.
+    # An infinite gradient is fp16's scaler's to deal with: it skips the update and scales less, until that is no help.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
         raise NonFiniteError(step + 1, loss, grad_norm, order.windows_of_step(step, config.windows_per_step))
+    run.n_overflows = 0 if math.isfinite(grad_norm) else run.n_overflows + 1
+    if run.n_overflows >= MOST_OVERFLOWS:
+        raise RepeatedOverflowError(step + 1, run.n_overflows)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

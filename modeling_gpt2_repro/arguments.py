@@ -119,12 +119,21 @@ def _check_value(field: dataclasses.Field, value: Any) -> None:
             raise UserError(f"--{field.name} {text!r}: has to be text in UTF-8 without null characters")
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Leaves scalars text, which the flags' own types then read, but for what only YAML spells so, outside quotes.
+
+    YAML 1.1 takes `on` and `no` for booleans, and 6e-4 for a word.
+    """
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str | None:
+        text = super().construct_scalar(node)
+        return text if node.style else {"null": None, "~": None, "": None, ".inf": "inf"}.get(text, text)
+
+
 def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, str]) -> list[str]:
     try:
         with open(path, encoding="utf-8") as stream:
-            # Scalars stay text, which the flags' own types then read: YAML 1.1 takes `on` and `no` for booleans, and
-            # 6e-4 for a word.
-            values = yaml.load(stream, Loader=yaml.BaseLoader) or {}
+            values = yaml.load(stream, Loader=_TextLoader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --config {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -136,19 +145,16 @@ def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, 
         if name not in names:
             raise UserError(f"--config {path}: " + describe_unknown_name(str(name), names, known_elsewhere))
         # An item of a list could be a list, or else be taken for the flag that it looks like.
-        if not all(isinstance(item, str) and not item.startswith("--") for item in _list_items(value)):
+        items = value if isinstance(value, list) else []
+        if isinstance(value, dict) or not all(isinstance(item, str) and not item.startswith("--") for item in items):
             raise UserError(f"--config {path}: {name} has to be a single value or a list of such")
-        if value in ("null", "~", "", []):
+        if value in (None, []):
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         else:
             flags.append(f"--{name}={value}")
     return flags
-
-
-def _list_items(value: Any) -> list:
-    return value if isinstance(value, list) else [] if isinstance(value, str) else [value]
 
 
 class Parser(HfArgumentParser):

@@ -42,7 +42,7 @@ from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 from modeling_gpt2_repro.training.trackers import choose_trackers
 from modeling_gpt2_repro.training.tracking import RunRecord
-from modeling_gpt2_repro.weights import build_model, build_skeleton
+from modeling_gpt2_repro.weights import build_model, build_skeleton, load_shape, resolve_shape
 
 GPT2_VOCAB_SIZE = 50257
 
@@ -86,6 +86,7 @@ class Run:
         skips: updates that are passed over.
         is_first_step_evaluated: nothing is to be measured before the first update.
         micro_batch_sizes: the sizes that divide a step, largest first.
+        n_overflows: updates in a row, up to the last, that had an infinite gradient.
     """
 
     config: TrainingConfig
@@ -104,6 +105,11 @@ class Run:
     peak: Peak
     publisher: Publisher
     clock: Clock = field(default_factory=Clock)
+    n_overflows: int = 0
+
+    def describe_way_back(self) -> str:
+        """Say how the run goes on if it ends now."""
+        return checkpoints.describe_way_back(self.config.resume_from_checkpoint, self.record.folder / "checkpoints")
 
 
 def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
@@ -139,6 +145,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     max_steps = config.derive_max_steps(len(inputs.train_set))
     experiment = {
         **config.experiment,
+        **resolve_shape(config),
         "max_steps": max_steps,
         "train_tokens": inputs.train_set.n_tokens,
         "data": fingerprint_split(config.data_dir, "train"),
@@ -150,14 +157,15 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     check_agreement(accelerator, [first_step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
     check_any_made(skips, first_step, max_steps)
-    if resume_from is None:
+    is_own = resume_from is not None and checkpoints.lies_in(resume_from, record.folder / "checkpoints")
+    if not is_own:
         check_run_folder(record.folder)
     is_finished = (record.folder / "final").is_dir()
     if is_finished and resume_from and first_step >= max_steps:
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
         publisher.finish()
         return None
-    if is_finished and resume_from is None and config.resume_from_checkpoint == "auto":
+    if is_finished and not is_own and config.resume_from_checkpoint != "never":
         raise UserError(
             f"{record.folder} holds a finished run: give another --run_name, or --resume_from_checkpoint never to "
             "replace it"
@@ -214,7 +222,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     for skip in skips:
         console.say(f"skipped     updates {skip.start:,} to {skip.stop - 1:,}")
     recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in skips])
-    record.start(recorded, first_step if state else None, state.tracker_run_id if state else None)
+    # A tracker knows a run that forks off another as one of its own.
+    record.start(recorded, first_step if state else None, state.tracker_run_id if is_own else None)
     publisher.start(first_step if state else None)
     reset_peak_memory(accelerator.device)
     return Run(
@@ -277,7 +286,8 @@ def load_resumed_state(
         UserError: anything else differs that decides the weights.
     """
     state = checkpoints.load_state(checkpoint)
-    saved = state.experiment
+    # A checkpoint that does not say where its first weights came from is older than the question.
+    saved = {"init_from": config.init_from, **state.experiment, **load_shape(str(checkpoint))}
     max_steps, saved_max_steps = experiment["max_steps"], saved.get("max_steps")
     is_prolonged = isinstance(saved_max_steps, int) and max_steps != saved_max_steps
     if (

@@ -12,6 +12,7 @@ from modeling_gpt2_repro.files import check_weight_names
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 DEFAULT_SIZE = "124M"
+SHAPE = ("n_layer", "n_head", "n_embd")
 
 
 class ShapeSettings(Protocol):
@@ -42,10 +43,7 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
         return GPT2ReproForCausalLM(config)
 
     model = _load_gpt2(source, _get_dropouts(settings))
-    wanted = _get_wanted_shape(settings)
-    if settings.model_size is not None:
-        wanted = {**_get_shape(settings.model_size), **wanted}
-    for name, value in {**wanted, "vocab_size": len(tokenizer)}.items():
+    for name, value in {**resolve_shape(settings), "vocab_size": len(tokenizer)}.items():
         if getattr(model.config, name) != value:
             asked_by = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
             raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {asked_by} says {value}")
@@ -57,6 +55,29 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
     return model
 
 
+def resolve_shape(settings: ShapeSettings) -> dict[str, int]:
+    """Return the layers, heads and width that settings ask for; of existing weights they need not name any.
+
+    Raises:
+        UserError: an unknown `model_size`.
+    """
+    size = settings.model_size or (DEFAULT_SIZE if settings.init_from == "scratch" else None)
+    if size is not None and size not in MODEL_SIZES:
+        raise UserError(f"unknown --model_size {size}: use one of {', '.join(MODEL_SIZES)}")
+    wanted = {name: getattr(settings, name) for name in SHAPE}
+    return MODEL_SIZES.get(size, {}) | {name: value for name, value in wanted.items() if value is not None}
+
+
+def load_shape(source: str) -> dict[str, int]:
+    """Return the layers, heads and width of a model in a folder or on the Hub.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    config = _load_config(source)
+    return {name: getattr(config, name) for name in SHAPE}
+
+
 def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCausalLM:
     """Build the model that a run would train, without its weights: on the meta device, to count its parameters.
 
@@ -66,16 +87,13 @@ def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCaus
     if settings.init_from == "scratch":
         config = _build_config(settings, vocab_size, eos_token_id=None)
     else:
-        try:
-            config = GPT2ReproConfig.from_pretrained(settings.init_from)
-        except Exception as error:  # of a damaged configuration transformers raises anything
-            raise UserError(f"cannot load the configuration of {settings.init_from}: {error}") from error
+        config = _load_config(settings.init_from)
     with torch.device("meta"):
         return GPT2ReproForCausalLM(config)
 
 
 def _build_config(settings: ShapeSettings, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
-    shape = {**_get_shape(settings.model_size or DEFAULT_SIZE), **_get_wanted_shape(settings)}
+    shape = resolve_shape(settings)
     if shape["n_embd"] % shape["n_head"]:
         raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
     return GPT2ReproConfig(
@@ -99,19 +117,15 @@ def _check_memory(config: GPT2ReproConfig) -> None:
         )
 
 
-def _get_wanted_shape(settings: ShapeSettings) -> dict[str, int]:
-    wanted = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd")}
-    return {name: value for name, value in wanted.items() if value is not None}
-
-
 def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
     return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
 
 
-def _get_shape(model_size: str) -> dict[str, int]:
-    if model_size not in MODEL_SIZES:
-        raise UserError(f"unknown --model_size {model_size}: use one of {', '.join(MODEL_SIZES)}")
-    return MODEL_SIZES[model_size]
+def _load_config(source: str) -> GPT2ReproConfig:
+    try:
+        return GPT2ReproConfig.from_pretrained(source)
+    except Exception as error:  # of a damaged configuration transformers raises anything
+        raise UserError(f"cannot load the configuration of {source}: {error}") from error
 
 
 def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:

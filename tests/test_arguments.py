@@ -42,6 +42,18 @@ def test_written_settings_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "argv",
+    [
+        *(f"--prompt={text}" for text in ("null", "~", "", ".inf", "--push", "-", "a\n\n  b ", "#x", "\u2028")),
+        *("--learning_rate=inf", "--learning_rate=1e-30"),
+    ],
+)
+def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
+    write_settings(parse(argv), tmp_path / "s.yaml")
+    assert parse(f"--config={tmp_path / 's.yaml'}") == parse(argv)
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["--learning_rat=1"], "did you mean --learning_rate?"),

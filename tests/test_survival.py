@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or hindered, and go on to the very same end."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -19,7 +22,10 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
+from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.training import preemption
+from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.tracking import RunRecord
 
 # Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
@@ -76,7 +82,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     run = tmp_path / "run"
     assert read_status(run) == {"status": "preempted", "step": update}
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "as asked: the same command goes on from its last checkpoint" in capsys.readouterr().out
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert update not in read_series(run, "val/loss")  # who asks to stop does not wait for an evaluation
     run_training(shards, tmp_path, save_every=0)
@@ -97,6 +103,36 @@ def test_signals_that_come_together_are_one_request(shards, tmp_path, monkeypatc
     stop_at(monkeypatch, 4, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
     assert train.main(flags(shards, tmp_path, save_every=0)) == 75
     assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
+
+
+def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_path, monkeypatch, capsys):
+    """It would delete the checkpoints once more."""
+    anew = {**BARE, "save_every": 3, "resume_from_checkpoint": "never"}
+    way = "the same command with --resume_from_checkpoint auto goes on from its last checkpoint"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, signal.SIGTERM)
+        assert train.main(flags(shards, tmp_path, **anew)) == 75
+    assert f"as asked: {way}" in capsys.readouterr().out
+    # Nor who went back to a checkpoint, when the disk is full at the end, or at the step where it was asked to stop.
+    (own,) = (tmp_path / "run" / "checkpoints").glob("*4")
+    disk_full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoints, "save_published_model", mock.Mock(side_effect=disk_full))
+        assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
+    assert f"No space left on device. Make room: {way}" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, signal.SIGTERM)
+        patch.setattr(train.checkpoints, "save_checkpoint", mock.Mock(side_effect=disk_full))
+        assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
+    assert f"could not save: {way}" in capsys.readouterr().err
+
+
+def test_a_trial_that_is_asked_to_stop_promises_nothing(shards, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 4, signal.SIGTERM)
+    assert train.main([*flags(shards, tmp_path), "--smoke"]) == 130
+    out = capsys.readouterr().out
+    assert "the trial was stopped after 4 steps, and leaves nothing" in out and "goes on from" not in out
+    assert list(tmp_path.iterdir()) == []
 
 
 def wait_for_update(run: Path, update: int, seconds: float = 120) -> None:
@@ -205,6 +241,31 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path, 
     assert len(reached) >= 2 and 0 < max(reached) < settings["max_steps"]
     assert_same_end(run, expected)
     assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkeypatch, capsys, whole_run):
+    fork = {**BARE, "save_every": 3, "resume_from_checkpoint": whole_run / "checkpoints" / "step_0000003"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, signal.SIGTERM)
+        assert train.main(flags(shards, tmp_path, **fork)) == 75
+    assert ": the same command goes on from its last checkpoint" in capsys.readouterr().out
+    own = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in own.iterdir()) == ["step_0000006", "step_0000007"]
+    # A tracker would write into the curves of the run that it comes from.
+    tracker_run_id = load_state(own / "step_0000007").tracker_run_id
+    assert tracker_run_id != load_state(fork["resume_from_checkpoint"]).tracker_run_id
+    capsys.readouterr()
+
+    run = run_training(shards, tmp_path, **fork)
+    out = capsys.readouterr().out
+    assert "the run goes on from its own" in out and "from step 7" in out
+    assert load_state(own / "step_0000012").tracker_run_id == tracker_run_id
+    assert read_losses(run) == {step: loss for step, loss in read_losses(whole_run).items() if step > 3}
+    run_training(shards, tmp_path, **fork)
+    assert "is finished" in capsys.readouterr().out
+    shutil.rmtree(own)
+    assert train.main(flags(shards, tmp_path, **fork)) == 2
+    assert "holds a finished run" in capsys.readouterr().err
 
 
 def damage(kind: str, checkpoint: Path) -> None:
@@ -333,7 +394,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(shards, tmp_path, whole_
     assert [out.count(f"checkpoint of step {step} was not written, training goes on") for step in (3, 6, 9, 12)] == [
         1
     ] * 4
-    assert "make room, and the same command goes on" in err and err.count("\n") == 1
+    assert "Make room: it has no checkpoint yet, and the same command starts it again" in err
+    assert err.count("\n") == 1
     run = tmp_path / "run"
     assert list(read_losses(run)) == list(range(1, N_STEPS + 1))
     assert list((run / "checkpoints").iterdir()) == []
@@ -367,10 +429,51 @@ def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
     assert "the training data are others" in complain(other)
     assert "tokens_per_step was 256 and is now 128" in complain(tokens_per_step=128)
     assert "n_layer was 2 and is now 3" in complain(n_layer=3)
+    # config.yaml, and the card with it, would name weights that this run never had.
+    assert f"init_from was scratch and is now {run / 'final'}" in complain(init_from=run / "final")
     longer = complain(max_steps=24)
     assert "max_steps was 12 and is now 24" in longer and "--lr_schedule constant or wsd" in longer
     assert "--init_from" in longer
     assert_same_end(run, whole_run)
+
+
+def rewrite_experiment(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    """Make a checkpoint one of another version."""
+    state, checksums = (checkpoint / "training_state" / name for name in ("state.json", "checksums.json"))
+    content = json.loads(state.read_text())
+    change(content["experiment"])
+    state.write_text(json.dumps(content))
+    known = json.loads(checksums.read_text()) | {"training_state/state.json": compute_checksum(state)}
+    checksums.write_text(json.dumps(known))
+
+
+def test_a_shape_is_the_same_however_it_is_given(shards, tmp_path, whole_run, monkeypatch, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    monkeypatch.setitem(MODEL_SIZES, "tiny", {"n_layer": 2, "n_head": 2, "n_embd": 16})
+    argv = [flag for flag in flags(shards, tmp_path, save_every=3) if not flag.startswith("--n_")]
+    assert train.main([*argv, "--model_size=tiny"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main(argv) == 2
+    assert "n_layer was 2 and is now 12" in capsys.readouterr().err
+    newest = tmp_path / "run" / "checkpoints" / "step_0000012"
+    rewrite_experiment(newest, lambda experiment: experiment.update(model_size=None, n_layer=2, n_head=2, n_embd=16))
+    assert train.main([*argv, "--model_size=tiny"]) == 0
+
+
+def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp_path, whole_run, capsys):
+    start = {"init_from": whole_run / "final", **BARE}
+    run = run_training(shards, tmp_path, **start)
+    shutil.rmtree(run / "final")
+    newest = run / "checkpoints" / "step_0000012"
+    shutil.rmtree(newest)
+    assert train.main(flags(shards, tmp_path, **BARE)) == 2
+    assert f"init_from was {start['init_from']} and is now scratch" in capsys.readouterr().err
+    run_training(shards, tmp_path, **start)
+    assert "from step 6" in capsys.readouterr().out
+    # Nor is a checkpoint refused that was written before init_from was kept.
+    rewrite_experiment(newest, lambda experiment: experiment.pop("init_from"))
+    assert train.main(flags(shards, tmp_path, **start)) == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("schedule, step", [("constant", 6), ("wsd", 6)])

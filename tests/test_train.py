@@ -346,6 +346,30 @@ def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards
     assert "the checkpoint has made these updates, up to 9" in capsys.readouterr().err
 
 
+def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_path, monkeypatch, capsys):
+    """With the loss scaler of fp16, which accelerate has only for GPUs, given to a run on the CPU."""
+    start = train.start_accelerator
+
+    def start_with_scaler(precision: str):
+        accelerator = start(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    def overflow(loss: torch.Tensor) -> torch.Tensor:
+        return loss + torch.sqrt(loss - loss.detach())  # plus 0, with an infinite slope
+
+    monkeypatch.setattr(train, "start_accelerator", start_with_scaler)
+    quick = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0, "shuffle_windows": "off"}
+    with monkeypatch.context() as patch:
+        poison(patch, random_shards, update=7, fault=overflow)
+        norms = read_series(run_training(random_shards, tmp_path, **quick), "train/grad_norm")
+    assert list(norms) == [step for step in range(1, N_STEPS + 1) if step != 7]
+    forward = WindowLoss.forward
+    monkeypatch.setattr(WindowLoss, "forward", lambda self, windows: overflow(forward(self, windows)))
+    assert train.main(flags(random_shards, tmp_path, "lost", **quick, max_steps=30)) == 2
+    assert "the last 20 updates, up to 20, were not made" in capsys.readouterr().err
+
+
 def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, monkeypatch, capsys):
     def run_out(loss):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -363,7 +387,7 @@ def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys,
     theirs.mkdir(parents=True)
     assert train.main([*flags(tmp_path / "no_data", tmp_path), "--smoke"]) == 2
     capsys.readouterr()
-    assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0), "--smoke"]) == 0
+    assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0, keep_weights_every=3), "--smoke"]) == 0
     out = capsys.readouterr().out
     assert "median of 8" in out and "MFU" in out and "GB at most" in out
     assert float(re.search(r"apart +([\d.]+) s an evaluation", out)[1]) >= 2
@@ -415,6 +439,8 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"block_size": 64}, "unknown setting --block_size: use --sequence_length"),
         ({"lerning_rate": 1}, "did you mean --learning_rate?"),
         ({"compile": "maybe"}, "--compile"),
+        ({"keep_weights_every": 5}, "--keep_weights_every 5 is not a multiple of --save_every 6, and only"),
+        ({"keep_weights_every": 15}, "can be kept: use 18, or another --save_every"),
         ({"skip_steps": "7"}, "--skip_steps 7: has to be A:B"),
         ({"plan_tokens_per_second": 0}, "--plan_tokens_per_second has to be"),
     ],

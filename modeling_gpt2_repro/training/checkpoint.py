@@ -142,27 +142,51 @@ def read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def choose_checkpoint(requested: str, folder: Path, warn: Callable[[str], None]) -> Path | None:
+def lies_in(checkpoint: str | Path, folder: Path) -> bool:
+    """Tell whether a checkpoint is one of a run's own, given the run's checkpoint folder."""
+    return Path(checkpoint).resolve().parent == folder.resolve()
+
+
+def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) -> Path | None:
     """Return the checkpoint to go on from, `None` to start at step 0.
 
     Args:
-        requested: `auto` for the newest whole one in `folder`, `never`, or a checkpoint's own path.
-        warn: told of each damaged one that is passed over.
+        requested: `auto` for the newest whole one in `folder`, `never`, or a checkpoint's own path. A path outside
+            `folder` is where a run forks off another: once it has a newer one of its own, that is it.
+        say: told of each damaged one that is passed over, and of one that is newer than the path.
 
     Raises:
         UserError: the one asked for is damaged, or all in `folder` are.
     """
     if requested == "never":
         return None
-    if requested != "auto":
-        check_whole(Path(requested))
-        return Path(requested)
+    if requested == "auto":
+        return _find_newest(folder, say)
+    given = Path(requested)
+    check_whole(given)
+    newest = None if lies_in(given, folder) else _find_newest(folder, say)
+    if newest is None or read_step(newest) <= load_state(given).step:
+        return given
+    say(f"the run goes on from its own {newest}, newer than {given}: another --run_name begins there once more")
+    return newest
+
+
+def describe_way_back(requested: str, folder: Path) -> str:
+    """Say how a run that ended early goes on, given its `resume_from_checkpoint` and its checkpoint folder."""
+    if not list_checkpoints(folder):
+        return "it has no checkpoint yet, and the same command starts it again"
+    goes_back = requested == "never" or (requested != "auto" and lies_in(requested, folder))
+    way = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
+    return f"{way} goes on from its last checkpoint"
+
+
+def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     found = list_checkpoints(folder)
     for checkpoint in reversed(found):
         try:
             check_whole(checkpoint)
         except UserError as error:
-            warn(f"passed over a checkpoint: {error}")
+            say(f"passed over a checkpoint: {error}")
         else:
             return checkpoint
     if found:

@@ -58,9 +58,11 @@ KNOWN_ELSEWHERE = {
 }
 
 
-# Settings that leave the weights as they are: they may differ when a run is resumed.
+# Settings that leave the weights as they are, or may be spelled in several ways, as the shape: they may differ when a
+# run is resumed.
 OPERATIONAL = {
-    *("data_dir", "output_dir", "run_name", "init_from", "epochs", "max_steps", "micro_batch_size", "compile"),
+    *("model_size", "n_layer", "n_head", "n_embd"),
+    *("data_dir", "output_dir", "run_name", "epochs", "max_steps", "micro_batch_size", "compile"),
     *("loss_chunk_tokens", "eval_only"),
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
@@ -117,7 +119,7 @@ class TrainingConfig:
     weight_decay: float = setting(0.1, "AdamW's decay of every tensor of two or more dimensions")
     beta1: float = setting(0.9, "AdamW's decay of the gradient mean")
     beta2: float = setting(0.95, "AdamW's decay of the squared-gradient mean")
-    grad_clip: float = setting(1.0, "largest global gradient norm")
+    grad_clip: float = setting(1.0, "largest global gradient norm; inf: gradients are not clipped")
     dropout: float = setting(
         0.0, "probability, at embeddings, attention and residuals; OpenAI trained with 0.1 and several epochs"
     )
@@ -152,12 +154,15 @@ class TrainingConfig:
     save_every: int = setting(1000, "steps between checkpoints, and one at the end; 0: never")
     keep_checkpoints: int = setting(2, "newest checkpoints to keep; 0: all")
     keep_weights_every: int = setting(
-        0, "steps between checkpoints whose model is kept for good, when what training needs of them is gone; 0: none"
+        0,
+        "steps between checkpoints whose model is kept for good, when what training needs of them is gone; a multiple "
+        "of save_every; 0: none",
     )
     save_best: bool = setting(False, "keep the model of the lowest validation loss in best/")
     resume_from_checkpoint: str = setting(
         "auto",
-        "auto: the newest checkpoint of the run folder, if any; never: replace what is in the run folder; or a path",
+        "auto: the newest checkpoint of the run folder, if any; never: replace what is in the run folder; or a path, "
+        "which may be of another run's checkpoint until this run has a newer one",
         aliases=["--resume"],
     )
 
@@ -234,6 +239,12 @@ class TrainingConfig:
                 f"--tokens_per_step {self.tokens_per_step:,} is not a multiple of --sequence_length "
                 f"{self.sequence_length:,}: use {lower or self.sequence_length:,}"
             )
+        if self.save_every and self.keep_weights_every % self.save_every:
+            more = self.keep_weights_every // self.save_every * self.save_every + self.save_every
+            raise UserError(
+                f"--keep_weights_every {self.keep_weights_every:,} is not a multiple of --save_every "
+                f"{self.save_every:,}, and only what is saved can be kept: use {more:,}, or another --save_every"
+            )
         if self.micro_batch_size != "auto" and not re.fullmatch(r"0{0,9}[1-9][0-9]{0,9}", self.micro_batch_size):
             raise UserError(f"--micro_batch_size has to be auto or 1 or more, not {self.micro_batch_size}")
         self.skips  # noqa: B018, to hear of a mistake in it now
@@ -264,6 +275,7 @@ class TrainingConfig:
             report_to="none",
             push_to_hub=False,
             save_every=self.save_every or SMOKE_STEPS,
+            keep_weights_every=0,
         )
 
     @property

@@ -12,6 +12,9 @@ from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError
 # "PytorchStreamWriter failed writing file", "I/O error: No space left on device (os error 28)".
 WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "os error")
 
+# Updates in a row with an infinite gradient: fp16's scaler, which begins at 2**16 and halves, is below 1 after them.
+MOST_OVERFLOWS = 20
+
 
 class NonFiniteError(UserError):
     """The loss or the gradient of an update is not a number, or infinite: nothing was updated with it.
@@ -31,6 +34,24 @@ class NonFiniteError(UserError):
             f"update {update} has a loss of {loss:g} and a gradient norm of {grad_norm:g}, so it was not made and no "
             f"checkpoint was overwritten. Its data are {where} of the training split, listed in status.json: "
             f"--skip_steps {update}:{update} passes over them, a lower --learning_rate may do without"
+        )
+
+
+class RepeatedOverflowError(UserError):
+    """Under fp16 one update after the other has an infinite gradient, however little its scaler scales the loss.
+
+    Args:
+        update: the last one, counted from 1.
+        count: of the updates in a row that were not made.
+    """
+
+    def __init__(self, update: int, count: int):
+        self.is_everywhere = True
+        self.details = {"update": update}
+        super().__init__(
+            f"the last {count} updates, up to {update}, were not made: their gradients overflow fp16 however little "
+            "the loss is scaled. A smaller --loss_chunk_tokens may be enough, and does not change the experiment; "
+            "otherwise start again, under another --run_name, with --mixed_precision bf16 or no"
         )
 
 
@@ -79,13 +100,16 @@ def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[
 
 
 @contextlib.contextmanager
-def explained_write_failures(folder: Path) -> Iterator[None]:
-    """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it."""
+def explained_write_failures(folder: Path, describe_way_back: Callable[[], str]) -> Iterator[None]:
+    """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it.
+
+    Args:
+        folder: of the run.
+        describe_way_back: says how it goes on.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or not is_write_failure(error):
             raise
-        raise UserError(
-            f"cannot write to {folder}: {error}. The last checkpoint is whole: make room, and the same command goes on"
-        ) from error
+        raise UserError(f"cannot write to {folder}: {error}. Make room: {describe_way_back()}") from error

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of BSD's sysexits.h: try again later
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # what a shell says of who was stopped and leaves nothing to go on from
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A batch system that signals every process, and a launcher that passes the signal on, are one request.
 SECONDS_OF_ONE_REQUEST = 5.0

@@ -10,8 +10,8 @@ from modeling_gpt2_repro.training.console import format_duration
 
 # Float32 weights, and AdamW's two moments of each.
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
-# What a run that starts at step 0 removes of an earlier one in its folder.
-REPLACED = ("metrics.jsonl", "log.txt", "samples.jsonl", "curves.png", "checkpoints", "final", "tensorboard")
+# What a run that does not go on from a checkpoint of its own removes of an earlier one in its folder.
+REPLACED = ("metrics.jsonl", "log.txt", "samples.jsonl", "curves.png", "checkpoints", "final", "best", "tensorboard")
 LONGEST_CPU_RUN_SECONDS = 7 * 24 * 3600
 
 

@@ -13,7 +13,9 @@ import torch
 # white papers have them; where those quote twice the number, for sparse matrices, half of it. The first name whose
 # words a device's own name holds is taken.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -81,7 +83,8 @@ def measure_peak_flops(device: torch.device, precision: str) -> float:
     """Return the FLOP/s of a large square matrix product, the best of a few: what the device was seen to do."""
     size = CPU_PROBE_SIZE if device.type == "cpu" else PROBE_SIZE
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    # Random, because a device at its limit of power multiplies ones faster than what training multiplies.
+    matrix = torch.randn(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(N_PROBES + 1):  # the first warms up
         started = time.perf_counter()

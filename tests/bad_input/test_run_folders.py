@@ -117,13 +117,19 @@ def test_checkpoints(data):
 
 
 def test_a_trial_and_a_new_run_leave_alone_what_is_no_run_of_theirs():
-    with open_case("data") as case:
-        for name in ("notes-smoke", "models"):
-            folder = case.folder / "cwd" / "runs" / name / "checkpoints"
+    with open_case("data", "run") as case:
+        theirs = [
+            case.folder / "cwd" / "runs" / name for name in ("notes-smoke/checkpoints", "models/final", "m/best")
+        ]
+        for folder in theirs:
             folder.mkdir(parents=True)
             (folder / "mine.txt").write_text("mine")
         trial = answer(train.main, [*to_flags(TINY | {"run_name": "notes"}), "--smoke"], case)
-        run = answer(train.main, to_flags(TINY | {"run_name": "models"}), case)
         assert trial.code == 0
-        assert "is not the folder of a run" in run.err
-        assert len(list(case.folder.glob("cwd/runs/*/checkpoints/mine.txt"))) == 2
+        # Nor does one that goes on from the checkpoint of another run.
+        checkpoint = "../given/run/checkpoints/step_0000001"
+        for name in ("models", "m"):
+            for resume in ("auto", "never", checkpoint):
+                changes = LONGER | {"run_name": name, "resume_from_checkpoint": resume}
+                assert "is not the folder of a run" in answer(train.main, to_flags(TINY | changes), case).err
+        assert all((folder / "mine.txt").exists() for folder in theirs)

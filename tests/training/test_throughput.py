@@ -4,7 +4,9 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_gpt2_repro.training import throughput
 from modeling_gpt2_repro.training.throughput import Clock, choose_peak, find_peak_flops, measure_peak_flops
 
 
@@ -13,6 +15,9 @@ from modeling_gpt2_repro.training.throughput import Clock, choose_peak, find_pea
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989),
         ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA GH200 480GB", "bf16", 989),
+        ("NVIDIA GB200", "bf16", 2500),
+        ("NVIDIA B200", "bf16", 2250),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
         ("NVIDIA A100-SXM4-80GB", "no", 156),
         ("NVIDIA A10G", "bf16", 70),
@@ -46,6 +51,24 @@ def test_a_cpu_is_measured_and_said_to_be():
     assert peak.source == "measured by a matrix product"
     assert 1e9 < peak.flops < 1e14
     assert measure_peak_flops(torch.device("cpu"), "no") == pytest.approx(peak.flops, rel=0.9)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the left operand of the last matrix product."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.operand = args[0]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_peak_is_measured_on_numbers_like_those_of_training(precision, monkeypatch):
+    monkeypatch.setattr(throughput, "CPU_PROBE_SIZE", 64)
+    with Products() as products:
+        measure_peak_flops(torch.device("cpu"), precision)
+    assert products.operand.unique().numel() > 100
+    assert (products.operand @ products.operand).isfinite().all()
 
 
 def test_clock_adds_up_activities_and_forgets_failed_ones():
