@@ -8,7 +8,7 @@ from pathlib import Path
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS
 from modeling_gpt2_repro.reporting.plots import CURVES
-from modeling_gpt2_repro.reporting.run_folder import describe_validation, read_last_metrics
+from modeling_gpt2_repro.reporting.run_folder import describe_validation, find_last_validation, merge_lines, read_lines
 from modeling_gpt2_repro.training.tracking import METRICS, SAMPLES, read_json_lines
 
 
@@ -18,10 +18,14 @@ def describe_run(run_folder: Path) -> list[str]:
     Raises:
         UserError: the folder has no metrics.
     """
-    last = read_last_metrics(run_folder)
+    metrics = read_lines(run_folder)
+    if not metrics:
+        raise UserError(f"{run_folder} has no {METRICS}: give the folder of a run that has begun")
+    last, validation = merge_lines(metrics), find_last_validation(metrics)
     lines = [f"{run_folder}: {last['step']:,} steps, {last.get('train/tokens', 0):,} tokens"]
-    if "val/loss" in last:
-        lines.append(f"  validation loss  {describe_validation(last)}")
+    if validation is not None:
+        when = "" if validation["step"] == last["step"] else f", at step {validation['step']:,}"
+        lines.append(f"  validation loss  {describe_validation(validation)}{when}")
     for results in sorted(run_folder.glob("hellaswag*.json")):
         try:
             lines += describe_scores(results)

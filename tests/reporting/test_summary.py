@@ -38,6 +38,13 @@ def test_summary_says_what_was_reached_and_where_it_is(run_folder, capsys):
     assert str(run_folder / "metrics.jsonl") in text
 
 
+def test_a_loss_of_an_earlier_model_is_shown_with_its_step(run_folder, capsys):
+    with open(run_folder / "metrics.jsonl", "a") as stream:
+        stream.write(json.dumps({"step": 3, "train/loss": 7.0}) + "\n")
+    assert main([str(run_folder)]) == 0
+    assert "3.5000 bits a byte, at step 2" in capsys.readouterr().out
+
+
 def test_folders_without_metrics_are_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
