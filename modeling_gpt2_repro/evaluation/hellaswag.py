@@ -311,8 +311,8 @@ def evaluate_hellaswag(
 def warn_of_plain_rows(model_class: str) -> None:
     """Say, once for a class of models, that its contexts are not shared."""
     print(
-        f"{model_class} does not honour a 4-D attention mask with positions that restart: each ending is read with a "
-        "context of its own, which is slower",
+        f"{model_class} does not honour a 4-D attention mask with positions that restart, or has an attention window "
+        "that is shorter than an item: each ending is read with a context of its own, which is slower",
         file=sys.stderr,
         flush=True,
     )
