@@ -20,7 +20,7 @@ from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
 from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
-from modeling_gpt2_repro.files import follow_links, open_atomically, write_json
+from modeling_gpt2_repro.files import follow_links, identify_weights, open_atomically, write_json
 
 
 @dataclass
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.output:
             scores = {result.protocol: result.summary() for result in results}
             facts = {"model": settings.model, "data": data, "is_validation_split": is_validation_split}
-            write_json(settings.output, {**facts, "dtype": settings.dtype, **scores})
+            facts |= {"weights": identify_weights(settings.model), "dtype": settings.dtype}
+            write_json(settings.output, facts | scores)
         if settings.per_example:
             with open_atomically(settings.per_example) as stream:
                 for example in (example for result in results for example in result.per_example()):

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import eval_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.files import compute_checksum
 
 REPOSITORY = Path(eval_hellaswag.__file__).parent
 LIMIT = 6
@@ -57,6 +58,7 @@ def test_scores_are_printed_and_written_by_protocol(model_folder, tmp_path, caps
     printed = capsys.readouterr().out
     assert SAMPLE_FILE.name in printed
     assert results["data"] == SAMPLE_FILE.name
+    assert results["weights"] == compute_checksum(model_folder / "model.safetensors")
     for protocol in ("original", "lm_eval"):
         scores = results[protocol]
         assert scores.keys() == {

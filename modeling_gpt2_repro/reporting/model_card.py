@@ -27,7 +27,7 @@ from modeling_gpt2_repro.reporting.run_folder import (
     read_lines,
     read_settings,
 )
-from modeling_gpt2_repro.reporting.scores import find_validation_split_scores, list_scores, read_training_scores
+from modeling_gpt2_repro.reporting.scores import choose_validation_split_scores, list_scores, read_training_scores
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.tracking import (
     SAMPLES,
@@ -66,7 +66,9 @@ class Facts:
         step: of a checkpoint, in whose card nothing later is told; `None` for the finished model.
         lines: of the run's metrics up to the model.
         last: what they say of the model.
-        scores: by protocol, on the whole of HellaSwag's validation set.
+        training_scores: HellaSwag's by protocol, measured in training.
+        own_scores: those that eval_hellaswag.py measured of the finished model.
+        scores: which of them are on the whole of the validation set, by protocol.
     """
 
     folder: Path
@@ -77,6 +79,8 @@ class Facts:
     step: int | None
     lines: list[dict[str, float]]
     last: dict[str, float]
+    training_scores: dict[str, dict[str, Any]]
+    own_scores: list[dict[str, Any]]
     scores: dict[str, dict[str, Any]]
 
 
@@ -99,8 +103,12 @@ def describe_model(
         manifest = load_manifest(settings["data_dir"])
     lines = read_lines(run_folder, step)
     last = merge_lines(lines, step)
-    scores = find_validation_split_scores(run_folder, settings, last, step, repo_id)
-    facts = Facts(folder, run_folder, settings, manifest, repo_id, step, lines, last, scores)
+    training_scores = read_training_scores(last)
+    own_scores = list_scores(run_folder, repo_id) if step is None else []
+    scores = choose_validation_split_scores(training_scores, own_scores, settings)
+    facts = Facts(
+        folder, run_folder, settings, manifest, repo_id, step, lines, last, training_scores, own_scores, scores
+    )
     return {CARD: render_model_card(facts), **render_eval_results(scores)}
 
 
@@ -209,19 +217,20 @@ def _list_results(facts: Facts) -> list[tuple[str, str]]:
         when = "" if validation["step"] == last["step"] else f" of an earlier model, at step {validation['step']:,}"
         rows.append((f"validation loss{when}", describe_validation(validation)))
         rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
-    for protocol, score in read_training_scores(last).items():
+    for protocol, score in facts.training_scores.items():
         name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
         rows.append((name, _describe_score(score, "acc_norm")))
-    for items, score in list_scores(facts.run_folder, facts.repo_id) if facts.step is None else ():
+    for score in facts.own_scores:
         for metric in ("acc_norm", "acc"):
-            rows.append((f"{items}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
+            rows.append((f"{score['data']}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
     return rows
 
 
 def _describe_score(score: dict[str, Any], metric: str) -> str:
     stderr, n = score.get(f"{metric}_stderr"), score.get("n")
     error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
-    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "")
+    dtype = f", in {score['dtype']}" if score.get("dtype") else ""
+    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + dtype
 
 
 def _list_data(facts: Facts) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 
 import prepare_data
 from modeling_gpt2_repro.arguments import parse_arguments, write_settings
+from modeling_gpt2_repro.files import identify_weights
 from modeling_gpt2_repro.reporting.model_card import CARD, describe_model, quote_text, write_model_card
 from modeling_gpt2_repro.training.config import TrainingConfig
 
@@ -229,13 +231,55 @@ def test_numbers_of_an_earlier_model_are_not_the_models(run_folder, step):
     assert table["updates"] == "3 of 524,288 tokens"
 
 
-def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
+def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
     write_scores(run_folder, "hellaswag_gpt2.json", model="openai-community/gpt2")
     (run_folder / "hellaswag_damaged.json").write_text('{"model": "run/final", "original"')
     write_scores(run_folder, "hellaswag_odd.json", original={"acc": "x"}, lm_eval=None)
     write_scores(run_folder, "hellaswag_old.json")
     os.utime(run_folder / "hellaswag_old.json", (0, 0))
+    capsys.readouterr()
     assert "lm_eval" not in render_card(run_folder / "final", run_folder)
+    lines = capsys.readouterr().err.splitlines()
+    for name, reason in {
+        "damaged": "it is damaged, or holds no scores",
+        "gpt2": "it is of the model openai-community/gpt2",
+        "odd": "it is damaged, or holds no scores",
+        "old": f"it is older than {run_folder / 'final'}",
+    }.items():
+        assert lines.pop(0) == f"{run_folder / f'hellaswag_{name}.json'} is passed over: {reason}"
+    assert not lines
+
+
+def test_scores_are_known_by_the_weights_wherever_the_run_lies(run_folder, tmp_path, capsys):
+    """Not by the model's name, nor by when the files were copied."""
+    (run_folder / "final" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    weights = identify_weights(run_folder / "final")
+    write_scores(run_folder, weights=weights)
+    copy = tmp_path / "renamed"
+    shutil.copytree(run_folder, copy)
+    os.utime(copy / "hellaswag.json", (0, 0))
+    assert "protocol `lm_eval` | 0.5000" in render_card(copy / "final", copy)
+    assert not capsys.readouterr().err
+    write_scores(copy, weights=weights[::-1])
+    assert "lm_eval" not in render_card(copy / "final", copy)
+    assert "hellaswag.json is passed over: it is of other weights than those in" in capsys.readouterr().err
+
+
+def test_scores_in_float32_come_before_those_in_less(run_folder):
+    scores = {"acc": 0.25, "acc_norm": 0.5, "n": 10042}
+    write_scores(run_folder, "hellaswag_a.json", dtype="float32", is_validation_split=True, lm_eval=scores)
+    scores = {"acc": 0.26, "acc_norm": 0.51, "n": 10042}
+    write_scores(run_folder, "hellaswag_b.json", dtype="bfloat16", is_validation_split=True, lm_eval=scores)
+    texts = describe_model(run_folder / "final", run_folder)
+    assert "0.5100, 10,042 items, in bfloat16" in texts[CARD] and "0.5000, 10,042 items, in float32" in texts[CARD]
+    (result,) = (
+        result
+        for result in ModelCard(texts[CARD]).data.eval_results
+        if result.metric_type == "acc_norm" and result.metric_args["protocol"] == "lm_eval"
+    )
+    assert (result.metric_value, result.metric_args["dtype"]) == (0.5, "float32")
+    (entry,) = yaml.safe_load(texts[".eval_results/hellaswag_lm_eval.yaml"])
+    assert entry["value"] == 0.5 and entry["notes"].endswith(", in float32")
 
 
 def test_samples_show_as_they_are(run_folder):
