@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from modeling_gpt2_repro.arguments import parse_arguments, setting
 from modeling_gpt2_repro.data.hub import HubUnreachableError, ask_hub, describe_hub_failure
-from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.errors import UserError, format_line, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
 from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.reporting.eval_results import FOLDER as EVAL_RESULTS
@@ -148,8 +148,11 @@ def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "gpt2":
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()
+    data_dir = read_settings(run_folder)["data_dir"]
     # What a card says of data that are gone by now could not be said again.
-    if step is not None or CARD not in files or Path(read_settings(run_folder)["data_dir"]).is_dir():
+    if step is None and CARD in files and not Path(data_dir).is_dir():
+        print(format_line(f"the model card stays as it is, since its data, {data_dir}, are not here"), file=sys.stderr)
+    else:
         texts = describe_model(folder, run_folder, repo_id=repo_id, step=step)
         files |= {name: text.encode() for name, text in texts.items()}
     return files

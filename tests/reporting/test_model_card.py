@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 import prepare_data
 from modeling_gpt2_repro.arguments import parse_arguments, write_settings
 from modeling_gpt2_repro.files import identify_weights
+from modeling_gpt2_repro.reporting.hub import collect_model
 from modeling_gpt2_repro.reporting.model_card import CARD, describe_model, quote_text, write_model_card
 from modeling_gpt2_repro.training.config import TrainingConfig
 
@@ -298,3 +299,17 @@ def test_card_says_less_where_records_and_data_are_gone(run_folder, data_folder,
         assert words in text
     assert "curves.png" not in text
     ModelCard(text)
+
+
+def test_a_card_that_cannot_be_written_anew_stays_and_is_told_of(run_folder, tmp_path, capsys):
+    config = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64}
+    (run_folder / "final" / "config.json").write_text(json.dumps(config))
+    (run_folder / "final" / CARD).write_text("as it was")
+    files = collect_model(run_folder / "final", run_folder, "me/run")
+    assert b"me/run" in files[CARD] and not capsys.readouterr().err
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings | {"data_dir": str(tmp_path / "gone")}))
+    files = collect_model(run_folder / "final", run_folder, "me/run")
+    assert files[CARD].read_text() == "as it was"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"the model card stays as it is, since its data, {tmp_path / 'gone'}, are not here"
