@@ -256,7 +256,18 @@ def test_a_model_that_does_not_belong_to_its_tokenizer_is_answered(model_folder,
     copy_tokenizer(model_folder, tmp_path / "small")
     save_model(tmp_path / "small", vocab_size=1000)
     line = complain(capsys, "--model", tmp_path / "small", "--data_file", SAMPLE_FILE)
-    assert "embeddings for 1000 token ids, but its tokenizer has 50257" in line
+    assert "embeddings for 1000 token ids, but its tokenizer makes id " in line
+    # As Gemma's, whose tokenizer has one id more than the model has rows; no text makes it.
+    save_model(tmp_path / "small", vocab_size=50256)
+    assert run("--model", tmp_path / "small", "--data_file", SAMPLE_FILE, "--limit", 1) == 0
+
+
+def test_a_pickle_is_named(model_folder, tmp_path, capsys):
+    copy_tokenizer(model_folder, tmp_path / "old")
+    save_model(tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
+    line = complain(capsys, "--model", tmp_path / "old", "--data_file", SAMPLE_FILE)
+    assert "holds its weights as a pickle" in line and "let save_pretrained write model.safetensors" in line
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 2}, {"n_embd": 32}])

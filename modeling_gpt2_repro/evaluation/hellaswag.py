@@ -14,6 +14,7 @@ Both pick the ending of the highest summed log-probability (`acc`), and of the h
 The text `<|endoftext|>` in an item is encoded as ordinary text in both protocols. No item of HellaSwag contains it.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -68,6 +69,11 @@ class EncodedHellaSwag:
     def n_tokens(self) -> int:
         """Tokens that a model reads, a context counting once for its endings."""
         return sum(item.n_read for item in self.items)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any of them."""
+        return max(max(*item.context_ids, *itertools.chain(*item.ending_ids)) for item in self.items)
 
     def count_truncated(self, max_positions: int | None) -> int:
         """Return how many contexts lose tokens on the left to fit a model.

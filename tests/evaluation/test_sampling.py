@@ -60,3 +60,7 @@ def test_command_prints_samples_of_a_folder(model, tokenizer, tmp_path, capsys):
     assert main([]) == 2
     assert main(["--model=missing/model"]) == 2
     assert "--model missing/model" in capsys.readouterr().err
+    small = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=100))
+    save_published_model(tmp_path, small, tokenizer)
+    assert main([f"--model={tmp_path}", f"--prompt={PROMPT}"]) == 2
+    assert "has embeddings for 100 token ids" in capsys.readouterr().err
