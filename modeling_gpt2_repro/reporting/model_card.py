@@ -183,7 +183,7 @@ def describe_source(manifest: Manifest) -> str:
     source = manifest.source
     if "files" in source:
         return f"{len(source['files'])} local file(s), {manifest.read.documents:,} documents"
-    return ", ".join(shorten(value) for value in source.values() if value is not None)
+    return ", ".join(shorten(str(value)) for value in source.values() if value is not None)
 
 
 def format_table(rows: Iterable[tuple[str, str]]) -> str:

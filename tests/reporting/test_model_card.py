@@ -111,12 +111,28 @@ def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
     prepare, training = text.split("```bash\n")[1].split("\n```")[0].splitlines()
     assert prepare.startswith("python prepare_data.py ") and training.startswith("python train.py ")
     settings = parse_arguments(prepare_data.PrepareSettings, shlex.split(prepare)[2:], description="")
-    assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["secret_place.jsonl"])
+    assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["PATH/TO/secret_place.jsonl"])
     config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")
     assert (config.max_steps, config.tf32, config.sample_prompt) == (4, False, 'Say "hello" to')
-    assert (config.data_dir, config.push_to_hub) == (data_folder.name, False)
+    assert (config.data_dir, config.push_to_hub) == (f"PATH/TO/{data_folder.name}", False)
     assert str(data_folder.parent) not in text and "somebody/something" not in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
+
+
+def test_only_paths_out_of_the_working_folder_are_shortened(run_folder):
+    changes = {
+        "sample_prompt": "/imagine a cat/dog",
+        "hellaswag_file": "../mine/items.jsonl",
+        "init_from": "~/me/base",
+    }
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings | changes | {"data_dir": "data/corpus"}))
+    text = render_card(run_folder / "final", run_folder)
+    training = text.split("```bash\n")[1].split("\n```")[0].splitlines()[-1]
+    config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")
+    assert (config.sample_prompt, config.data_dir) == ("/imagine a cat/dog", "data/corpus")
+    assert (config.hellaswag_file, config.init_from) == ("PATH/TO/items.jsonl", "PATH/TO/base")
+    assert "mine" not in text and "~/me" not in text
 
 
 def test_versions_are_those_that_the_run_ended_with(run_folder):
