@@ -312,6 +312,8 @@ def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, r
     check_is_one_line(run(HUB, finished_run), "the upload broke off: ")
     assert publish([str(finished_run)]) == 2  # in this process, which has no Hub
     assert "HF_HUB_OFFLINE says that there is none" in capsys.readouterr().err
+    assert publish(["--checkpoints", str(finished_run)]) == 2
+    assert "give a run folder first" in capsys.readouterr().err
 
 
 # Beside the training

@@ -197,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Upload a finished run to the Hugging Face Hub: python -m modeling_gpt2_repro.reporting.hub runs/NAME [flags]"""
     arguments = list(sys.argv[1:] if argv is None else argv)
     run_folder = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
-    settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)
-    if run_folder is None:
+    if run_folder is None and not {"-h", "--help"} & set(arguments):
         raise UserError("give a run folder first: python -m modeling_gpt2_repro.reporting.hub runs/NAME --repo_id ...")
+    settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)
     if not (run_folder / "config.yaml").is_file():
         raise UserError(f"{run_folder} is not the folder of a run: it has no config.yaml")
     if not (run_folder / "final").is_dir():
