@@ -18,9 +18,9 @@ from modeling_gpt2_repro.devices import prepare_cpu_process, start_accelerator
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
-from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
+from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
-from modeling_gpt2_repro.files import follow_links, open_atomically, write_json
+from modeling_gpt2_repro.files import follow_links, identify_weights, open_atomically, write_json
 
 
 @dataclass
@@ -54,16 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     items = load_hellaswag(settings.data_file, settings.limit)
     model, tokenizer = load_causal_lm(settings.model, getattr(torch, settings.dtype), settings.trust_remote_code)
-    model.to(accelerator.device)
     protocols = list(ENCODERS) if settings.protocol == "both" else [settings.protocol]
+    encoded = [encode_hellaswag(items, tokenizer, protocol) for protocol in protocols]
+    check_token_ids(model, max(each.largest_id for each in encoded), settings.model)
+    model.to(accelerator.device)
     results = [
-        evaluate_hellaswag(
-            model,
-            encode_hellaswag(items, tokenizer, protocol),
-            batch_tokens=settings.batch_tokens,
-            accelerator=accelerator,
-        )
-        for protocol in protocols
+        evaluate_hellaswag(model, each, batch_tokens=settings.batch_tokens, accelerator=accelerator)
+        for each in encoded
     ]
 
     if accelerator.is_main_process:
@@ -74,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.output:
             scores = {result.protocol: result.summary() for result in results}
             facts = {"model": settings.model, "data": data, "is_validation_split": is_validation_split}
-            write_json(settings.output, {**facts, "dtype": settings.dtype, **scores})
+            facts |= {"weights": identify_weights(settings.model), "dtype": settings.dtype}
+            write_json(settings.output, facts | scores)
         if settings.per_example:
             with open_atomically(settings.per_example) as stream:
                 for example in (example for result in results for example in result.per_example()):

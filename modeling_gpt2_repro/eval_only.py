@@ -24,7 +24,7 @@ from modeling_gpt2_repro.evaluation.baseline import (
 )
 from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
-from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
+from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
 
 
@@ -109,6 +109,7 @@ def load_fitting_model(settings: EvaluationSettings, tokenizer: PreTrainedTokeni
             f"--init_from {settings.init_from} has another tokenizer than {settings.data_dir}, whose token ids mean "
             "something else to it: prepare data with prepare_data.py --tokenizer for it"
         )
+    check_token_ids(model, len(tokenizer) - 1, settings.init_from, "--init_from")
     n_positions = get_max_positions(model)
     if n_positions is not None and settings.sequence_length > n_positions:
         raise UserError(

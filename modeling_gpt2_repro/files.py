@@ -90,6 +90,17 @@ def compute_checksum(path: str | Path) -> str:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
+def identify_weights(folder: str | Path) -> str | None:
+    """Return what tells the weights in a model folder from others: the checksum of their file, or of all checksums.
+
+    `None` where there are none, as for the name of a model on the Hub.
+    """
+    checksums = [f"{compute_checksum(path)} {path.name}" for path in sorted(Path(folder).glob("*.safetensors"))]
+    if len(checksums) > 1:
+        return f"sha256:{hashlib.sha256(chr(10).join(checksums).encode()).hexdigest()}"
+    return checksums[0].split()[0] if checksums else None
+
+
 def sync_tree(folder: Path) -> None:
     """Make all files under `folder` durable."""
     for file in sorted(folder.rglob("*")):

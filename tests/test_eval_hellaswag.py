@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import eval_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.files import compute_checksum
 
 REPOSITORY = Path(eval_hellaswag.__file__).parent
 LIMIT = 6
@@ -57,6 +58,7 @@ def test_scores_are_printed_and_written_by_protocol(model_folder, tmp_path, caps
     printed = capsys.readouterr().out
     assert SAMPLE_FILE.name in printed
     assert results["data"] == SAMPLE_FILE.name
+    assert results["weights"] == compute_checksum(model_folder / "model.safetensors")
     for protocol in ("original", "lm_eval"):
         scores = results[protocol]
         assert scores.keys() == {
@@ -254,7 +256,18 @@ def test_a_model_that_does_not_belong_to_its_tokenizer_is_answered(model_folder,
     copy_tokenizer(model_folder, tmp_path / "small")
     save_model(tmp_path / "small", vocab_size=1000)
     line = complain(capsys, "--model", tmp_path / "small", "--data_file", SAMPLE_FILE)
-    assert "embeddings for 1000 token ids, but its tokenizer has 50257" in line
+    assert "embeddings for 1000 token ids, but its tokenizer makes id " in line
+    # As Gemma's, whose tokenizer has one id more than the model has rows; no text makes it.
+    save_model(tmp_path / "small", vocab_size=50256)
+    assert run("--model", tmp_path / "small", "--data_file", SAMPLE_FILE, "--limit", 1) == 0
+
+
+def test_a_pickle_is_named(model_folder, tmp_path, capsys):
+    copy_tokenizer(model_folder, tmp_path / "old")
+    save_model(tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
+    line = complain(capsys, "--model", tmp_path / "old", "--data_file", SAMPLE_FILE)
+    assert "holds its weights as a pickle" in line and "let save_pretrained write model.safetensors" in line
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 2}, {"n_embd": 32}])

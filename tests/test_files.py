@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from modeling_gpt2_repro.files import compute_checksum, create_folder_atomically, open_atomically
+from modeling_gpt2_repro.files import compute_checksum, create_folder_atomically, identify_weights, open_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -66,3 +66,14 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
 def test_checksum_is_that_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert compute_checksum(tmp_path / "file") == "sha256:" + hashlib.sha256(b"abc").hexdigest()
+
+
+def test_weights_in_several_files_are_known_by_all_of_them(tmp_path):
+    assert identify_weights(tmp_path) is None and identify_weights("me/model") is None
+    (tmp_path / "a.safetensors").write_bytes(b"a")
+    assert identify_weights(tmp_path) == compute_checksum(tmp_path / "a.safetensors")
+    found = set()
+    for content in (b"b", b"c"):
+        (tmp_path / "b.safetensors").write_bytes(content)
+        found.add(identify_weights(tmp_path))
+    assert len(found) == 2

@@ -253,6 +253,22 @@ def test_upload_that_broke_off_goes_on(hub, finished_run, run, failure):
     check_same_weights(hub.get_file("models/me/broken", "model.safetensors"), finished_run / "final")
 
 
+def test_checkpoints_that_come_later_leave_main_where_it_is(hub, finished_run, run):
+    """Also where their upload breaks off, after the first of them."""
+    argv = finished_run, "--repo_id", "me/later"
+    assert run(HUB, *argv).code == 0
+    repository, finished = hub.repositories["models/me/later"], hub_head(hub, "me/later")
+    hub.fail("/tag/", "500")
+    check_is_one_line(run(HUB, *argv, "--checkpoints"), "the upload broke off: ")
+    assert hub_head(hub, "me/later") == finished and not repository.tags
+    hub.heal()
+    assert run(HUB, *argv, "--checkpoints").code == 0
+    assert hub_head(hub, "me/later") == finished and set(repository.references) == {"main", *TAGS}
+    for tag in TAGS:
+        folder = finished_run / "checkpoints" / tag.replace("-", "_")
+        check_same_weights(hub.get_file("models/me/later", "model.safetensors", tag), folder)
+
+
 @pytest.mark.parametrize("failure", ["500", "reset", "slow"])
 def test_hub_that_hiccups_is_asked_again(hub, finished_run, run, failure):
     hub.fail("/lfs/", failure, times=2)
@@ -296,6 +312,8 @@ def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, r
     check_is_one_line(run(HUB, finished_run), "the upload broke off: ")
     assert publish([str(finished_run)]) == 2  # in this process, which has no Hub
     assert "HF_HUB_OFFLINE says that there is none" in capsys.readouterr().err
+    assert publish(["--checkpoints", str(finished_run)]) == 2
+    assert "give a run folder first" in capsys.readouterr().err
 
 
 # Beside the training

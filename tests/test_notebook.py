@@ -53,7 +53,8 @@ def test_it_shows_a_run_and_measures_its_model(shards, tmp_path):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 2
-    text = "".join(output.get("text", "") for output in outputs)
+    # Not the progress bars, which end in the middle of a line.
+    text = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
     measured, recorded = (
         float(line.split()[n]) for line, n in zip(find_lines(text, "validation:", "in the run:"), (1, 3), strict=True)
     )

@@ -14,6 +14,7 @@ Both pick the ending of the highest summed log-probability (`acc`), and of the h
 The text `<|endoftext|>` in an item is encoded as ordinary text in both protocols. No item of HellaSwag contains it.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -68,6 +69,11 @@ class EncodedHellaSwag:
     def n_tokens(self) -> int:
         """Tokens that a model reads, a context counting once for its endings."""
         return sum(item.n_read for item in self.items)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any of them."""
+        return max(max(*item.context_ids, *itertools.chain(*item.ending_ids)) for item in self.items)
 
     def count_truncated(self, max_positions: int | None) -> int:
         """Return how many contexts lose tokens on the left to fit a model.
@@ -311,8 +317,8 @@ def evaluate_hellaswag(
 def warn_of_plain_rows(model_class: str) -> None:
     """Say, once for a class of models, that its contexts are not shared."""
     print(
-        f"{model_class} does not honour a 4-D attention mask with positions that restart: each ending is read with a "
-        "context of its own, which is slower",
+        f"{model_class} does not honour a 4-D attention mask with positions that restart, or has an attention window "
+        "that is shorter than an item: each ending is read with a context of its own, which is slower",
         file=sys.stderr,
         flush=True,
     )

@@ -1,6 +1,9 @@
 """HellaSwag's items: from the Hub or a file of the same format, checked field by field."""
 
+import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ VALIDATION_LABEL_COUNTS = (2515, 2485, 2584, 2458)
 SAMPLE_FILE = Path(__file__).with_name("hellaswag_sample.jsonl")
 
 N_ENDINGS = 4
+GZIP_MAGIC = b"\x1f\x8b"  # no text begins with it
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class HellaSwagItem:
 
 
 def load_hellaswag(data_file: str | Path | None = None, limit: int | None = None) -> list[HellaSwagItem]:
-    """Load HellaSwag's validation split from the Hub, or a `.jsonl` file with its field names.
+    """Load HellaSwag's validation split from the Hub, or a `.jsonl` file, gzipped or not, with its field names.
 
     Args:
         data_file: one JSON object a line; `label` may be a number or a string of digits. `None` means the Hub.
@@ -86,11 +90,13 @@ def _read_hub_rows() -> list[tuple[str, Any]]:
 
 def _read_jsonl_rows(data_file: str | Path) -> list[tuple[str, Any]]:
     try:
-        lines = Path(data_file).read_bytes().split(b"\n")
-    except OSError as error:
+        content = Path(data_file).read_bytes()
+        if content.startswith(GZIP_MAGIC):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read the HellaSwag file {data_file}: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{data_file}, line {number}"

@@ -20,10 +20,29 @@ def load_causal_lm(
         flag: by which the user gave the name, for the messages of errors.
 
     Raises:
-        UserError: either is missing or broken, or the model lacks rows for the tokenizer's ids.
+        UserError: either is missing or broken.
     """
     tokenizer = _load_tokenizer(name, trust_remote_code, flag)
-    return _load_model(name, dtype, trust_remote_code, len(tokenizer), flag), tokenizer
+    return _load_model(name, dtype, trust_remote_code, flag), tokenizer
+
+
+def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: str = "--model") -> None:
+    """Check that a model has a row for every id up to the largest that it is given.
+
+    Some tokenizers have more ids than their model has rows, and no text makes them: what counts is what a text makes.
+
+    Args:
+        name, flag: as for `load_causal_lm`.
+
+    Raises:
+        UserError: it has not.
+    """
+    n_rows = model.get_input_embeddings().num_embeddings
+    if largest_id >= n_rows:
+        raise UserError(
+            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer makes id {largest_id} of the "
+            "text: put the tokenizer that the model was trained with into the folder"
+        )
 
 
 def silence_libraries() -> None:
@@ -33,7 +52,12 @@ def silence_libraries() -> None:
     hub_logging.set_verbosity_error()
 
 
-def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: int, flag: str) -> PreTrainedModel:
+def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, flag: str) -> PreTrainedModel:
+    if list(Path(name).glob("pytorch_model*.bin")) and not list(Path(name).glob("*.safetensors")):
+        raise UserError(
+            f"{flag} {name} holds its weights as a pickle, which may run anything when opened, and is not opened "
+            "here: load it with from_pretrained where you trust it, and let save_pretrained write model.safetensors"
+        )
     try:
         check_weight_names(name)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -52,12 +76,6 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, n_ids: i
         raise UserError(
             f"{flag} {name} lacks {len(unloaded)} weights of the shape that its config.json asks for, such as "
             f"{unloaded[0]}: the two do not belong together"
-        )
-    n_rows = model.get_input_embeddings().num_embeddings
-    if n_ids > n_rows:
-        raise UserError(
-            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer has {n_ids}: put the "
-            "tokenizer that the model was trained with into the folder"
         )
     return model
 

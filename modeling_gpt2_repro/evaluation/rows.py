@@ -30,6 +30,11 @@ class EncodedChoices:
         """Tokens that a model reads where all of it is one row."""
         return len(self.context_ids) + sum(len(ids) - 1 for ids in self.ending_ids)
 
+    @property
+    def n_read_of_longest(self) -> int:
+        """Tokens that a model reads of the context and the longest ending."""
+        return len(self.context_ids) + max(map(len, self.ending_ids)) - 1
+
 
 def truncate_context(context_ids: list[int], ending_ids: list[int], max_positions: int | None) -> list[int]:
     """Drop tokens from the left of a context until it and the ending fit into the model.

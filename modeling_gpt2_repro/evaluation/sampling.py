@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.arguments import parse_arguments, setting
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.evaluation.models import load_causal_lm, silence_libraries
+from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import evaluation_mode, get_max_positions
 
 
@@ -31,7 +31,7 @@ def generate_samples(
 
     Each sample draws from a CPU generator of its own, keyed by (seed, sample), over the `top_k` likeliest tokens: the
     caller's RNG is never touched and a sample does not depend on how many others there are. Keys and values are
-    cached. A sample is cut at the end-of-text token. `model` stays in the mode it was in.
+    cached where the model has such. A sample is cut at the end-of-text token. `model` stays in the mode it was in.
 
     Raises:
         UserError: an empty prompt, or a prompt and sample that do not fit into the model's positions.
@@ -43,11 +43,10 @@ def generate_samples(
 
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**63) for sample in range(n_samples)]
     ids = torch.tensor([prompt_ids] * n_samples, device=model.device)
-    past_key_values, new_ids = None, ids
+    inputs = {"input_ids": ids, "use_cache": True}
     with evaluation_mode(model):
         while ids.shape[1] < n_tokens:
-            outputs = model(input_ids=new_ids, past_key_values=past_key_values, use_cache=True)
-            past_key_values = outputs.past_key_values
+            outputs = model(**inputs)
             values, candidates = outputs.logits[:, -1].float().cpu().topk(min(top_k, outputs.logits.shape[-1]))
             if not values.softmax(-1).isfinite().all():
                 raise UserError(
@@ -60,6 +59,12 @@ def generate_samples(
             ]
             new_ids = candidates.gather(1, torch.stack(drawn)).to(ids.device)
             ids = torch.cat([ids, new_ids], dim=1)
+            if (
+                getattr(outputs, "past_key_values", None) is None
+            ):  # a model with a state of another kind reads all anew
+                inputs["input_ids"] = ids
+            else:
+                inputs |= {"input_ids": new_ids, "past_key_values": outputs.past_key_values}
 
     texts = []
     for row in ids.tolist():
@@ -106,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(SamplingConfig, argv, description=main.__doc__)
     silence_libraries()
     model, tokenizer = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
+    prompt_ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
+    check_token_ids(model, max(prompt_ids, default=0), config.model)
     for text in generate_samples(
         model,
         tokenizer,

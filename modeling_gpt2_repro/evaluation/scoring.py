@@ -112,16 +112,29 @@ def get_compute_dtype(model: torch.nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
 
 
-def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
-    """Tell whether a context may be read once for its endings, from one item that is scored both ways.
+def get_attention_window(model: torch.nn.Module) -> int | None:
+    """Return how many tokens a layer looks back on at most, or `None` where the configuration names no such number."""
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    return min((window for window in windows if isinstance(window, int)), default=None)
 
-    Some architectures ignore the mask or the positions without a word, others refuse them. An item of middle length
-    is asked; where none fits in one row it does not matter. Call it in `evaluation_mode`.
+
+def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
+    """Tell whether contexts may be read once for their endings, from items that are scored both ways.
+
+    Some architectures ignore the mask or the positions without a word, others refuse them. Items of middle and of
+    greatest length are asked; where none fits in one row it does not matter. Layers that look back on a window take
+    our mask in its place, so that all items have to fit into it. Call it in `evaluation_mode`.
     """
-    fitting = [item for item in items if fits_in_one_row(item, max_positions)]
-    if not fitting:
-        return True
-    item = sorted(fitting, key=lambda item: item.n_read)[len(fitting) // 2]
+    window = get_attention_window(model)
+    if window is not None and any(item.n_read_of_longest > window for item in items):
+        return False
+    fitting = sorted((item for item in items if fits_in_one_row(item, max_positions)), key=lambda item: item.n_read)
+    probes = {len(fitting) // 2, len(fitting) - 1} if fitting else ()
+    return all(_gives_same_numbers(model, fitting[index], max_positions) for index in probes)
+
+
+def _gives_same_numbers(model: torch.nn.Module, item: EncodedChoices, max_positions: int | None) -> bool:
     separate, shared = (build_rows(item, max_positions, shares_context) for shares_context in (False, True))
     (expected,) = score_items(model, [separate], selects_places=False)
     try:

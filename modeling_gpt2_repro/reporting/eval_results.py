@@ -31,8 +31,8 @@ def build_eval_results(summaries: Summaries) -> list[EvalResult]:
     `ModelCardData(model_name=..., eval_results=...)` takes the list.
 
     Args:
-        summaries: by protocol `acc` and `acc_norm`, and where they are known their `*_stderr`, as `results.json` has
-            them.
+        summaries: by protocol `acc` and `acc_norm`, and where they are known their `*_stderr` and the model's `dtype`,
+            as `results.json` has them.
     """
     return [
         EvalResult(
@@ -46,7 +46,7 @@ def build_eval_results(summaries: Summaries) -> list[EvalResult]:
             metric_name=f"{name}, {PROTOCOLS[protocol]}",
             metric_value=round(summary[metric], 4),
             # Not in `dataset_args`: the Hub's library puts all results on a dataset under the arguments of the first.
-            metric_args={"protocol": protocol, **_collect_stderr(summary, metric)},
+            metric_args={"protocol": protocol, **_collect_details(summary, metric)},
         )
         for protocol, summary in summaries.items()
         for metric, name in METRICS.items()
@@ -65,7 +65,8 @@ def build_eval_result_entries(summaries: Summaries) -> dict[str, EvalResultEntry
             task_id=TASK_ID,
             value=round(summary["acc_norm"], 4),
             dataset_revision=DATASET_REVISION,
-            notes=f"acc_norm, zero-shot, {PROTOCOLS[protocol]}",
+            notes=f"acc_norm, zero-shot, {PROTOCOLS[protocol]}"
+            + (f", in {summary['dtype']}" if summary.get("dtype") else ""),
         )
         for protocol, summary in summaries.items()
     }
@@ -82,6 +83,6 @@ def render_eval_results(summaries: Summaries) -> dict[str, str]:
     }
 
 
-def _collect_stderr(summary: Mapping[str, Any], metric: str) -> dict[str, float]:
-    stderr = summary.get(f"{metric}_stderr")
-    return {} if stderr is None else {"stderr": round(stderr, 4)}
+def _collect_details(summary: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    stderr, dtype = summary.get(f"{metric}_stderr"), summary.get("dtype")
+    return ({} if stderr is None else {"stderr": round(stderr, 4)}) | ({"dtype": dtype} if dtype else {})

@@ -10,7 +10,7 @@ import contextlib
 import fnmatch
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from modeling_gpt2_repro.arguments import parse_arguments, setting
 from modeling_gpt2_repro.data.hub import HubUnreachableError, ask_hub, describe_hub_failure
-from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.errors import UserError, format_line, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
 from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.reporting.eval_results import FOLDER as EVAL_RESULTS
@@ -34,6 +34,7 @@ from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, describe_as_
 Answer = TypeVar("Answer")
 # A repository with other files than these, and without our code, holds something that is not ours to replace.
 MODEL_CODE = "modeling_gpt2_repro.py"
+MAIN, EARLIER = "main", "earlier-models"  # branches
 HARMLESS = {".gitattributes", CARD, "LICENSE"}
 # Files of a model that the next one may not have. Whatever else lies in the repository stays.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
@@ -101,8 +102,18 @@ def publish_final(repo_id: str, run_folder: Path) -> None:
     commit_files(repo_id, collect_model(run_folder / "final", run_folder, repo_id), "The finished model")
 
 
-def publish_checkpoint(repo_id: str, folder: Path, run_folder: Path) -> None:
-    """Make main the model in `folder`, called `step_NNNNNNN`, and tag it; nothing where the tag has these weights."""
+def publish_earlier(repo_id: str, folders: Iterable[Path], run_folder: Path) -> None:
+    """Tag the models in folders called `step_NNNNNNN`, and leave main, which has a newer one, where it is."""
+    api = HfApi()
+    # Tags keep the commits once the branch is gone; one that an earlier attempt left is gone on with.
+    api.create_branch(repo_id, branch=EARLIER, exist_ok=True)
+    for folder in folders:
+        publish_checkpoint(repo_id, folder, run_folder, EARLIER)
+    api.delete_branch(repo_id, branch=EARLIER)
+
+
+def publish_checkpoint(repo_id: str, folder: Path, run_folder: Path, branch: str = MAIN) -> None:
+    """Make a branch the model in `step_NNNNNNN`, a folder, and tag it; nothing where the tag has these weights."""
     step = read_step(folder)
     tag = f"step-{step:07d}"
     api = HfApi()
@@ -112,7 +123,8 @@ def publish_checkpoint(repo_id: str, folder: Path, run_folder: Path) -> None:
         tagged = api.get_paths_info(repo_id, list(weights), revision=tag)
     if tagged and {file.path: file.lfs and f"sha256:{file.lfs.sha256}" for file in tagged} == weights:
         return
-    commit = commit_files(repo_id, collect_model(folder, run_folder, repo_id, step), f"The model after {step} updates")
+    files = collect_model(folder, run_folder, repo_id, step)
+    commit = commit_files(repo_id, files, f"The model after {step} updates", branch)
     if tagged is not None:  # of an earlier run of the same name
         api.delete_tag(repo_id, tag=tag)
     api.create_tag(repo_id, tag=tag, revision=commit)
@@ -136,23 +148,27 @@ def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "gpt2":
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()
+    data_dir = read_settings(run_folder)["data_dir"]
     # What a card says of data that are gone by now could not be said again.
-    if step is not None or CARD not in files or Path(read_settings(run_folder)["data_dir"]).is_dir():
+    if step is None and CARD in files and not Path(data_dir).is_dir():
+        print(format_line(f"the model card stays as it is, since its data, {data_dir}, are not here"), file=sys.stderr)
+    else:
         texts = describe_model(folder, run_folder, repo_id=repo_id, step=step)
         files |= {name: text.encode() for name, text in texts.items()}
     return files
 
 
-def commit_files(repo_id: str, files: Files, message: str) -> str:
-    """Give main these files in one commit of what differs, if anything does, and return the commit that has them."""
+def commit_files(repo_id: str, files: Files, message: str, branch: str = MAIN) -> str:
+    """Give a branch these files in one commit of what differs, if anything does, and return the commit with them."""
     api = HfApi()
-    old = [name for name in api.list_repo_files(repo_id) if any(fnmatch.fnmatch(name, each) for each in REPLACED)]
+    there = api.list_repo_files(repo_id, revision=branch)
+    old = [name for name in there if any(fnmatch.fnmatch(name, each) for each in REPLACED)]
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     # One by one: several large files at once would be sent by threads that Python waits for when it is told to stop.
     for addition in additions:
-        api.preupload_lfs_files(repo_id, [addition], num_threads=1)
+        api.preupload_lfs_files(repo_id, [addition], num_threads=1, revision=branch)
     deletions = [CommitOperationDelete(name) for name in old if name not in files]
-    return api.create_commit(repo_id, [*deletions, *additions], commit_message=message).oid
+    return api.create_commit(repo_id, [*deletions, *additions], commit_message=message, revision=branch).oid
 
 
 def explain_failure(error: BaseException) -> str:
@@ -181,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Upload a finished run to the Hugging Face Hub: python -m modeling_gpt2_repro.reporting.hub runs/NAME [flags]"""
     arguments = list(sys.argv[1:] if argv is None else argv)
     run_folder = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
-    settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)
-    if run_folder is None:
+    if run_folder is None and not {"-h", "--help"} & set(arguments):
         raise UserError("give a run folder first: python -m modeling_gpt2_repro.reporting.hub runs/NAME --repo_id ...")
+    settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)
     if not (run_folder / "config.yaml").is_file():
         raise UserError(f"{run_folder} is not the folder of a run: it has no config.yaml")
     if not (run_folder / "final").is_dir():
@@ -191,9 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_libraries()
     try:
         repo_id = open_repository(settings.repo_id or run_folder.resolve().name, settings.public, "--repo_id")
-        for checkpoint in list_models(run_folder / "checkpoints") if settings.checkpoints else ():
-            publish_checkpoint(repo_id, checkpoint, run_folder)
         publish_final(repo_id, run_folder)
+        if settings.checkpoints:
+            publish_earlier(repo_id, list_models(run_folder / "checkpoints"), run_folder)
     except UserError:
         raise
     except Exception as error:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from modeling_gpt2_repro.files import open_atomically
 from modeling_gpt2_repro.reporting.eval_results import build_eval_results, render_eval_results
 from modeling_gpt2_repro.reporting.plots import CURVES
 from modeling_gpt2_repro.reporting.reproduction import list_commands, read_versions, shorten
-from modeling_gpt2_repro.reporting.run_folder import describe_validation, name_hellaswag_items, read_settings
-from modeling_gpt2_repro.reporting.scores import find_validation_split_scores, list_scores, read_training_scores
+from modeling_gpt2_repro.reporting.run_folder import (
+    describe_validation,
+    find_last_validation,
+    merge_lines,
+    name_hellaswag_items,
+    read_lines,
+    read_settings,
+)
+from modeling_gpt2_repro.reporting.scores import choose_validation_split_scores, list_scores, read_training_scores
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.tracking import (
-    METRICS,
     SAMPLES,
     read_json_lines,
     read_json_object,
-    read_metrics,
 )
 
 CARD = "README.md"
@@ -49,34 +55,44 @@ def write_model_card(folder: Path, run_folder: Path) -> None:
             stream.write(text)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model and its run.
+
+    Attributes:
+        folder: of the model.
+        manifest: of the data, where they are still there.
+        repo_id: where the model goes, if to the Hub.
+        step: of a checkpoint, in whose card nothing later is told; `None` for the finished model.
+        lines: of the run's metrics up to the model.
+        last: what they say of the model.
+        training_scores: HellaSwag's by protocol, measured in training.
+        own_scores: those that eval_hellaswag.py measured of the finished model.
+        scores: which of them are on the whole of the validation set, by protocol.
+    """
+
+    folder: Path
+    run_folder: Path
+    settings: dict[str, Any]
+    manifest: Manifest | None
+    repo_id: str | None
+    step: int | None
+    lines: list[dict[str, float]]
+    last: dict[str, float]
+    training_scores: dict[str, dict[str, Any]]
+    own_scores: list[dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+
+
 def describe_model(
     folder: Path, run_folder: Path, *, repo_id: str | None = None, step: int | None = None
 ) -> dict[str, str]:
     """Return what tells of a model by its path in the model's folder: the card, and the scores in files of their own.
 
-    Arguments and errors are those of `render_model_card`.
-    """
-    last = _merge(_read_lines(run_folder, step))
-    scores = find_validation_split_scores(run_folder, read_settings(run_folder), last, step, repo_id)
-    card = render_model_card(folder, run_folder, repo_id=repo_id, step=step)
-    return {CARD: card, **render_eval_results(scores)}
-
-
-def render_model_card(
-    folder: Path,
-    run_folder: Path,
-    *,
-    repo_id: str | None = None,
-    step: int | None = None,
-) -> str:
-    """Return a card's text: the Hub's metadata, then what was trained on what, with which result, and how to use it.
-
     A model is worth its card also when the record of its run, or its data, are gone: it then says less.
 
     Args:
-        folder: of the model.
-        repo_id: where the model goes, if to the Hub.
-        step: of a checkpoint, in whose card nothing later is told; `None` for the finished model.
+        folder, repo_id, step: as in `Facts`.
 
     Raises:
         UserError: the run's settings are missing or damaged.
@@ -85,32 +101,43 @@ def render_model_card(
     manifest = None
     with contextlib.suppress(UserError):
         manifest = load_manifest(settings["data_dir"])
-    lines = _read_lines(run_folder, step)
-    last = _merge(lines)
-    scores = find_validation_split_scores(run_folder, settings, last, step, repo_id)
+    lines = read_lines(run_folder, step)
+    last = merge_lines(lines, step)
+    training_scores = read_training_scores(last)
+    own_scores = list_scores(run_folder, repo_id) if step is None else []
+    scores = choose_validation_split_scores(training_scores, own_scores, settings)
+    facts = Facts(
+        folder, run_folder, settings, manifest, repo_id, step, lines, last, training_scores, own_scores, scores
+    )
+    return {CARD: render_model_card(facts), **render_eval_results(scores)}
+
+
+def render_model_card(facts: Facts) -> str:
+    """Return a card: the Hub's metadata, then what was trained on what, with which result, and how to use it."""
+    settings, run_folder, repo_id = facts.settings, facts.run_folder, facts.repo_id
     name = repo_id.rpartition("/")[2] if repo_id else settings["run_name"]
     parts = [
-        f"---\n{build_metadata(name, settings, manifest, last, build_eval_results(scores)).to_yaml()}\n---\n",
+        f"---\n{build_metadata(name, facts).to_yaml()}\n---\n",
         f"# {name}\n",
-        _describe_origin(settings, last, step),
+        _describe_origin(facts),
         f"![Curves of the run]({CURVES})\n" if (run_folder / CURVES).is_file() else "",
         "## Results\n",
-        format_table(_list_results(run_folder, settings, last, step, repo_id)) or "Nothing was measured.\n",
+        format_table(_list_results(facts)) or "Nothing was measured.\n",
         "## Data\n",
-        format_table(_list_data(settings, manifest)),
+        format_table(_list_data(facts)),
         "## Model\n",
-        format_table(_list_architecture(folder)),
+        format_table(_list_architecture(facts.folder)),
         "## Training\n",
-        format_table(_list_training(settings, last, lines)),
+        format_table(_list_training(facts)),
         "## Samples\n",
         f"Continuations of {quote_text(repr(settings['sample_prompt']))}, not chosen among others:\n",
-        _quote_samples(run_folder, last) or "None were drawn.\n",
+        _quote_samples(facts) or "None were drawn.\n",
         "## Use\n",
         _describe_use(repo_id),
         "## Limits and biases\n",
         f"{LIMITS}\n",
         "## Reproduce\n",
-        f"```bash\n{list_commands(settings, manifest)}\n```\n",
+        f"```bash\n{list_commands(settings, facts.manifest)}\n```\n",
         "With "
         + ", ".join(f"{package} {number}" for package, number in read_versions(run_folder).items())
         + ". The same step sees the same tokens on any number of devices.\n",
@@ -118,14 +145,9 @@ def render_model_card(
     return "\n".join(part for part in parts if part)
 
 
-def build_metadata(
-    name: str,
-    settings: dict[str, Any],
-    manifest: Manifest | None,
-    last: dict[str, float],
-    eval_results: Iterable[EvalResult],
-) -> ModelCardData:
+def build_metadata(name: str, facts: Facts) -> ModelCardData:
     """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
+    settings, manifest, last = facts.settings, facts.manifest, facts.last
     source = manifest.source if manifest else {}
     is_on_hub = all(isinstance(source.get(name), str) for name in ("id", "revision"))
     data = {
@@ -152,16 +174,8 @@ def build_metadata(
         tags=["gpt2", "gpt2-repro"],
         datasets=[source["id"]] if is_on_hub else None,
         base_model=base if is_base_on_hub else None,
-        eval_results=[*measured, *eval_results] or None,
+        eval_results=[*measured, *build_eval_results(facts.scores)] or None,
     )
-
-
-def _read_lines(run_folder: Path, step: int | None) -> list[dict[str, float]]:
-    return [line for line in read_metrics(run_folder / METRICS) if step is None or line["step"] <= step]
-
-
-def _merge(lines: Iterable[dict[str, float]]) -> dict[str, float]:
-    return {name: value for line in lines for name, value in line.items()}
 
 
 def describe_source(manifest: Manifest) -> str:
@@ -169,7 +183,7 @@ def describe_source(manifest: Manifest) -> str:
     source = manifest.source
     if "files" in source:
         return f"{len(source['files'])} local file(s), {manifest.read.documents:,} documents"
-    return ", ".join(shorten(value) for value in source.values() if value is not None)
+    return ", ".join(shorten(str(value)) for value in source.values() if value is not None)
 
 
 def format_table(rows: Iterable[tuple[str, str]]) -> str:
@@ -183,44 +197,46 @@ def quote_text(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _describe_origin(settings: dict[str, Any], last: dict[str, float], step: int | None) -> str:
-    init_from = settings["init_from"]
+def _describe_origin(facts: Facts) -> str:
+    init_from = facts.settings["init_from"]
     origin = "random weights" if init_from == "scratch" else f"`{shorten(init_from)}`"
     text = f"A GPT-2 model trained from {origin} by the GPT-2 reproduction `modeling_gpt2_repro`.\n"
-    if step is not None:
-        text += f"\n**This is the model after {step:,} updates of a run that went on.**\n"
-    elif last:
-        text += f"\nThe run ended after {last['step']:,} updates.\n"
+    if facts.step is not None:
+        text += f"\n**This is the model after {facts.step:,} updates of a run that went on.**\n"
+    elif facts.last:
+        text += f"\nThe run ended after {facts.last['step']:,} updates.\n"
     return text
 
 
-def _list_results(
-    run_folder: Path, settings: dict[str, Any], last: dict[str, float], step: int | None, repo_id: str | None
-) -> list[tuple[str, str]]:
+def _list_results(facts: Facts) -> list[tuple[str, str]]:
+    settings, last, validation = facts.settings, facts.last, find_last_validation(facts.lines)
     rows = []
     if "train/loss" in last:
         rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats a token"))
-    if "val/loss" in last:
-        rows.append(("validation loss", describe_validation(last)))
+    if validation is not None:
+        when = "" if validation["step"] == last["step"] else f" of an earlier model, at step {validation['step']:,}"
+        rows.append((f"validation loss{when}", describe_validation(validation)))
         rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
-    for protocol, score in read_training_scores(last).items():
+    for protocol, score in facts.training_scores.items():
         name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
         rows.append((name, _describe_score(score, "acc_norm")))
-    for items, score in list_scores(run_folder, repo_id) if step is None else ():
+    for score in facts.own_scores:
         for metric in ("acc_norm", "acc"):
-            rows.append((f"{items}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
+            rows.append((f"{score['data']}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
     return rows
 
 
 def _describe_score(score: dict[str, Any], metric: str) -> str:
     stderr, n = score.get(f"{metric}_stderr"), score.get("n")
     error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
-    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "")
+    dtype = f", in {score['dtype']}" if score.get("dtype") else ""
+    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + dtype
 
 
-def _list_data(settings: dict[str, Any], manifest: Manifest | None) -> list[tuple[str, str]]:
+def _list_data(facts: Facts) -> list[tuple[str, str]]:
+    manifest = facts.manifest
     if manifest is None:
-        return [("source", f"`{Path(settings['data_dir']).name}`, a folder without a manifest")]
+        return [("source", f"`{Path(facts.settings['data_dir']).name}`, a folder without a manifest")]
     train, val = manifest.train, manifest.val
     order = f"shuffled by document, seed {manifest.seed}" if manifest.shuffled else "as in the source"
     return [
@@ -255,9 +271,8 @@ def _count_parameters(path: Path) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
-def _list_training(
-    settings: dict[str, Any], last: dict[str, float], lines: list[dict[str, float]]
-) -> list[tuple[str, str]]:
+def _list_training(facts: Facts) -> list[tuple[str, str]]:
+    settings, last = facts.settings, facts.last
     rows = [
         ("updates", f"{last['step']:,} of {settings['tokens_per_step']:,} tokens" if last else "not recorded"),
         ("sequence length", f"{settings['sequence_length']:,}"),
@@ -275,7 +290,7 @@ def _list_training(
     ]
     if "train/tokens" in last and "train/epoch" in last:
         rows.insert(1, ("tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
-    rates = [line["train/tokens_per_second"] for line in lines if line.get("train/tokens_per_second", 0) > 0]
+    rates = [line["train/tokens_per_second"] for line in facts.lines if line.get("train/tokens_per_second", 0) > 0]
     if rates:
         seconds = sum(settings["tokens_per_step"] / rate for rate in rates)
         rows.append(("time", f"{format_duration(seconds)} of updates, evaluations not counted"))
@@ -288,8 +303,9 @@ def _describe_precision(mixed_precision: str) -> str:
     return f"{mixed_precision} autocast where the device has it, weights and optimizer in float32"
 
 
-def _quote_samples(run_folder: Path, last: dict[str, float]) -> str:
-    lines = [line for line in read_json_lines(run_folder / SAMPLES) if line["step"] <= last.get("step", math.inf)]
+def _quote_samples(facts: Facts) -> str:
+    end = facts.last.get("step", math.inf)
+    lines = [line for line in read_json_lines(facts.run_folder / SAMPLES) if line["step"] <= end]
     newest = max((line["step"] for line in lines), default=None)
     return "".join(f"> {quote_text(str(line.get('text')))}\n\n" for line in lines if line["step"] == newest)
 

@@ -75,12 +75,12 @@ def draw_losses(axes: Axes, runs: Sequence[Curves], axis: Axis) -> None:
         prefix = f"{_label(run)}: " if len(runs) > 1 else ""
         if len(train):
             mean, width = smooth(train)
+            end, over = describe_train_end(train)
             if len(runs) == 1 and width > 1:
                 axes.plot(axis.place(run, train.steps), train.values, color=TRAIN_COLOUR, alpha=0.22, linewidth=0.6)
                 shown += list(np.percentile(_leave_out_beginning(axis, run, train), (0.5, 99.5)))
             style = {"color": TRAIN_COLOUR} if len(runs) == 1 else {"color": colour, "alpha": 0.55, "linewidth": 1}
-            over = f" (mean of {width} steps)" if width > 1 else ""
-            label = f"{prefix}train {mean.values[-1]:.3f}{over}"
+            label = f"{prefix}train {end:.3f}{over}"
             _plot(axes, axis.place(run, mean.steps), mean.values, label=label, **style)
             shown += list(_leave_out_beginning(axis, run, mean))
             first.append(mean.values[0])
@@ -119,12 +119,14 @@ def draw_scores(axes: Axes, runs: Sequence[Curves], axis: Axis) -> None:
                     style |= {"linestyle": ":", "fillstyle": "none"}
                 label = f"{_label(run) if len(runs) > 1 else protocol} {score.values[-1]:.4f}"
                 _plot(axes, axis.place(run, score.steps), score.values, markersize=4, label=label, **style)
-                shown += [score.values.min(), score.values.max()]
+                low, high = _draw_standard_errors(axes, run, metric, axis, style["color"])
+                shown += [*score.values, *low, *high]
     references = _list_shared([run.score_references for run in runs])
     for reference in references:
         _draw_reference(axes, reference.value, reference.label)
     axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1, zorder=1, label=f"chance {CHANCE}")
-    items = sorted({run.items for run in runs if len(run.get(ORIGINAL_SCORE)) or len(run.get(LM_EVAL_SCORE))})
+    scored = [run for run in runs if len(run.get(ORIGINAL_SCORE)) or len(run.get(LM_EVAL_SCORE))]
+    items = sorted({run.items + _describe_n(run) for run in scored})
     axes.set_title(make_drawable(" / ".join(items)), fontsize=10, loc="left", parse_math=False)
     axes.set_ylabel("acc_norm, original protocol, and hollow lm_eval" if has_both else "acc_norm, original protocol")
     legend = axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -133,6 +135,25 @@ def draw_scores(axes: Axes, runs: Sequence[Curves], axis: Axis) -> None:
     # The legend stands below all lines.
     axes.set_ylim(min(shown) - span * (0.1 + 0.055 * len(legend.texts)), max(shown) + 0.1 * span)
     axis.finish(axes, with_steps=True)
+
+
+def _draw_standard_errors(
+    axes: Axes, run: Curves, metric: str, axis: Axis, colour: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a standard error on either side of a score as a band, where they were recorded, and return its edges."""
+    score, error = run.get(metric), run.get(f"{metric}_stderr")
+    steps, of_score, of_error = np.intersect1d(score.steps, error.steps, return_indices=True)
+    low, high = (score.values[of_score] + sign * error.values[of_error] for sign in (-1, 1))
+    if len(steps) > 1:
+        style = {"color": colour, "alpha": 0.12, "linewidth": 0, "zorder": 0}
+        label = "_" if axes.collections else "± 1 standard error"  # once is enough
+        axes.fill_between(axis.place(run, steps), low, high, label=label, **style)
+    return low, high
+
+
+def _describe_n(run: Curves) -> str:
+    n = [run.get(f"{metric.rpartition('/')[0]}/n") for metric in (ORIGINAL_SCORE, LM_EVAL_SCORE)]
+    return next((f", n = {series.values[-1]:,.0f}" for series in n if len(series)), "")
 
 
 def draw_small_panel(axes: Axes, metric: str, runs: Sequence[Curves], axis: Axis) -> None:
@@ -171,6 +192,15 @@ def smooth(series: Series) -> tuple[Series, int]:
     places = np.arange(len(series))
     starts, ends = np.maximum(0, places - half), np.minimum(len(series), places + half + 1)
     return Series(series.steps, (sums[ends] - sums[starts]) / (ends - starts)), 2 * half + 1
+
+
+def describe_train_end(losses: Series) -> tuple[float, str]:
+    """Return the one number for what a train loss came to, and over what it is a mean: as many steps as are smoothed.
+
+    The smoothed line's own last value is a mean over half as many.
+    """
+    width = smooth(losses)[1]
+    return float(losses.values[-width:].mean()), f" (mean of the last {width} steps)" if width > 1 else ""
 
 
 def _leave_out_beginning(axis: Axis, run: Curves, series: Series) -> np.ndarray:

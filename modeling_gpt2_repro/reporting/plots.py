@@ -22,6 +22,7 @@ from modeling_gpt2_repro.reporting.panels import (
     ORIGINAL_SCORE,
     SMALL_PANELS,
     Axis,
+    describe_train_end,
     draw_losses,
     draw_scores,
     draw_small_panel,
@@ -89,8 +90,12 @@ def name_apart(runs: Sequence[Curves], paths: Sequence[str]) -> list[Curves]:
 
 def describe_end(run: Curves) -> str:
     """Say in a line what a run reached."""
-    metrics = {"train/loss": "train", "val/loss": "validation", "hellaswag/acc_norm": "HellaSwag acc_norm (original)"}
-    ends = [f"{label} {run.get(name).values[-1]:.4f}" for name, label in metrics.items() if len(run.get(name))]
+    ends = []
+    if len(run.get("train/loss")):
+        end, over = describe_train_end(run.get("train/loss"))
+        ends.append(f"train {end:.4f}{over}")
+    metrics = {"val/loss": "validation", "hellaswag/acc_norm": "HellaSwag acc_norm (original)"}
+    ends += [f"{label} {run.get(name).values[-1]:.4f}" for name, label in metrics.items() if len(run.get(name))]
     return f"{_describe(run)}: {', '.join(ends)}"
 
 

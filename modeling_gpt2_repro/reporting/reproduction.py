@@ -20,6 +20,8 @@ PERSONAL = {
     *("output_dir", "resume_from_checkpoint", "report_to", "wandb_project", "yes", "micro_batch_size"),
     *("push_to_hub", "hub_model_id", "hub_public"),
 }
+# Those that name files or folders, or may.
+PATHS = {"data_dir", "dataset_name", "files", "hellaswag_file", "init_from", "output_dir", "tokenizer"}
 
 
 def list_versions() -> dict[str, str]:
@@ -48,7 +50,9 @@ def _format_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
     for name, value in settings.items():
         if name in defaults and value == defaults[name]:
             continue
-        values = [shorten(each) for each in value] if isinstance(value, list) else [shorten(value)]
+        values = [str(each) for each in (value if isinstance(value, list) else [value])]
+        if name in PATHS:
+            values = [shorten(each) for each in values]
         separator = " " if isinstance(value, list) else "="
         flags += f" --{name}{separator}{' '.join(map(shlex.quote, values))}"
     return flags
@@ -60,6 +64,10 @@ def read_versions(run_folder: Path) -> dict[str, str]:
     return recorded if isinstance(recorded, dict) and recorded else list_versions()
 
 
-def shorten(value: Any) -> str:
-    """Return a setting's text, of an absolute path its name alone: where it lay is nobody's business."""
-    return Path(str(value)).name if str(value).startswith(("/", "~")) else str(value)
+def shorten(path: str) -> str:
+    """Return a path, or the name of something on the Hub, but of one out of the working folder only what it ends in.
+
+    Where that lay is nobody's business, and the reader has to put a path of their own.
+    """
+    leads_out = path.startswith(("/", "~")) or ".." in Path(path).parts
+    return f"PATH/TO/{Path(path).name}" if leads_out else path

@@ -76,9 +76,10 @@ def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
         UserError: a run is too short.
     """
     figure = build_figure(11, 1.2 + 3.4 * len(runs))
-    rows = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, run, colour in zip(rows, runs, RUN_COLOURS * len(runs), strict=False):
-        spectrum = _compute(run)
+    rows = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    spectra = [_compute(run) for run in runs]
+    highest = max(spectrum.powers.max() for spectrum in spectra)
+    for axes, run, spectrum, colour in zip(rows, runs, spectra, RUN_COLOURS * len(runs), strict=False):
         axes.plot(spectrum.periods, spectrum.powers, color=colour, linewidth=0.9)
         for period, power in spectrum.list_peaks():
             place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
@@ -87,7 +88,7 @@ def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
         axes.axhline(1, color="grey", linestyle=":", linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_ylim(0.1, max(30.0, 2.5 * spectrum.powers.max()))
+        axes.set_ylim(0.1, max(30.0, 2.5 * highest))
         axes.set_title(
             f"{make_drawable(run.name)}: power of the train loss, its median is 1",
             fontsize=11,

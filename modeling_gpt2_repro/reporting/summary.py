@@ -1,14 +1,14 @@
 """A run in a few lines: `python -m modeling_gpt2_repro.reporting.summary runs/NAME`."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS
 from modeling_gpt2_repro.reporting.plots import CURVES
-from modeling_gpt2_repro.reporting.run_folder import describe_validation, read_last_metrics
+from modeling_gpt2_repro.reporting.run_folder import describe_validation, find_last_validation, merge_lines, read_lines
+from modeling_gpt2_repro.reporting.scores import list_scores
 from modeling_gpt2_repro.training.tracking import METRICS, SAMPLES, read_json_lines
 
 
@@ -18,15 +18,15 @@ def describe_run(run_folder: Path) -> list[str]:
     Raises:
         UserError: the folder has no metrics.
     """
-    last = read_last_metrics(run_folder)
+    metrics = read_lines(run_folder)
+    if not metrics:
+        raise UserError(f"{run_folder} has no {METRICS}: give the folder of a run that has begun")
+    last, validation = merge_lines(metrics), find_last_validation(metrics)
     lines = [f"{run_folder}: {last['step']:,} steps, {last.get('train/tokens', 0):,} tokens"]
-    if "val/loss" in last:
-        lines.append(f"  validation loss  {describe_validation(last)}")
-    for results in sorted(run_folder.glob("hellaswag*.json")):
-        try:
-            lines += describe_scores(results)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{results} is damaged ({error}): write it again with eval_hellaswag.py") from error
+    if validation is not None:
+        when = "" if validation["step"] == last["step"] else f", at step {validation['step']:,}"
+        lines.append(f"  validation loss  {describe_validation(validation)}{when}")
+    lines += [describe_score(score) for score in list_scores(run_folder)]
     samples = read_json_lines(run_folder / SAMPLES)
     if samples:
         lines.append(f"  sample           {samples[-1].get('text')!r}")
@@ -36,23 +36,15 @@ def describe_run(run_folder: Path) -> list[str]:
     return lines
 
 
-def describe_scores(results: Path) -> list[str]:
-    """Return a line for each protocol of a file that eval_hellaswag.py wrote.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError, RecursionError: it is not such a file.
-    """
-    scores_by_protocol = json.loads(results.read_text(encoding="utf-8"))
-    lines = []
-    for protocol in (name for name in ENCODERS if name in scores_by_protocol):
-        scores = scores_by_protocol[protocol]
-        stderr = scores["acc_norm_stderr"]
-        lines.append(
-            f"  {results.stem}, protocol {protocol}: acc_norm {scores['acc_norm']:.4f}"
-            + (f" +- {stderr:.4f}" if stderr is not None else "")
-            + f", acc {scores['acc']:.4f}, {scores['n']} items"
-        )
-    return lines
+def describe_score(score: dict[str, Any]) -> str:
+    """Write a score that eval_hellaswag.py measured in a line."""
+    stderr, dtype = score.get("acc_norm_stderr"), score["dtype"]
+    return (
+        f"  {score['file']}, protocol {score['protocol']}: acc_norm {score['acc_norm']:.4f}"
+        + (f" +- {stderr:.4f}" if isinstance(stderr, float) else "")
+        + f", acc {score['acc']:.4f}, {score['n']} items"
+        + (f", in {dtype}" if dtype else "")
+    )
 
 
 @reports_user_errors

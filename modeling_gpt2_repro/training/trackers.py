@@ -154,8 +154,8 @@ def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_HOST)).hostname
-    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
+        path = Path(os.environ["NETRC"]) if "NETRC" in os.environ else Path.home() / ".netrc"
         return host in netrc.netrc(path).hosts
-    except (OSError, netrc.NetrcParseError, ValueError):
+    except (OSError, RuntimeError, netrc.NetrcParseError, ValueError):  # in a container nobody may have a home
         return False

@@ -79,6 +79,16 @@ def build_originals() -> Path:
     """Build one whole example of everything that the scripts read, in a folder that goes with the process."""
     folder = Path(tempfile.mkdtemp(prefix="originals-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        write_originals(folder)
+    except BaseException:
+        shutil.rmtree(folder)  # every test that needs it tries again, and a run of such tests is often stopped
+        raise
+    return folder
+
+
+def write_originals(folder: Path) -> None:
+    """Write what `build_originals` builds."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<|endoftext|>": EOT}
     GPT2TokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(folder / "tokenizer")
@@ -118,7 +128,6 @@ def build_originals() -> Path:
         draw_curves("run")
         assert eval_hellaswag.main(to_flags({"model": "run/final", "data_file": "items.jsonl"})) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
-    return folder
 
 
 def to_flags(values: dict) -> list[str]:

@@ -165,3 +165,11 @@ def test_an_error_is_one_line_that_a_terminal_only_shows():
 
 def test_the_originals_outlive_all_this():
     assert json.loads((build_originals() / "run" / "status.json").read_text())["status"] == "finished"
+
+
+def test_originals_that_cannot_be_built_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("prepare_data.main", lambda _: 2)
+    with pytest.raises(AssertionError):
+        build_originals.__wrapped__()
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """HellaSwag's items: what is read, and what a malformed file is answered with."""
 
+import codecs
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -80,6 +82,18 @@ def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
         load_hellaswag(path)
     path.write_text(json.dumps({**GOOD_ROW, "ctx": "小さな船"}, ensure_ascii=False), encoding="utf-8")
     assert load_hellaswag(path)[0].ctx == "小さな船"
+
+
+def test_a_compressed_file_and_a_byte_order_mark_are_read(tmp_path):
+    path = write_rows(tmp_path / "items.jsonl", GOOD_ROW)
+    items, content = load_hellaswag(path), path.read_bytes()
+    for each in (codecs.BOM_UTF8 + content, gzip.compress(content)):
+        path.write_bytes(each)
+        assert load_hellaswag(path) == items
+    for each in (gzip.compress(content)[:-9], gzip.compress(content)[:12] + b"xxxxxxxx"):
+        path.write_bytes(each)
+        with pytest.raises(UserError, match="cannot read the HellaSwag file"):
+            load_hellaswag(path)
 
 
 def test_files_without_items_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.errors import UserError
@@ -44,6 +45,17 @@ def test_the_likeliest_token_alone_is_greedy_decoding(model, tokenizer):
     assert text == tokenizer.decode(expected[0])
 
 
+def test_a_model_without_keys_and_values_reads_all_anew(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "initializer_range": 0.3}
+    model = MambaForCausalLM(MambaConfig(vocab_size=50257, **sizes)).eval()
+    (text,) = generate_samples(model, tokenizer, PROMPT, n_tokens=12, top_k=1, n_samples=1)
+    ids = tokenizer(PROMPT)["input_ids"]
+    while len(ids) < 12:
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert text == tokenizer.decode(ids)
+
+
 def test_prompts_that_leave_no_room_are_refused(model, tokenizer):
     with pytest.raises(UserError, match="no tokens"):
         generate_samples(model, tokenizer, "")
@@ -60,3 +72,7 @@ def test_command_prints_samples_of_a_folder(model, tokenizer, tmp_path, capsys):
     assert main([]) == 2
     assert main(["--model=missing/model"]) == 2
     assert "--model missing/model" in capsys.readouterr().err
+    small = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=100))
+    save_published_model(tmp_path, small, tokenizer)
+    assert main([f"--model={tmp_path}", f"--prompt={PROMPT}"]) == 2
+    assert "has embeddings for 100 token ids" in capsys.readouterr().err

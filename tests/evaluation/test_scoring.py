@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 from modeling_gpt2_repro.evaluation import scoring
@@ -66,14 +68,22 @@ def build_bloom():
     return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, **sizes))
 
 
+def build_mistral(window=24):
+    """Its layers look back on a window, unless they are given a mask of pairs."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "initializer_range": 0.3, "sliding_window": window}
+    return MistralForCausalLM(MistralConfig(vocab_size=VOCAB_SIZE, **sizes))
+
+
 SHARING = {
     "ours": build_model,
     "ours, eager": lambda: build_model(attn_implementation="eager"),
     "gpt2": lambda: build_stock_model(initializer_range=0.3),
     "llama": build_llama,
     "granite": build_granite,
+    "mistral, a window that all items fit into": lambda: build_mistral(window=31),
 }
-NOT_SHARING = {"mamba": build_mamba, "bloom": build_bloom}
+NOT_SHARING = {"mamba": build_mamba, "bloom": build_bloom, "mistral": build_mistral}
 
 
 def build(builders, name):
@@ -108,6 +118,16 @@ def test_a_model_that_does_not_take_the_mask_is_found_out(name):
     rows = [build_rows(item, None, shares_context=False) for item in items]
     for sums, item in zip(scoring.score_items(model, rows, selects_places=False), items, strict=True):
         assert sums == pytest.approx(score_plainly(model, item), abs=1e-3)
+
+
+@torch.no_grad()
+def test_a_window_that_no_configuration_names_is_found_out_by_the_longest_item():
+    model, items = build(NOT_SHARING, "mistral"), draw_items(n=7)
+    short = [item for item in items if item.n_read_of_longest <= 24]
+    del model.config.sliding_window
+    model.model.config = build_mistral().config
+    assert len(short) > len(items) / 2 and scoring.can_share_context(model, short, max_positions=None)
+    assert not scoring.can_share_context(model, items, max_positions=None)
 
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from huggingface_hub import ModelCard
 
 import prepare_data
 from modeling_gpt2_repro.arguments import parse_arguments, write_settings
-from modeling_gpt2_repro.reporting.model_card import quote_text, render_model_card, write_model_card
+from modeling_gpt2_repro.files import identify_weights
+from modeling_gpt2_repro.reporting.hub import collect_model
+from modeling_gpt2_repro.reporting.model_card import CARD, describe_model, quote_text, write_model_card
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
@@ -66,6 +69,10 @@ def write_scores(run_folder, name="hellaswag.json", **changes):
     (run_folder / name).write_text(json.dumps(content))
 
 
+def render_card(folder, run_folder, **arguments) -> str:
+    return describe_model(folder, run_folder, **arguments)[CARD]
+
+
 def read_table(text: str) -> dict[str, str]:
     rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.startswith("| ") and " | " in line]
     return {row[0]: row[1] for row in rows if len(row) == 2}
@@ -100,25 +107,41 @@ def test_card_tells_data_model_training_and_results(run_folder):
 
 def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
     """Their flags, read back, give the settings; where the run lay and to whom it told is left out."""
-    text = render_model_card(run_folder / "final", run_folder)
+    text = render_card(run_folder / "final", run_folder)
     prepare, training = text.split("```bash\n")[1].split("\n```")[0].splitlines()
     assert prepare.startswith("python prepare_data.py ") and training.startswith("python train.py ")
     settings = parse_arguments(prepare_data.PrepareSettings, shlex.split(prepare)[2:], description="")
-    assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["secret_place.jsonl"])
+    assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["PATH/TO/secret_place.jsonl"])
     config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")
     assert (config.max_steps, config.tf32, config.sample_prompt) == (4, False, 'Say "hello" to')
-    assert (config.data_dir, config.push_to_hub) == (data_folder.name, False)
+    assert (config.data_dir, config.push_to_hub) == (f"PATH/TO/{data_folder.name}", False)
     assert str(data_folder.parent) not in text and "somebody/something" not in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 
 
+def test_only_paths_out_of_the_working_folder_are_shortened(run_folder):
+    changes = {
+        "sample_prompt": "/imagine a cat/dog",
+        "hellaswag_file": "../mine/items.jsonl",
+        "init_from": "~/me/base",
+    }
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings | changes | {"data_dir": "data/corpus"}))
+    text = render_card(run_folder / "final", run_folder)
+    training = text.split("```bash\n")[1].split("\n```")[0].splitlines()[-1]
+    config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")
+    assert (config.sample_prompt, config.data_dir) == ("/imagine a cat/dog", "data/corpus")
+    assert (config.hellaswag_file, config.init_from) == ("PATH/TO/items.jsonl", "PATH/TO/base")
+    assert "mine" not in text and "~/me" not in text
+
+
 def test_versions_are_those_that_the_run_ended_with(run_folder):
     (run_folder / "status.json").write_text(json.dumps({"status": "finished", "versions": {"torch": "1.0"}}))
-    assert "With torch 1.0. " in render_model_card(run_folder / "final", run_folder)
+    assert "With torch 1.0. " in render_card(run_folder / "final", run_folder)
 
 
 def test_metadata_are_what_the_hub_reads(run_folder):
-    text = render_model_card(run_folder / "final", run_folder, repo_id="me/gpt2")
+    text = render_card(run_folder / "final", run_folder, repo_id="me/gpt2")
     card = ModelCard(text)
     assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
     metadata = yaml.safe_load(text.split("---\n")[1])
@@ -130,7 +153,7 @@ def test_metadata_are_what_the_hub_reads(run_folder):
     assert card.data.datasets is None  # local files are no dataset of the Hub
     # No results, no index: the tools refuse an empty one.
     (run_folder / "metrics.jsonl").unlink()
-    assert "model-index" not in render_model_card(run_folder / "final", run_folder)
+    assert "model-index" not in render_card(run_folder / "final", run_folder)
 
 
 def read_index(text: str) -> dict[str, float]:
@@ -167,7 +190,7 @@ def test_a_run_that_was_scored_on_the_whole_set_says_so(run_folder):
     }
     with open(run_folder / "metrics.jsonl", "a") as stream:
         stream.write("\n" + json.dumps({"step": 4, **scores}) + "\n")
-    text = render_model_card(run_folder / "final", run_folder)
+    text = render_card(run_folder / "final", run_folder)
     assert read_index(text) == {("original", "acc_norm"): 0.3, ("original", "acc"): 0.28}
 
 
@@ -181,7 +204,7 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
     (data / "manifest.json").write_text(json.dumps(manifest))
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": str(data)}))
-    text = render_model_card(run_folder / "final", run_folder)
+    text = render_card(run_folder / "final", run_folder)
     assert ModelCard(text).data.datasets == ["HuggingFaceFW/fineweb-edu"]
     result = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]
     assert result["dataset"]["type"] == "HuggingFaceFW/fineweb-edu"
@@ -193,30 +216,91 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
 def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"init_from": init_from}))
-    text = render_model_card(run_folder / "final", run_folder)
+    text = render_card(run_folder / "final", run_folder)
     assert ModelCard(text).data.base_model == base
     assert "/home" not in text
 
 
 def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
     write_scores(run_folder)
-    text = render_model_card(run_folder / "final", run_folder, step=2)
+    text = render_card(run_folder / "final", run_folder, step=2)
     assert "**This is the model after 2 updates" in text and "early words" in text
     assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
     assert "in training | 0.2604 |" in text and "lm_eval" not in text  # what the finished model scored
 
 
-def test_scores_of_other_or_older_models_are_not_the_models(run_folder):
+@pytest.mark.parametrize("step", [3, None])
+def test_numbers_of_an_earlier_model_are_not_the_models(run_folder, step):
+    """A checkpoint between two evaluations has none of its own; neither has a run that went on without any."""
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"hellaswag_file": None}))
+    lines = [
+        {"step": 2, "val/loss": 7.25, "val/bpb": 3.5, "hellaswag/acc_norm": 0.3, "hellaswag/acc": 0.28},
+        {"step": 3, "train/loss": 6.0, "train/tokens": 1572864},
+    ]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = describe_model(run_folder / "final", run_folder, step=step)
+    assert [*texts] == [CARD] and "model-index" not in texts[CARD] and "acc_norm" not in texts[CARD]
+    table = read_table(texts[CARD])
+    assert (
+        table["validation loss of an earlier model, at step 2"].startswith("7.2500") and "validation loss" not in table
+    )
+    assert table["updates"] == "3 of 524,288 tokens"
+
+
+def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
     write_scores(run_folder, "hellaswag_gpt2.json", model="openai-community/gpt2")
     (run_folder / "hellaswag_damaged.json").write_text('{"model": "run/final", "original"')
     write_scores(run_folder, "hellaswag_odd.json", original={"acc": "x"}, lm_eval=None)
     write_scores(run_folder, "hellaswag_old.json")
     os.utime(run_folder / "hellaswag_old.json", (0, 0))
-    assert "lm_eval" not in render_model_card(run_folder / "final", run_folder)
+    capsys.readouterr()
+    assert "lm_eval" not in render_card(run_folder / "final", run_folder)
+    lines = capsys.readouterr().err.splitlines()
+    for name, reason in {
+        "damaged": "it is damaged, or holds no scores",
+        "gpt2": "it is of the model openai-community/gpt2",
+        "odd": "it is damaged, or holds no scores",
+        "old": f"it is older than {run_folder / 'final'}",
+    }.items():
+        assert lines.pop(0) == f"{run_folder / f'hellaswag_{name}.json'} is passed over: {reason}"
+    assert not lines
+
+
+def test_scores_are_known_by_the_weights_wherever_the_run_lies(run_folder, tmp_path, capsys):
+    """Not by the model's name, nor by when the files were copied."""
+    (run_folder / "final" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    weights = identify_weights(run_folder / "final")
+    write_scores(run_folder, weights=weights)
+    copy = tmp_path / "renamed"
+    shutil.copytree(run_folder, copy)
+    os.utime(copy / "hellaswag.json", (0, 0))
+    assert "protocol `lm_eval` | 0.5000" in render_card(copy / "final", copy)
+    assert not capsys.readouterr().err
+    write_scores(copy, weights=weights[::-1])
+    assert "lm_eval" not in render_card(copy / "final", copy)
+    assert "hellaswag.json is passed over: it is of other weights than those in" in capsys.readouterr().err
+
+
+def test_scores_in_float32_come_before_those_in_less(run_folder):
+    scores = {"acc": 0.25, "acc_norm": 0.5, "n": 10042}
+    write_scores(run_folder, "hellaswag_a.json", dtype="float32", is_validation_split=True, lm_eval=scores)
+    scores = {"acc": 0.26, "acc_norm": 0.51, "n": 10042}
+    write_scores(run_folder, "hellaswag_b.json", dtype="bfloat16", is_validation_split=True, lm_eval=scores)
+    texts = describe_model(run_folder / "final", run_folder)
+    assert "0.5100, 10,042 items, in bfloat16" in texts[CARD] and "0.5000, 10,042 items, in float32" in texts[CARD]
+    (result,) = (
+        result
+        for result in ModelCard(texts[CARD]).data.eval_results
+        if result.metric_type == "acc_norm" and result.metric_args["protocol"] == "lm_eval"
+    )
+    assert (result.metric_value, result.metric_args["dtype"]) == (0.5, "float32")
+    (entry,) = yaml.safe_load(texts[".eval_results/hellaswag_lm_eval.yaml"])
+    assert entry["value"] == 0.5 and entry["notes"].endswith(", in float32")
 
 
 def test_samples_show_as_they_are(run_folder):
-    text = render_model_card(run_folder / "final", run_folder)
+    text = render_card(run_folder / "final", run_folder)
     assert r"> last &lt;b&gt;words&lt;/b&gt; \| \`x\` \[y\](z)" in text
     assert quote_text("a\n# b\n---") == r"a \# b ---"
 
@@ -226,8 +310,22 @@ def test_card_says_less_where_records_and_data_are_gone(run_folder, data_folder,
         (run_folder / name).unlink()
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": str(tmp_path / "gone")}))
-    text = render_model_card(run_folder / "final", run_folder)
+    text = render_card(run_folder / "final", run_folder)
     for words in ("Nothing was measured.", "None were drawn.", "`gone`, a folder without a manifest", "not recorded"):
         assert words in text
     assert "curves.png" not in text
     ModelCard(text)
+
+
+def test_a_card_that_cannot_be_written_anew_stays_and_is_told_of(run_folder, tmp_path, capsys):
+    config = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64}
+    (run_folder / "final" / "config.json").write_text(json.dumps(config))
+    (run_folder / "final" / CARD).write_text("as it was")
+    files = collect_model(run_folder / "final", run_folder, "me/run")
+    assert b"me/run" in files[CARD] and not capsys.readouterr().err
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings | {"data_dir": str(tmp_path / "gone")}))
+    files = collect_model(run_folder / "final", run_folder, "me/run")
+    assert files[CARD].read_text() == "as it was"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"the model card stays as it is, since its data, {tmp_path / 'gone'}, are not here"

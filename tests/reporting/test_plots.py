@@ -24,7 +24,7 @@ from modeling_gpt2_repro.evaluation.validation import ValidationResult
 from modeling_gpt2_repro.reporting.curves import Series, load_curves
 from modeling_gpt2_repro.reporting.figures import format_count
 from modeling_gpt2_repro.reporting.panels import smooth
-from modeling_gpt2_repro.reporting.plots import build_curves_figure, draw_curves, main
+from modeling_gpt2_repro.reporting.plots import build_curves_figure, describe_end, draw_curves, main
 
 RESULT = HellaSwagResult("original", 48, 0.25, 0.06, 0.2955, 0.07, scored_items=(), examples_per_second=1.0)
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
@@ -294,6 +294,25 @@ def test_smoothing_is_a_mean_over_neighbours():
     assert mean.values[2:-2].tolist() == values[2:-2].tolist()  # a straight line stays where it is
     assert mean.values[[0, -1]].tolist() == [1.0, 398.0]
     assert smooth(Series(values[:50], values[:50]))[1] == 1
+
+
+def test_legend_and_line_give_the_mean_of_the_last_steps_that_they_name(tmp_path):
+    lines = [{"step": step, "train/loss": 10 - step / 100} for step in range(1, 401)]
+    run = load_curves(write_run(tmp_path, lines))
+    (label,) = (text.get_text() for text in build_curves_figure([run]).axes[0].get_legend().get_texts())
+    assert label == "train 6.020 (mean of the last 5 steps)"
+    assert describe_end(run).endswith("train 6.0200 (mean of the last 5 steps)")
+
+
+def test_scores_are_drawn_with_their_standard_error_and_n(tmp_path):
+    score = {"hellaswag/acc_norm": 0.3, "hellaswag/acc_norm_stderr": 0.05, "hellaswag/n": 1042}
+    run = load_curves(write_run(tmp_path, [{"step": step, **score} for step in (0, 10, 20)]))
+    axes = find_panel(build_curves_figure([run]), "HellaSwag validation, n = 1,042")
+    assert "± 1 standard error" in [text.get_text() for text in axes.get_legend().get_texts()]
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.25, 0.35))
+    assert axes.get_ylim()[0] < 0.25 and axes.get_ylim()[1] > 0.35
 
 
 @pytest.mark.parametrize(

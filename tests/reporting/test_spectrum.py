@@ -5,9 +5,9 @@ import pytest
 from conftest import SHARED_DATA
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.reporting.curves import Series, load_curves
+from modeling_gpt2_repro.reporting.curves import Curves, Series, load_curves
 from modeling_gpt2_repro.reporting.plots import main
-from modeling_gpt2_repro.reporting.spectrum import compute_spectrum
+from modeling_gpt2_repro.reporting.spectrum import build_spectrum_figure, compute_spectrum
 
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
 NEEDS_LOG = pytest.mark.skipif(
@@ -58,6 +58,14 @@ def test_short_runs_are_refused(loss):
 def test_a_loss_that_never_changes_is_refused():
     with pytest.raises(UserError, match="never changes"):
         compute_spectrum(Series(np.arange(1000.0), np.full(1000, 3.0)))
+
+
+def test_panels_share_their_heights():
+    losses = {"plain": build_loss(2000), "periodic": build_loss(2000, 35.0)}
+    runs = [Curves(name, 1, {"train/loss": loss}, "") for name, loss in losses.items()]
+    first, second = build_spectrum_figure(runs).axes
+    alone = build_spectrum_figure(runs[1:]).axes[0]
+    assert first.get_ylim() == second.get_ylim() == alone.get_ylim()
 
 
 @NEEDS_LOG

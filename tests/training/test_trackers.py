@@ -20,7 +20,7 @@ from tracker_files import PATIENCE_SECONDS, read_tensorboard, read_wandb_run
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.trackers import choose_trackers
+from modeling_gpt2_repro.training.trackers import choose_trackers, has_wandb_key
 from modeling_gpt2_repro.training.tracking import RunRecord, read_json_lines
 
 
@@ -194,3 +194,17 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, monke
     monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
     with pytest.raises(UserError, match="pip install tensorboard"):
         choose_trackers("tensorboard")
+
+
+def test_nobody_needs_a_home(monkeypatch, tmp_path):
+    """As in a container, whose user id has neither a name nor a home."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not has_wandb_key()
+    (tmp_path / "keys").write_text("machine api.wandb.ai login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    assert has_wandb_key()
