@@ -36,7 +36,16 @@ def find_dangers(source: str) -> list[str]:
     def note(node: ast.AST, why: str) -> None:
         dangers.append(f"{node.lineno}: {why}")
 
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    # A loader of one's own that is derived from a safe one builds no more than that.
+    loaders = YAML_LOADERS | {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and {ast.unparse(base) for base in node.bases} & {f"yaml.{name}" for name in YAML_LOADERS}
+        and len(node.bases) == 1
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             if UNPICKLERS & {module.split(".")[0] for module in modules}:
@@ -56,7 +65,7 @@ def find_dangers(source: str) -> list[str]:
                 note(node, name)
             if name.startswith("yaml.") and "load" in name and name not in ("yaml.safe_load", "yaml.safe_load_all"):
                 loader = keywords.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
-                if loader.rpartition(".")[2] not in YAML_LOADERS:
+                if loader.rpartition(".")[2] not in loaders:
                     note(node, "an unsafe YAML loader")
     return dangers
 
@@ -79,6 +88,8 @@ def test_sources_run_nothing_that_lies_in_a_file(path):
         "yaml.load(f)",
         "yaml.load(f, Loader=yaml.Loader)",
         "yaml.load(f, yaml.UnsafeLoader)",
+        "class L(yaml.Loader): pass\nyaml.load(f, L)",
+        "class L(yaml.SafeLoader, yaml.Loader): pass\nyaml.load(f, L)",
         "yaml.unsafe_load(f)",
         "yaml.full_load(f)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
@@ -95,6 +106,7 @@ def test_the_walk_sees_dangers(code):
 def test_the_walk_lets_safe_calls_pass():
     safe = "torch.load(f, weights_only=True); yaml.safe_load(f); yaml.load(f, Loader=yaml.BaseLoader); model.eval()"
     assert find_dangers(safe + "; load(x, trust_remote_code=settings.trust_remote_code); re.compile('x')") == []
+    assert find_dangers("class L(yaml.BaseLoader): pass\nyaml.load(f, Loader=L)") == []
 
 
 class Trap:

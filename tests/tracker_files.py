@@ -51,7 +51,7 @@ def _read_items(items) -> dict[str, Any]:
 
 
 def _split_log(content: bytes) -> list[bytes]:
-    """Split a log of LevelDB's format, after wandb's own header, into its records."""
+    """Split a log of LevelDB's format, after wandb's own header, into its whole records: it may be written yet."""
     records, parts, place = [], [], HEADER_BYTES
     while place + HEADER_BYTES <= len(content):
         if BLOCK_BYTES - place % BLOCK_BYTES < HEADER_BYTES:  # too little for a record: padding
@@ -59,6 +59,8 @@ def _split_log(content: bytes) -> list[bytes]:
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)
         place += HEADER_BYTES
+        if place + length > len(content):
+            break
         parts.append(content[place : place + length])
         place += length
         if kind in (FULL, LAST):
