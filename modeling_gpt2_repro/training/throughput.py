@@ -9,36 +9,50 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense matrix products in bf16 or fp16 with float32 accumulation, in FLOP/s, as NVIDIA's data sheets and architecture
-# white papers have them; where those quote twice the number, for sparse matrices, half of it. The first name whose
-# words a device's own name holds is taken.
+# Dense matrix products in bf16 or fp16 with float32 accumulation, in FLOP/s, and the document that has the number;
+# where that quotes twice as much, for sparse matrices, half of it. The first name whose words a device's own name
+# holds is taken. The RTX PRO 6000 Blackwell Server Edition is left out: the numbers of its data sheet do not agree.
 PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 154.8e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090 Ti": 80e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+    "GB300": (2500e12, "NVIDIA Blackwell Ultra data sheet"),
+    "B300": (2250e12, "NVIDIA Blackwell Ultra data sheet"),
+    "GB200": (2500e12, "NVIDIA Blackwell data sheet"),
+    "B200": (2250e12, "NVIDIA Blackwell data sheet"),
+    "GH200": (989e12, "NVIDIA GH200 data sheet"),
+    "H200 NVL": (835.5e12, "NVIDIA H200 data sheet"),
+    "H200": (989e12, "NVIDIA H200 data sheet"),
+    "H100 PCIe": (756e12, "NVIDIA H100 data sheet"),
+    "H100 NVL": (835.5e12, "NVIDIA H100 data sheet"),
+    "H100": (989e12, "NVIDIA H100 data sheet"),
+    "H800 PCIe": (756e12, "NVIDIA H800 data sheet"),
+    "H800": (989e12, "NVIDIA H800 data sheet"),
+    "H20": (148e12, "NVIDIA H20 specification for partners"),
+    "A100": (312e12, "NVIDIA A100 data sheet"),
+    "A800": (312e12, "NVIDIA A800 data sheet"),
+    "A40": (149.7e12, "NVIDIA A40 data sheet"),
+    "A30": (165e12, "NVIDIA A30 data sheet"),
+    "A10G": (70e12, "NVIDIA A10G data sheet"),
+    "A10": (125e12, "NVIDIA A10 data sheet"),
+    "L40S": (362.05e12, "NVIDIA L40S data sheet"),
+    "L40": (181.05e12, "NVIDIA L40 data sheet"),
+    "L4": (121e12, "NVIDIA L4 data sheet"),
+    "RTX PRO 6000 Blackwell Max-Q": (438.9e12, "NVIDIA RTX Blackwell PRO white paper"),
+    "RTX PRO 6000 Blackwell Workstation": (503.8e12, "NVIDIA RTX Blackwell PRO white paper"),
+    "RTX 6000 Ada": (364.25e12, "NVIDIA RTX 6000 Ada data sheet"),
+    "RTX A6000": (154.8e12, "NVIDIA GA102 white paper"),
+    "RTX 5090": (209.5e12, "NVIDIA RTX Blackwell white paper"),
+    "RTX 4090": (165.2e12, "NVIDIA Ada white paper"),
+    "RTX 3090 Ti": (80e12, "NVIDIA Ada white paper"),
+    "RTX 3090": (71e12, "NVIDIA GA102 white paper"),
+    "V100-SXM2": (125e12, "NVIDIA V100 data sheet"),
+    "V100-PCIE": (112e12, "NVIDIA V100 data sheet"),
+    "T4": (65e12, "NVIDIA T4 data sheet"),
+    "MI300X": (1307.4e12, "AMD Instinct MI300X data sheet"),
 }
-# From the Ampere generation on TF32 runs at half the rate of bf16; the older two have none.
-WITHOUT_TF32 = ("V100", "T4")
+# Names that hold one from the table but mean another device, or a part of one: a MIG instance, a virtual GPU.
+REFUSED = re.compile(r"Laptop|\bMIG\b|-\d+[ABCQ]|RTX [45]090 D\b|A100-SXM-64GB|H100 \d+GB HBM2|H800 NVL|MI300X HF")
+# From NVIDIA's Ampere generation on TF32 runs at half the rate of bf16; the older two have none, and PyTorch uses
+# AMD's only where the environment asks for it.
+WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4", "MI300X")
 
 # The square matrix product in place of a data sheet: its size on a CPU and elsewhere, and how often it is timed.
 CPU_PROBE_SIZE, PROBE_SIZE, N_PROBES = 2048, 8192, 5
@@ -62,20 +76,28 @@ class Clock:
         self.seconds[activity].append(time.perf_counter() - started)
 
 
-def find_peak_flops(device_name: str, precision: str) -> float | None:
-    """Return a device's peak in FLOP/s from the table, `None` for one that is not there.
+@dataclass(frozen=True)
+class Peak:
+    """What a device could do at most: `flops` a second, and `source`, where the number is from."""
+
+    flops: float
+    source: str
+
+
+def find_peak(device_name: str, precision: str) -> Peak | None:
+    """Return a device's peak from the table, `None` for one that is not there.
 
     Args:
         device_name: as `torch.cuda.get_device_name` says it.
         precision: `bf16`, `fp16`, or `no` for float32, which means TF32.
     """
-    if "Laptop" in device_name or " MIG " in device_name:  # less than the card of the same number
+    if REFUSED.search(device_name):
         return None
-    for name, peak in PEAK_FLOPS.items():
+    for name, (flops, source) in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device_name):
             if precision != "no":
-                return peak
-            return None if name in WITHOUT_TF32 else peak / 2
+                return Peak(flops, source)
+            return None if name in WITHOUT_TF32 else Peak(flops / 2, source)
     return None
 
 
@@ -93,18 +115,10 @@ def measure_peak_flops(device: torch.device, precision: str) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-@dataclass(frozen=True)
-class Peak:
-    """What a device could do at most: `flops` a second, and `source`, where the number is from."""
-
-    flops: float
-    source: str
-
-
 def choose_peak(device: torch.device, precision: str, tf32: bool = True) -> Peak:
-    """Return a device's peak from its data sheet, or else as a short matrix product shows it."""
+    """Return a device's peak as its vendor states it, or else as a short matrix product shows it."""
     if device.type == "cuda" and (tf32 or precision != "no"):
-        flops = find_peak_flops(torch.cuda.get_device_name(device), precision)
-        if flops is not None:
-            return Peak(flops, "data sheet")
+        peak = find_peak(torch.cuda.get_device_name(device), precision)
+        if peak is not None:
+            return peak
     return Peak(measure_peak_flops(device, precision), "measured by a matrix product")

@@ -7,43 +7,129 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2_repro.training import throughput
-from modeling_gpt2_repro.training.throughput import Clock, choose_peak, find_peak_flops, measure_peak_flops
+from modeling_gpt2_repro.training.throughput import PEAK_FLOPS, Clock, Peak, choose_peak, find_peak, measure_peak_flops
+
+KNOWN = [
+    ("NVIDIA GB300", 2500),
+    ("NVIDIA B300 SXM6 AC", 2250),
+    ("NVIDIA GB200", 2500),
+    ("NVIDIA B200", 2250),
+    ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA GH200 144G HBM3e", 989),
+    ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835.5),
+    ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100", 989),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100 NVL", 835.5),
+    ("NVIDIA H800", 989),
+    ("NVIDIA H800 PCIe", 756),
+    ("NVIDIA H20", 148),
+    ("NVIDIA H20-3e", 148),
+    ("NVIDIA A100-SXM4-40GB", 312),
+    ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A100-PCIE-40GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA A800-SXM4-80GB", 312),
+    ("NVIDIA A800 40GB Active", 312),
+    ("NVIDIA A40", 149.7),
+    ("NVIDIA A30", 165),
+    ("NVIDIA A10G", 70),
+    ("NVIDIA A10", 125),
+    ("NVIDIA L40S", 362.05),
+    ("NVIDIA L40", 181.05),
+    ("NVIDIA L4", 121),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+    ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9),
+    ("NVIDIA RTX 6000 Ada Generation", 364.25),
+    ("NVIDIA RTX A6000", 154.8),
+    ("NVIDIA GeForce RTX 5090", 209.5),
+    ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA GeForce RTX 3090 Ti", 80),
+    ("NVIDIA GeForce RTX 3090", 71),
+    ("Tesla V100-SXM2-32GB", 125),
+    ("Tesla V100-PCIE-16GB", 112),
+    ("Tesla T4", 65),
+    ("AMD Instinct MI300X", 1307.4),
+    ("AMD Instinct MI300X VF", 1307.4),
+]
+
+
+@pytest.mark.parametrize("name, teraflops", KNOWN)
+def test_peak_of_known_devices(name, teraflops):
+    half = find_peak(name, "bf16")
+    assert half.flops == pytest.approx(teraflops * 1e12)
+    assert find_peak(name, "fp16") == half
+    single = find_peak(name, "no")
+    if name.startswith(("Tesla", "AMD")):
+        assert single is None  # no TF32
+    else:
+        assert single == Peak(half.flops / 2, half.source)
+
+
+def test_each_entry_is_reached_and_has_a_source():
+    assert {find_peak(name, "bf16") for name, _ in KNOWN} == {Peak(*entry) for entry in PEAK_FLOPS.values()}
+    assert all(source.startswith(("NVIDIA ", "AMD ")) for _, source in PEAK_FLOPS.values())
 
 
 @pytest.mark.parametrize(
-    "name, precision, teraflops",
+    "name",
     [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA GH200 480GB", "bf16", 989),
-        ("NVIDIA GB200", "bf16", 2500),
-        ("NVIDIA B200", "bf16", 2250),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
-        ("NVIDIA A100-SXM4-80GB", "no", 156),
-        ("NVIDIA A10G", "bf16", 70),
-        ("NVIDIA A10", "bf16", 125),
-        ("NVIDIA L4", "bf16", 121),
-        ("NVIDIA L40S", "bf16", 362),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
-        ("Tesla T4", "fp16", 65),
+        "NVIDIA T400 4GB",
+        "NVIDIA T4G",
+        "NVIDIA RTX A4000",
+        "NVIDIA RTX A400",
+        "NVIDIA RTX 4000 Ada Generation",
+        "NVIDIA A100X",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A10M",
+        "NVIDIA A30X",
+        "NVIDIA L20",
+        "NVIDIA GB10",
+        "NVIDIA B100",
+        "NVIDIA H100 80GB HBM2e",
+        "NVIDIA H800 NVL",
+        "Tesla V100S-PCIE-32GB",
+        "Tesla V100-FHHL-16GB",
+        "NVIDIA GeForce RTX 3080 Ti",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA GeForce RTX 5090 D v2",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 5090 Laptop GPU",
+        "Quadro RTX 6000",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        "NVIDIA RTX PRO 5000 Blackwell",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA A10-4Q",
+        "GRID A100-40C",
+        "GRID T4-16Q",
+        "AMD Instinct MI300X HF",
+        "AMD Instinct MI300A",
+        "AMD Instinct MI325X",
+        "NVIDIA Graphics Device",
     ],
 )
-def test_peak_of_known_devices(name, precision, teraflops):
-    assert find_peak_flops(name, precision) == pytest.approx(teraflops * 1e12)
+def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_that_is(name):
+    assert find_peak(name, "bf16") is None
+    assert find_peak(name, "no") is None
 
 
 @pytest.mark.parametrize(
-    "name, precision",
+    "name, precision, tf32, expected",
     [
-        ("NVIDIA T400", "bf16"),
-        ("NVIDIA RTX A4000", "bf16"),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
-        ("Tesla T4", "no"),
-        ("AMD Instinct MI300X", "bf16"),
+        ("NVIDIA H100 PCIe", "bf16", True, Peak(756e12, "NVIDIA H100 data sheet")),
+        ("NVIDIA H100 PCIe", "no", True, Peak(378e12, "NVIDIA H100 data sheet")),
+        ("NVIDIA H100 PCIe", "no", False, Peak(1e12, "measured by a matrix product")),
+        ("AMD Instinct MI300X", "no", True, Peak(1e12, "measured by a matrix product")),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", True, Peak(1e12, "measured by a matrix product")),
     ],
 )
-def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_that_is(name, precision):
-    assert find_peak_flops(name, precision) is None
+def test_a_gpu_is_looked_up_or_else_measured(name, precision, tf32, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(throughput, "measure_peak_flops", lambda device, precision: 1e12)
+    assert choose_peak(torch.device("cuda"), precision, tf32) == expected
 
 
 def test_a_cpu_is_measured_and_said_to_be():
