@@ -5,7 +5,7 @@ a state dict of ours is one of `GPT2LMHeadModel` and the other way round, withou
 """
 
 import math
-from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -25,16 +25,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_gpt2_repro import GPT2ReproConfig
 
 # Positions whose logits exist at once in the training loss: few on a CPU, enough to keep a GPU busy.
-LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
-OTHER_LOSS_CHUNK_TOKENS = 2048
+LOSS_CHUNK_TOKENS, OTHER_LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}, 2048
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out, the only implementation that can return its weights.
 
     Shapes: `query` (batch, heads, queries, head_dim), `key` and `value` (batch, heads, keys, head_dim), the additive
-    `attention_mask` (batch, 1, queries, keys). Returns the output as (batch, queries, heads, head_dim) and the
-    weights as (batch, heads, queries, keys).
+    mask (batch, 1, queries, keys), output (batch, queries, heads, head_dim), weights (batch, heads, queries, keys).
     """
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -44,6 +42,18 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Return hidden states (batch, kept, n_embd) of the last `logits_to_keep` positions (0: all), or of those that a
+    tensor of indices, (kept,) or (batch, kept), lists; a boolean mask (batch, sequence) gives (kept, n_embd)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep.unsqueeze(-1), dim=1)
+
+
 class HeadCrossEntropy(torch.autograd.Function):
     """The vocabulary head and its cross-entropy, a chunk of positions at a time: all logits never exist at once.
 
@@ -51,12 +61,13 @@ class HeadCrossEntropy(torch.autograd.Function):
     ids, of which -100 is ignored, and returns the sum of the negative log-likelihoods in nats. Gradients are computed
     on the way, while a chunk's logits exist, so that nothing is computed twice. The products run in autocast's dtype,
     everything after them in float32. Matrix units want a multiple of 128 rows, which 50,257 is not: the weight is
-    padded inside the product, and the padding masked to a probability of exactly 0.
+    padded inside the product, and the padding masked to a probability of exactly 0. `chunk_tokens` may be `None`.
     """
 
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, chunk_tokens):
         device_type, vocab_size = hidden_states.device.type, weight.shape[0]
+        chunk_tokens = chunk_tokens or LOSS_CHUNK_TOKENS.get(device_type, OTHER_LOSS_CHUNK_TOKENS)
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         head = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 128))
         rows, loss = torch.arange(head.shape[0], device=head.device), torch.zeros((), device=head.device)
@@ -113,12 +124,9 @@ class GPT2ReproAttention(nn.Module):
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attn_pdrop if self.training else 0.0
-        attn_output, attn_weights = attention_interface(
+        attn_output, attn_weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         attn_output = self.c_proj(attn_output.reshape(*input_shape, -1))
@@ -194,10 +202,9 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as GPT-2 does: normal with `initializer_range`, biases zero, layer norms one.
 
-        The projections that write to the residual stream are scaled by 1/sqrt(residual layers), two in each block
-        (GPT-2 paper, section 2.3), and the position embedding has half the token embedding's deviation (OpenAI's
-        `src/model.py`: 0.01 and 0.02). The scale sits on the module itself because transformers visits only modules
-        that own parameters.
+        Projections to the residual stream are scaled by 1/sqrt(residual layers), two in each block (GPT-2 paper,
+        section 2.3); the position embedding has half the token embedding's deviation (OpenAI's `src/model.py`). The
+        scale sits on the module itself because transformers visits only modules that own parameters.
         """
         super()._init_weights(module)
         if isinstance(module, Conv1D) or hasattr(module, "init_scale"):
@@ -255,7 +262,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             if length > self.config.n_positions:
                 raise ValueError(f"input of {length} tokens is longer than n_positions ({self.config.n_positions})")
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past_length
-
         mask_arguments = (inputs_embeds, attention_mask, past_key_values, position_ids)
         needs_mask = not is_plain or self.config._attn_implementation != "sdpa"
         causal_mask = create_causal_mask(self.config, *mask_arguments) if needs_mask else None
@@ -270,8 +276,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modelling head, which is the token embedding used a second time.
 
     Attributes:
-        loss_chunk_tokens: positions whose logits exist at once where the loss is computed without returning them; a
-            matter of speed and memory only. `None` means a good number for the device (`LOSS_CHUNK_TOKENS`).
+        loss_chunk_tokens: positions whose logits exist at once where the loss is computed without returning them, a
+            matter of speed and memory; `None` chooses by the device.
     """
 
     _auto_class = "AutoModelForCausalLM"
@@ -318,18 +324,18 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        head, loss, logits = self.lm_head, None, None
+        hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
+        head, loss, logits, needs_grad = self.lm_head, None, None, torch.is_grad_enabled()
         skip_logits = shift_labels is not None and (self.training if skip_logits is None else skip_logits)
         # An adapter in the head's place, a hook or an offloaded weight: then the module alone knows what it computes.
         has_hooks = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
         if skip_logits and type(head) is nn.Linear and head.bias is None and not has_hooks:
-            loss = HeadCrossEntropy.apply(
-                hidden_states.flatten(0, 1),
-                head.weight if torch.is_grad_enabled() else head.weight.detach(),
-                shift_labels.flatten(),
-                self.loss_chunk_tokens or LOSS_CHUNK_TOKENS.get(hidden_states.device.type, OTHER_LOSS_CHUNK_TOKENS),
-            )
+            # Evaluation is exact: bfloat16 logits near -100, as OpenAI's weights give them, add 0.007 nats to a loss.
+            with nullcontext() if needs_grad else torch.autocast(hidden_states.device.type, enabled=False):
+                weight = head.weight if needs_grad else head.weight.detach()
+                loss = HeadCrossEntropy.apply(
+                    hidden_states.flatten(0, 1), weight, shift_labels.flatten(), self.loss_chunk_tokens
+                )
             n_targets = kwargs.get("num_items_in_batch")
             loss = loss / ((shift_labels != -100).sum() if n_targets is None else n_targets)
         else:
@@ -338,13 +344,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
                 )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]

@@ -77,6 +77,10 @@ def test_logits_to_keep_are_those_of_the_whole(pair):
     assert_close(model(ids, logits_to_keep=1).logits, logits[:, -1:])
     assert_close(model(ids, logits_to_keep=4).logits, logits[:, -4:])
     assert_close(model(ids, logits_to_keep=indices).logits, logits[:, indices])
+    of_each, mask = torch.tensor([[0, 4], [8, 2]]), torch.arange(18).view(2, 9) % 5 == 1
+    assert_close(model(ids, logits_to_keep=of_each).logits, torch.stack([logits[0, [0, 4]], logits[1, [8, 2]]]))
+    assert_close(model(ids, logits_to_keep=mask).logits, logits[mask])
+    assert model(ids, logits_to_keep=mask).logits.shape == (4, 301)
 
 
 def test_embeddings_take_the_place_of_ids(pair):

@@ -36,6 +36,15 @@ def build_pair(**changes) -> tuple[GPT2ReproForCausalLM, GPT2LMHeadModel]:
     return model, stock
 
 
+def silence_blocks(model: GPT2ReproForCausalLM | GPT2LMHeadModel) -> None:
+    """Let the blocks add nothing to the residual stream: embeddings, last layer norm and head are left."""
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                projection.weight.zero_()
+                projection.bias.zero_()
+
+
 def draw_ids(batch: int = 2, length: int = 33, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, SHAPE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from modeling_gpt2_repro.devices import is_out_of_memory, measure_free_memory
 from modeling_gpt2_repro.evaluation.rows import Batch, EncodedChoices, build_rows, collate_rows, fits_in_one_row
@@ -89,9 +90,37 @@ def compute_logits(
         return hidden_states[places].unsqueeze(0), *others
 
     head = model.get_output_embeddings() if selects_places else None
-    with head.register_forward_pre_hook(select) if head is not None else contextlib.nullcontext():
+    with (
+        head.register_forward_pre_hook(select) if head is not None else contextlib.nullcontext(),
+        head_without_autocast(model),
+    ):
         logits = model(**inputs).logits
     return logits[0] if is_selected else logits[places]
+
+
+@contextlib.contextmanager
+def head_without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model's vocabulary head compute in its weight's own type, where an autocast runs the rest in another.
+
+    In bfloat16, logits near -100, as OpenAI's GPT-2 has them, are half a nat apart.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    weight = getattr(head, "weight", None)
+    if weight is None or not torch.is_autocast_enabled(weight.device.type):
+        yield
+        return
+    autocast = torch.autocast(weight.device.type, enabled=False)
+
+    def enter(_: torch.nn.Module, arguments: tuple) -> tuple:
+        autocast.__enter__()
+        hidden_states, *others = arguments
+        return hidden_states.to(weight.dtype), *others
+
+    def leave(*_: Any) -> None:
+        autocast.__exit__(None, None, None)
+
+    with head.register_forward_pre_hook(enter), head.register_forward_hook(leave, always_call=True):
+        yield
 
 
 def sum_nll(logits: torch.Tensor, batch: Batch) -> list[float]:

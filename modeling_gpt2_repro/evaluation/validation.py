@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from modeling_gpt2_repro.evaluation.scoring import evaluation_mode
+from modeling_gpt2_repro.evaluation.scoring import evaluation_mode, head_without_autocast
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,6 @@ def _compute_loss(
     # logits is asked: how `forward` takes labels differs, and transformers' own ignore those that are shifted already.
     if can_skip_logits:
         return model(input_ids=inputs, shift_labels=targets, use_cache=False, skip_logits=True).loss
-    logits = model(input_ids=inputs, use_cache=False).logits
+    with head_without_autocast(model):
+        logits = model(input_ids=inputs, use_cache=False).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import build_model, build_stock_model
+from tiny_models import build_model, build_stock_model, silence_blocks
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -225,3 +225,17 @@ def test_the_budget_is_a_power_of_two_that_half_of_the_free_memory_holds(monkeyp
     assert choose(2**50) == scoring.LARGEST_BATCH_TOKENS["cpu"]
     assert choose(None) == scoring.LARGEST_BATCH_TOKENS["cpu"]
     assert choose(0) == 1
+
+
+@pytest.mark.parametrize("selects_places", [True, False])
+def test_sums_are_those_of_exact_logits_under_an_autocast(selects_places):
+    model = build_model()
+    silence_blocks(model)
+    rows = [[item] for item in draw_items()]
+    with scoring.evaluation_mode(model):
+        exact = scoring.score_items(model, rows, selects_places)
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = scoring.score_items(model, rows, selects_places)
+            assert torch.is_autocast_enabled("cpu")
+            assert model.lm_head(torch.zeros(1, 48)).dtype == torch.bfloat16  # the hooks are gone
+    assert torch.allclose(torch.tensor(sums), torch.tensor(exact), atol=1e-3, rtol=0)

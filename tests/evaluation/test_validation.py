@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny_models import build_pair, draw_ids, silence_blocks
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -81,3 +82,31 @@ def test_transformers_own_models_get_the_loss_that_they_compute_themselves(windo
     with torch.no_grad():
         expected = model.eval()(input_ids=windows, labels=windows).loss.item()
     assert result.loss == pytest.approx(expected, rel=1e-6)
+
+
+def shift_logits(model: GPT2LMHeadModel | GPT2ReproForCausalLM, shift: float) -> None:
+    """Give all logits of a model an offset, as OpenAI's weights have one, and leave all errors to the head."""
+    silence_blocks(model)
+    with torch.no_grad():
+        direction = model.transformer.ln_f.bias.normal_(std=2, generator=torch.Generator().manual_seed(0))
+        model.transformer.wte.weight += shift * direction / direction.square().sum()
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "stock"])
+def test_logits_near_minus_100_keep_the_loss_of_float64_under_bf16(is_ours):
+    model = build_pair()[0 if is_ours else 1]
+    shift_logits(model, -200.0)  # of which the layer norm takes back half
+    windows = draw_ids(batch=24, length=49)
+    result = evaluate_loss(
+        model,
+        list(windows),
+        24,
+        batch_size=8,
+        token_byte_lengths=np.ones(301),
+        accelerator=Accelerator(mixed_precision="bf16"),
+    )
+    with torch.no_grad():
+        logits = model.double()(windows[:, :-1]).logits
+    assert -120 < logits.mean() < -80
+    exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert result.loss == pytest.approx(exact, abs=1e-4)
