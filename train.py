@@ -39,6 +39,7 @@ from modeling_gpt2_repro.training.faults import (
     MOST_OVERFLOWS,
     NonFiniteError,
     RepeatedOverflowError,
+    explained_nondeterminism,
     explained_out_of_memory,
     explained_write_failures,
     tolerated_write_failures,
@@ -66,16 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.smoke:
         config = config.as_smoke_test()
     prepare_cpu_process()
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    accelerator = start_accelerator(config.mixed_precision)
+    accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
     record = RunRecord(Path(config.output_dir) / config.run_name, accelerator)
     is_publishing = config.push_to_hub and accelerator.is_main_process
     publisher = Publisher(record.folder, config, is_publishing, Console(is_publishing).say)
     try:
-        if config.eval_only:
-            evaluate_only(config, accelerator)
-        elif run := build_run(config, accelerator, record, publisher):
-            return run_to_the_end(run, preemption)
+        with explained_nondeterminism():
+            if config.eval_only:
+                evaluate_only(config, accelerator)
+            elif run := build_run(config, accelerator, record, publisher):
+                return run_to_the_end(run, preemption)
     except BaseException as error:
         record.set_failed(error)
         if record.is_started and not accelerator.is_main_process and not getattr(error, "is_everywhere", False):
@@ -219,7 +220,8 @@ def evaluate(run: Run, step: int) -> None:
                 run.record.best_val_loss = validation.loss
     if plan.is_due(config.hellaswag_every, step):
         # Papers cite the other protocol: its score belongs to the finished model.
-        for encoded in inputs.hellaswag if step == plan.last_step else inputs.hellaswag[:1]:
+        for protocol in ("original", "lm_eval") if step == plan.last_step else ("original",):
+            encoded = inputs.hellaswag.encode(protocol)
             with accelerator.autocast():
                 result = evaluate_hellaswag(run.model, encoded, accelerator=accelerator, show_progress=False)
             metrics |= result.metrics()
@@ -244,18 +246,15 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
     is_saved = not run.accelerator.is_main_process
     started, config, folder = time.perf_counter(), run.config, run.record.folder / "checkpoints"
     if run.accelerator.is_main_process:
-        state = checkpoints.TrainingState(
-            step,
-            step * config.tokens_per_step,
-            run.experiment,
-            run.skips,
-            run.record.tracker_run_id,
-            is_evaluated,
-        )
         with tolerated_write_failures(f"the checkpoint of step {step}", run.console.say):
             check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
             checkpoint = checkpoints.save_checkpoint(
-                folder, state, run.model, run.inputs.tokenizer, run.optimizer, run.accelerator.scaler
+                folder,
+                run.describe_state(step, is_evaluated),
+                run.model,
+                run.inputs.tokenizer,
+                run.optimizer,
+                run.accelerator.scaler,
             )
             is_saved = True
             run.publisher.submit(checkpoint)

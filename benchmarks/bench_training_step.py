@@ -88,8 +88,7 @@ class OurLoop:
 
     def __init__(self, options: argparse.Namespace):
         prepare_cpu_process()
-        torch.set_float32_matmul_precision("high")
-        self.accelerator = start_accelerator(CONFIG.mixed_precision)
+        self.accelerator = start_accelerator(CONFIG.mixed_precision, tf32=CONFIG.tf32)
         self.device = self.accelerator.device
         shape = MODEL_SIZES[options.model_size] | {"n_positions": max(1024, options.sequence_length)}
         self.model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape)).to(self.device).train()
@@ -99,11 +98,11 @@ class OurLoop:
         )
         self.windows = draw_windows(options)
         sizes = [options.batch_size]
-        loss_model, _, _ = fit_micro_batch(
+        fit = fit_micro_batch(
             WindowLoss(self.model), self.windows, sizes, CONFIG.compile, self.accelerator, lambda line: None
         )
         self.windows = self.windows.to(self.device)
-        self.loss_model, self.optimizer = self.accelerator.prepare(loss_model, self.optimizer)
+        self.loss_model, self.optimizer = self.accelerator.prepare(fit.loss_model, self.optimizer)
 
     def step(self) -> float:
         """Make an update and return the loss before it."""

@@ -5,11 +5,14 @@ import gc
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 
 from modeling_gpt2_repro.errors import UserError
@@ -20,21 +23,32 @@ PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
+# The values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS gives the same bits at every call.
+REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
+
 # More tokens than this in one micro-step on a CPU only cost memory: the logits alone are 0.2 MB each.
 CPU_MICRO_BATCH_TOKENS = 4096
 ACCELERATOR_MICRO_BATCH_SIZE = 64
 
 
-def start_accelerator(mixed_precision: str) -> Accelerator:
+def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic: bool = False) -> Accelerator:
     """Start accelerate with a precision that the experiment chose, whatever the launcher says.
 
     `bf16` becomes float32 on a device that has none, and so does `fp16` off CUDA, where nothing scales its loss.
+
+    Args:
+        tf32: let products of float32 matrices run in TF32 where the device has it.
+        deterministic: see `compute_deterministically`.
 
     Raises:
         UserError: the launcher started more processes than there are devices: they would share one, or each of them
             would believe to be alone.
     """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    compute_deterministically(deterministic)
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if not use_cpu:
+        check_driver()
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available() and not use_cpu and n_local > torch.cuda.device_count():
         raise UserError(
@@ -53,6 +67,48 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
     if mixed_precision == "fp16" and state.device.type != "cuda":
         mixed_precision = "no"
     return Accelerator(mixed_precision=mixed_precision)
+
+
+def check_driver() -> None:
+    """Raise a `UserError` for a driver too old for this torch, which would take the machine for one without a GPU."""
+    with warnings.catch_warnings(action="ignore"):  # says the same in many lines
+        if torch.version.cuda is None or torch.cuda.is_available():
+            return
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            if "driver on your system is too old" in str(error):
+                found = str(error).partition("(")[2].partition(")")[0] or "of an unknown version"
+                raise UserError(
+                    f"the NVIDIA driver ({found}) is too old for torch {torch.__version__}: update the driver, "
+                    "install a torch built for it (https://pytorch.org), or set ACCELERATE_USE_CPU=true"
+                ) from error
+
+
+def compute_deterministically(is_wanted: bool) -> None:
+    """Let torch use only operations that give the same bits at every call, and the compiler choose without timing.
+
+    An operation that has no such form raises a `RuntimeError` when it is called. Call it before the first CUDA call:
+    cuBLAS reads its setting once (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+    """
+    if is_wanted:
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPRODUCIBLE_CUBLAS:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPRODUCIBLE_CUBLAS[0]
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs, and costs a pass over every tensor
+    torch.use_deterministic_algorithms(is_wanted)
+
+
+def name_device(device: torch.device) -> torch.device:
+    """Return a CUDA device with its index, which accelerate leaves out for a lone process; others as they are."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def enter_device(device: torch.device) -> None:
+    """Make a CUDA device the current one of the calling thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def get_largest_micro_batch_size(device: torch.device, sequence_length: int) -> int:
@@ -102,6 +158,32 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def compute_once(function: Callable[[], Any], accelerator: Accelerator) -> Any:
+    """Return `function()`, which the first process alone computes, in every process.
+
+    Raises:
+        UserError: it did, in every process.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def name_hardware(accelerator: Accelerator) -> str:
+    """Return what tells devices apart on which the same micro-batch fits: their number and kind."""
+    device = accelerator.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{accelerator.num_processes} x {kind}"
+
+
 def describe_device(accelerator: Accelerator, wanted_precision: str) -> str:
     """Say what the run computes on and in which precision, and where that is not the one wanted."""
     device, precision = accelerator.device, accelerator.mixed_precision.replace("no", "float32")
@@ -111,6 +193,8 @@ def describe_device(accelerator: Accelerator, wanted_precision: str) -> str:
         name = f"{device.type}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
     if accelerator.mixed_precision != wanted_precision:
         precision += f", because it has no {wanted_precision}"
+        if device.type == "cuda" and wanted_precision == "bf16":
+            precision += " (--mixed_precision fp16 would be faster)"
     return f"{name}; {accelerator.num_processes} process(es); {precision}"
 
 
@@ -156,15 +240,15 @@ def measure_total_memory() -> int | None:
         return None
 
 
+def measure_device_memory(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that this process could have for itself, what it holds already included."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
 def measure_free_memory(device: torch.device) -> int | None:
     """Return the bytes that this process could still take on a device; `None` where the system does not say."""
     if device.type == "cuda":
-        # What torch keeps but does not use is free as well.
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+        return measure_device_memory(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
     try:

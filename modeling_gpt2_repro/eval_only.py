@@ -22,7 +22,7 @@ from modeling_gpt2_repro.evaluation.baseline import (
     record_validation,
     save_baseline,
 )
-from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
@@ -61,7 +61,7 @@ def evaluate_only(settings: EvaluationSettings, accelerator: Accelerator) -> Non
     if settings.hellaswag_every:
         with accelerator.main_process_first():
             items = load_hellaswag(settings.hellaswag_file, settings.hellaswag_limit)
-        encoded = encode_hellaswag(items, tokenizer, "original")
+        encoded = HellaSwagQuestions(items, tokenizer, accelerator).encode("original")
     model = load_fitting_model(settings, tokenizer).to(accelerator.device)
 
     validation = hellaswag = None

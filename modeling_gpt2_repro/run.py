@@ -1,13 +1,15 @@
 """A training run, put together: all that the loop in `train.py` works with, built and checked before step 1."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
@@ -15,12 +17,15 @@ from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
 from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
 from modeling_gpt2_repro.devices import (
     ACCELERATOR_MICRO_BATCH_SIZE,
+    compute_once,
     describe_device,
     get_largest_micro_batch_size,
+    measure_device_memory,
+    name_hardware,
     reset_peak_memory,
 )
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import encode_prompt
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
@@ -28,7 +33,8 @@ from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
-from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
+from modeling_gpt2_repro.training.memory import describe_step_memory
+from modeling_gpt2_repro.training.micro_step import Fit, WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import (
     HELLASWAG_ITEMS,
@@ -49,12 +55,12 @@ GPT2_VOCAB_SIZE = 50257
 
 @dataclass
 class Inputs:
-    """What a run reads; what is never evaluated is `None`. HellaSwag is in both protocols, the one to follow first."""
+    """What a run reads; what is never evaluated is `None`."""
 
     tokenizer: PreTrainedTokenizerBase
     train_set: TokenDataset
     val_set: TokenDataset | None
-    hellaswag: list[EncodedHellaSwag] | None
+    hellaswag: HellaSwagQuestions | None
 
     def count_eval_tokens(self, config: TrainingConfig) -> int:
         """Return the tokens of one validation."""
@@ -107,6 +113,19 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     n_overflows: int = 0
 
+    def describe_state(self, step: int, is_evaluated: bool) -> checkpoints.TrainingState:
+        """Describe where the run stands after `step` updates, for a checkpoint."""
+        return checkpoints.TrainingState(
+            step=step,
+            tokens=step * self.config.tokens_per_step,
+            experiment=self.experiment,
+            skips=self.skips,
+            tracker_run_id=self.record.tracker_run_id,
+            is_evaluated=is_evaluated,
+            micro_batch_size=self.plan.micro_batch_size,
+            hardware=name_hardware(self.accelerator),
+        )
+
     def describe_way_back(self) -> str:
         """Say how the run goes on if it ends now."""
         return checkpoints.describe_way_back(self.config.resume_from_checkpoint, self.record.folder / "checkpoints")
@@ -127,7 +146,7 @@ def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
     if config.hellaswag_every:
         with accelerator.main_process_first():
             items = load_hellaswag(config.hellaswag_file, config.hellaswag_limit)
-        hellaswag = [encode_hellaswag(items, tokenizer, protocol) for protocol in ("original", "lm_eval")]
+        hellaswag = HellaSwagQuestions(items, tokenizer, accelerator)
     return Inputs(tokenizer, train_set, val_set, hellaswag)
 
 
@@ -176,17 +195,13 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     model = build_model(source, config, inputs.tokenizer).to(accelerator.device).train()
     if config.sample_every:  # to hear of a prompt that does not fit now, and not at the first sample
         encode_prompt(model, inputs.tokenizer, config.sample_prompt, config.sample_tokens)
-    for encoded in inputs.hellaswag or ():  # nor of an ending at the last score
-        encoded.count_truncated(get_max_positions(model))
+    if inputs.hellaswag:  # nor of an ending at the last score
+        inputs.hellaswag.check_fits(get_max_positions(model))
     model.loss_chunk_tokens = config.loss_chunk_tokens
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
-    if resume_from:
-        checkpoints.load_moving_parts(resume_from, optimizer, accelerator.scaler)
-
-    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
-    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
+    sizes = list_micro_batch_sizes(config, accelerator, state)
     plan = Plan(
         n_processes=accelerator.num_processes,
         micro_batch_size=sizes[0],
@@ -197,7 +212,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         n_parameters=model.num_parameters(),
         flops_per_token=count_flops_per_token(model, config.sequence_length),
         eval_tokens=inputs.count_eval_tokens(config),
-        hellaswag_tokens=inputs.hellaswag[0].n_tokens if inputs.hellaswag else 0,
+        hellaswag_tokens=inputs.hellaswag.encode("original").n_tokens if inputs.hellaswag else 0,
     )
     if accelerator.is_main_process:
         check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / "checkpoints"))
@@ -209,12 +224,13 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     console.say(f"model       {plan.n_parameters:,} parameters, from {source}, dropout {config.dropout:g}")
     console.say(f"data        {config.data_dir}: {inputs.train_set.n_tokens:,} training tokens, {order}")
 
-    loss_model, micro_batch_size, seconds_per_token = fit_micro_batch(
-        WindowLoss(model), inputs.train_set, sizes, config.compile, accelerator, console.say
-    )
-    loss_model, optimizer = accelerator.prepare(loss_model, optimizer)
-    plan = replace(plan, micro_batch_size=micro_batch_size)
-    seconds = plan.estimate_seconds(config, accelerator.num_processes / seconds_per_token)
+    fit = fit_to_device(config, accelerator, model, inputs.train_set, sizes, console.say)
+    # Not before the trial, which keeps room for what this brings.
+    if resume_from:
+        checkpoints.load_moving_parts(resume_from, optimizer, accelerator.scaler)
+    loss_model, optimizer = accelerator.prepare(fit.loss_model, optimizer)
+    plan = replace(plan, micro_batch_size=fit.micro_batch_size)
+    seconds = plan.estimate_seconds(config, accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
     console.say(plan.describe_step(config))
     console.say(plan.describe_length(config))
@@ -251,16 +267,50 @@ def choose_together(config: TrainingConfig, accelerator: Accelerator, folder: Pa
     Raises:
         UserError: as `choose_checkpoint`, in every process.
     """
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = checkpoints.choose_checkpoint(config.resume_from_checkpoint, folder, console.say)
-        except UserError as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+    choose = partial(checkpoints.choose_checkpoint, config.resume_from_checkpoint, folder, console.say)
+    return compute_once(choose, accelerator)
+
+
+def list_micro_batch_sizes(
+    config: TrainingConfig, accelerator: Accelerator, state: checkpoints.TrainingState | None
+) -> list[int]:
+    """Return the micro-batch sizes to try, largest first; a run resumed on the same hardware begins with its own.
+
+    Raises:
+        UserError: the processes do not divide a step, or the size set does not divide a process's share of it.
+    """
+    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
+    if state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes:
+        return sizes[sizes.index(state.micro_batch_size) :]
+    return sizes
+
+
+def fit_to_device(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    model: GPT2ReproForCausalLM,
+    train_set: TokenDataset,
+    sizes: list[int],
+    say: Callable[[str], None],
+) -> Fit:
+    """Compile the loss where that works, and find the first of `sizes` that fits, which calculation begins with.
+
+    Raises:
+        UserError: not even the smallest fits.
+    """
+    advice = ""
+    if accelerator.device.type == "cuda":
+        memory = describe_step_memory(
+            model.config,
+            config.sequence_length,
+            accelerator.mixed_precision,
+            config.gradient_checkpointing,
+            config.loss_chunk_tokens,
+        )
+        available = min(gather_object([measure_device_memory(accelerator.device)]))
+        sizes, advice = memory.skip_too_large(sizes, available), memory.advise(available)
+    return fit_micro_batch(WindowLoss(model), train_set, sizes, config.compile, accelerator, say, advice)
 
 
 def check_agreement(accelerator: Accelerator, facts: list[Any]) -> None:

@@ -1,7 +1,10 @@
 """Facts about devices and processes."""
 
+import os
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +32,51 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(UserError, match="started 8 processes, but this machine has 4"):
         devices.start_accelerator("no")
+
+
+def test_a_gpu_without_bf16_is_said_to_be_faster_in_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no", num_processes=1)
+    said = devices.describe_device(accelerator, "bf16")
+    assert "Tesla T4" in said and "no bf16" in said and "--mixed_precision fp16" in said
+    assert "fp16" not in devices.describe_device(accelerator, "no")
+
+
+OLD_DRIVER = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+)
+
+
+@pytest.mark.parametrize("reason, is_refused", [(OLD_DRIVER, True), ("Found no NVIDIA driver on your system.", False)])
+def test_a_driver_too_old_for_torch_is_not_taken_for_a_machine_without_a_gpu(reason, is_refused, monkeypatch):
+    def fail():
+        raise RuntimeError(reason)
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warnings.warn(reason, stacklevel=1)))
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with warnings.catch_warnings(action="error"):
+        if not is_refused:
+            assert devices.check_driver() is None
+            return
+        with pytest.raises(UserError, match=r"found version 11040\) is too old for torch") as raised:
+            devices.start_accelerator("no")
+    assert "\n" not in str(raised.value)
+
+
+def test_determinism_is_set_for_torch_its_compiler_and_cublas(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    devices.start_accelerator("no", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch._inductor.config.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    devices.compute_deterministically(True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    devices.compute_deterministically(False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.shards import load_manifest, open_split
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.devices import enter_device, name_device
 from modeling_gpt2_repro.errors import UserError
 
 # Micro-batches read before they are asked for; each is half a megabyte at 64 x 1,024 tokens.
@@ -110,7 +112,9 @@ def read_ahead(
         batch = dataset.read(micro_batch)
         return batch.pin_memory() if pin else batch
 
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+    # A thread begins on GPU 0, where pinning would open a second context in the processes of the other GPUs.
+    enter = partial(enter_device, name_device(device))
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead", initializer=enter) as reader:
         batches = deque(reader.submit(read_next) for _ in range(depth))
         while (batch := batches.popleft().result()) is not None:
             batches.append(reader.submit(read_next))

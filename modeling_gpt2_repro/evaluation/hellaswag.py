@@ -21,13 +21,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from modeling_gpt2_repro.devices import compute_once
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem
 from modeling_gpt2_repro.evaluation.multiple_choice import compute_accuracies, pick_endings
@@ -201,6 +202,39 @@ def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -
         UserError: the tokenizer makes nothing of a context or of an ending.
     """
     return EncodedHellaSwag(protocol, tuple(ENCODERS[protocol](items, tokenizer)))
+
+
+class HellaSwagQuestions:
+    """Items as a run asks them: a protocol's encoding is made when it is first wanted, once for all processes.
+
+    All processes have to call `encode` and `check_fits` together.
+    """
+
+    def __init__(self, items: Sequence[HellaSwagItem], tokenizer, accelerator):
+        self.items, self.tokenizer, self.accelerator = items, tokenizer, accelerator
+        self._encoded: dict[str, EncodedHellaSwag] = {}
+
+    def encode(self, protocol: str) -> EncodedHellaSwag:
+        """Return the items under the protocol `original` or `lm_eval`, as `encode_hellaswag` does."""
+        if protocol not in self._encoded:
+            encode = partial(encode_hellaswag, self.items, self.tokenizer, protocol)
+            self._encoded[protocol] = compute_once(encode, self.accelerator)
+        return self._encoded[protocol]
+
+    def check_fits(self, max_positions: int | None) -> None:
+        """Raise a `UserError` where an ending is too long for a model, under any protocol.
+
+        Protocols spell an ending alike, so those that are far from too long under one are not encoded for the others.
+        """
+        original = self.encode("original")
+        original.count_truncated(max_positions)
+        if max_positions is not None:
+            long = [
+                item
+                for item, encoded in zip(self.items, original.items, strict=True)
+                if 2 * max(map(len, encoded.ending_ids)) > max_positions
+            ]
+            encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
 
 
 def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:

@@ -41,6 +41,8 @@ class TrainingState:
         skips: updates that the run passes over.
         tracker_run_id: by which a tracker knows the run again.
         is_evaluated: what is due at this step has been measured; not so where the run was asked to stop before.
+        micro_batch_size: sequences that a device took at once, and `hardware` on which they fitted. The size decides
+            the last bits of an update.
     """
 
     step: int
@@ -49,6 +51,8 @@ class TrainingState:
     skips: list[range]
     tracker_run_id: str
     is_evaluated: bool = True
+    micro_batch_size: int | None = None
+    hardware: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -69,6 +73,9 @@ class TrainingState:
             skips,
             str(content["tracker_run_id"]),
             bool(content["is_evaluated"]),
+            # Runs of the first version did not say it.
+            None if content.get("micro_batch_size") is None else int(content["micro_batch_size"]),
+            None if content.get("hardware") is None else str(content["hardware"]),
         )
         if state.step < 0:
             raise ValueError(f"step is {state.step}")

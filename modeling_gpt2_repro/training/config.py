@@ -63,6 +63,7 @@ KNOWN_ELSEWHERE = {
 OPERATIONAL = {
     *("model_size", "n_layer", "n_head", "n_embd"),
     *("data_dir", "output_dir", "run_name", "epochs", "max_steps", "micro_batch_size", "compile"),
+    "deterministic",
     *("loss_chunk_tokens", "eval_only"),
     *("gradient_checkpointing", "eval_every", "eval_tokens", "hellaswag_every", "hellaswag_file", "hellaswag_limit"),
     *("sample_every", "sample_prompt", "sample_tokens", "save_every", "keep_checkpoints", "resume_from_checkpoint"),
@@ -103,8 +104,8 @@ class TrainingConfig:
     tokens_per_step: int = setting(524288, "tokens in an optimizer update, all devices together")
     micro_batch_size: str = setting(
         "auto",
-        "sequences a device takes at once; never changes the experiment; auto: 64 (fewer on a CPU), halved while "
-        "memory runs out before the first step",
+        "sequences a device takes at once; never changes the experiment; auto: what is calculated to fit, 64 at most "
+        "(fewer on a CPU), less while memory runs out before the first step; a resumed run keeps it",
     )
     epochs: float = setting(1.0, "passes over the training tokens, fractions allowed; max_steps wins over it")
     max_steps: int | None = setting(None, "optimizer updates; derived from epochs where not given")
@@ -130,6 +131,11 @@ class TrainingConfig:
     tf32: bool = setting(True, "compute what stays in float32 as TF32 where the device has it; False: exactly, slower")
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile of the training step; auto: on where a compiler for the device is found"
+    )
+    deterministic: bool = setting(
+        False,
+        "use only operations that give the same bits at every call, so that a run resumed on the same GPUs ends with "
+        "the same bits; slower",
     )
     loss_chunk_tokens: int | None = setting(
         None,

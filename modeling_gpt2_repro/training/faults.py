@@ -12,6 +12,9 @@ from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError
 # "PytorchStreamWriter failed writing file", "I/O error: No space left on device (os error 28)".
 WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "os error")
 
+# "index_add_cuda_ does not have a deterministic implementation, but you set ..."
+NONDETERMINISM_SIGN = " does not have a deterministic implementation"
+
 # Updates in a row with an infinite gradient: fp16's scaler, which begins at 2**16 and halves, is below 1 after them.
 MOST_OVERFLOWS = 20
 
@@ -86,6 +89,21 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
             )
             advice += "the experiment"
         raise UserError(f"memory ran out with {size} sequence(s) at once: {advice}") from error
+
+
+@contextlib.contextmanager
+def explained_nondeterminism() -> Iterator[None]:
+    """Turn an operation that `--deterministic` has no form of into a `UserError` that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(NONDETERMINISM_SIGN)
+        if not found:
+            raise
+        raise UserError(
+            f"--deterministic: {operation.split()[-1]} has no deterministic form on this device: leave the flag out, "
+            "or change --compile or --mixed_precision, so that another operation takes its place"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,15 +1,18 @@
 """One micro-step, windows in and loss out, and the trial that finds out what the device can do."""
 
 import contextlib
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 from torch.utils.data import Dataset
 
 from modeling_gpt2_repro.devices import can_compile, is_out_of_memory, return_freed_memory
@@ -33,35 +36,72 @@ class WindowLoss(nn.Module):
         return self.model(input_ids=windows[:, :-1], shift_labels=targets, use_cache=False).loss
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a trial found out: the loss, compiled or not, the sequences at once, and the seconds that a token takes."""
+
+    loss_model: nn.Module
+    micro_batch_size: int
+    seconds_per_token: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one size came to in one process: it ran in `seconds`, did not fit, or did not compile."""
+
+    seconds: float = 0.0
+    fits: bool = True
+    compiler_error: str | None = None
+
+
+class CompilationError(Exception):
+    """The compiler failed in one process at least, and with this every process knows."""
+
+
 def fit_micro_batch(
     loss_model: nn.Module,
     dataset: Dataset,
-    sizes: list[int],
+    sizes: Sequence[int],
     compile: str,
     accelerator: Accelerator,
     say: Callable[[str], None],
-) -> tuple[nn.Module, int, float]:
+    advice: str = "",
+) -> Fit:
     """Find out by trial what the device can do.
 
-    Returns `loss_model`, compiled where `compile` (`auto`, `on` or `off`) and the machine allow, the first of the
-    micro-batch `sizes` that fits in memory, and the seconds a token that it trains at. The model must be on its device
-    and not distributed; its weights and gradients are left as they were. Every process takes the same answer.
+    `loss_model` is compiled where `compile` (`auto`, `on` or `off`) and the machine allow, and the first of the
+    micro-batch `sizes` that fits in memory is taken. Every process takes the same answer: one whose compiler fails, or
+    whose memory is full, decides for all. The model must be on its device, not distributed and without an optimizer's
+    moments, for which room is kept; its weights and gradients are left as they were.
+
+    Args:
+        advice: what would fit where no size does, if that is known.
 
     Raises:
         UserError: not even the smallest size fits.
     """
-    if compile == "on" or (compile == "auto" and can_compile(accelerator.device)):
+    if compile != "off":
+        reason = None
+        if compile == "auto" and not can_compile(accelerator.device):
+            reason = "there is no compiler for this device (a C++ compiler, on a CPU)"
         try:
+            _agree_to_compile(reason, accelerator)
             say("compiling the training step, which takes a minute or so")
-            compiled = torch.compile(loss_model)
+            # A size is compiled for itself: one graph for all of them would have to be traced for each all the same.
+            compiled = torch.compile(loss_model, dynamic=False)
             with _recompute_cheap_activations(accelerator.device):
-                return compiled, *_try_sizes(compiled, dataset, sizes, accelerator)
-        except (TorchDynamoException, InductorError) as error:
-            say(f"torch.compile failed, so the run is eager: {str(error).strip().splitlines()[0]}")
+                return _try_sizes(compiled, dataset, sizes, accelerator, advice)
+        except CompilationError as error:
+            say(f"all processes run eagerly: {error}" if accelerator.num_processes > 1 else str(error))
             torch._dynamo.reset()
-    elif compile == "auto":
-        say("torch.compile is off: there is no compiler for this device (a C++ compiler, on a CPU)")
-    return loss_model, *_try_sizes(loss_model, dataset, sizes, accelerator)
+    return _try_sizes(loss_model, dataset, sizes, accelerator, advice)
+
+
+def _agree_to_compile(reason: str | None, accelerator: Accelerator) -> None:
+    """Raise a `CompilationError` in every process where one of them has a reason not to compile."""
+    for process, other in enumerate(_gather(reason, accelerator)):
+        if other is not None:
+            raise CompilationError(f"torch.compile is off{_name_process(process, accelerator)}: {other}")
 
 
 def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractContextManager:
@@ -76,34 +116,47 @@ def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractCon
 
 
 def _try_sizes(
-    loss_model: nn.Module, dataset: Dataset, sizes: list[int], accelerator: Accelerator
-) -> tuple[int, float]:
+    loss_model: nn.Module, dataset: Dataset, sizes: Sequence[int], accelerator: Accelerator, advice: str
+) -> Fit:
     # What training will hold besides: AdamW's two moments, and the buckets in which gradients are exchanged.
     reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(3) if p.is_cuda]
     for size in sizes:
-        seconds, fits = 0.0, True
-        try:
-            seconds = _time_micro_step(loss_model, dataset, size, accelerator)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            fits = False
+        outcomes = _gather(_try_micro_step(loss_model, dataset, size, accelerator), accelerator)
         loss_model.zero_grad(set_to_none=True)
-        if not fits and accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if accelerator.num_processes > 1:
-            outcomes = accelerator.gather(torch.tensor([[seconds, float(fits)]], device=accelerator.device))
-            seconds, fits = outcomes[:, 0].max().item(), bool(outcomes[:, 1].min())
-        if fits:
+        for process, outcome in enumerate(outcomes):
+            if outcome.compiler_error is not None:
+                raise CompilationError(
+                    f"torch.compile failed{_name_process(process, accelerator)}, so the run is eager: "
+                    f"{outcome.compiler_error}"
+                )
+        if all(outcome.fits for outcome in outcomes):
             del reserved
             if accelerator.device.type == "cpu":
                 return_freed_memory()
-            return size, seconds / (size * (len(dataset[0]) - 1))
+            n_tokens = size * (len(dataset[0]) - 1)
+            return Fit(loss_model, size, max(outcome.seconds for outcome in outcomes) / n_tokens)
+        # The next size needs the memory of this one, and its place among the graphs that the compiler keeps at most.
+        torch._dynamo.reset()
+        gc.collect()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+    generally = "--gradient_checkpointing True, a shorter --sequence_length or a smaller --model_size"
     raise UserError(
         f"even {sizes[-1]} sequence(s) at once do not fit in the device's memory: use "
         + ("--micro_batch_size auto, " if sizes[-1] > 1 else "")
-        + "--gradient_checkpointing, a shorter --sequence_length or a smaller --model_size"
+        + (advice or generally)
     )
+
+
+def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> Outcome:
+    try:
+        return Outcome(_time_micro_step(loss_model, dataset, size, accelerator))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return Outcome(fits=False)
+        if isinstance(error, TorchDynamoException):
+            return Outcome(compiler_error=str(error).strip().splitlines()[0])
+        raise
 
 
 def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:
@@ -117,3 +170,11 @@ def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, acceler
         loss.item()
         seconds = time.perf_counter() - start
     return seconds
+
+
+def _gather(answer: Any, accelerator: Accelerator) -> list[Any]:
+    return gather_object([answer]) if accelerator.num_processes > 1 else [answer]
+
+
+def _name_process(process: int, accelerator: Accelerator) -> str:
+    return f" in process {process}" if accelerator.num_processes > 1 else ""

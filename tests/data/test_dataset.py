@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_gpt2_repro.data import dataset as data_module
 from modeling_gpt2_repro.data.dataset import TokenDataset, read_ahead
+from modeling_gpt2_repro.devices import enter_device, name_device
 from modeling_gpt2_repro.errors import UserError
 
 
@@ -96,3 +98,26 @@ def test_reading_ahead_raises_where_the_batch_is_due_and_leaves_no_thread(tmp_pa
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_the_reader_works_on_the_device_that_its_batches_go_to(tmp_path, monkeypatch):
+    np.save(tmp_path / "train_000001.npy", np.arange(1000, dtype=np.uint16))
+    device, entered, readers = torch.device("cpu"), [], set()
+    monkeypatch.setattr(
+        data_module, "enter_device", lambda device: entered.append((device, threading.current_thread().name))
+    )
+    dataset = TokenDataset(str(tmp_path), "train", 8, 1000)
+    read = dataset.read
+    monkeypatch.setattr(dataset, "read", lambda ids: (readers.add(threading.current_thread().name), read(ids))[1])
+    list(read_ahead(dataset, build_batches(len(dataset)), device))
+    ((entered_device, thread),) = entered
+    assert entered_device == device and {thread} == readers and thread != threading.current_thread().name
+
+
+def test_a_cuda_device_is_entered_by_its_index(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device in ("cuda", "cuda:1", "cpu"):
+        enter_device(name_device(torch.device(device)))
+    assert entered == [torch.device("cuda:3"), torch.device("cuda:1")]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.training.faults import NonFiniteError, explained_out_of_memory
+from modeling_gpt2_repro.training.faults import NonFiniteError, explained_nondeterminism, explained_out_of_memory
 
 
 def test_a_broken_update_names_its_windows_and_the_way_past():
@@ -31,3 +31,15 @@ def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shape") as raised, explained_out_of_memory([1], 1):
         raise RuntimeError("shape mismatch")
     assert not isinstance(raised.value, UserError)
+
+
+def test_an_operation_without_a_deterministic_form_is_named():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(UserError, match="--deterministic: put_ has no") as raised, explained_nondeterminism():
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "leave the flag out" in str(raised.value)
+    with pytest.raises(RuntimeError, match="shape"), explained_nondeterminism():
+        raise RuntimeError("shape mismatch")

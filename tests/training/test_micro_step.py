@@ -1,14 +1,19 @@
 """The trial before the first step: compiling, falling back, and finding what fits in memory."""
 
 import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import REPOSITORY
+from torch._dynamo.utils import counters
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training import micro_step
 from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
 
 
@@ -26,7 +31,7 @@ def windows() -> torch.Tensor:
 
 def fit(loss_model, windows, sizes, compile="off"):
     said = []
-    return *fit_micro_batch(loss_model, windows, sizes, compile, Accelerator(), said.append), said
+    return fit_micro_batch(loss_model, windows, sizes, compile, Accelerator(), said.append), said
 
 
 def test_loss_is_that_of_the_windows_targets(model, windows):
@@ -37,8 +42,8 @@ def test_loss_is_that_of_the_windows_targets(model, windows):
 def test_trial_leaves_weights_gradients_and_rng_alone(model, windows):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    loss_model, size, seconds_per_token, _ = fit(WindowLoss(model), windows, [4, 2, 1])
-    assert isinstance(loss_model, WindowLoss) and size == 4 and seconds_per_token > 0
+    found, _ = fit(WindowLoss(model), windows, [4, 2, 1])
+    assert isinstance(found.loss_model, WindowLoss) and found.micro_batch_size == 4 and found.seconds_per_token > 0
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -54,7 +59,7 @@ class SmallMemory(WindowLoss):
 
 
 def test_micro_batch_is_the_largest_that_fits(model, windows):
-    assert fit(SmallMemory(model), windows, [4, 2, 1])[1] == 2
+    assert fit(SmallMemory(model), windows, [4, 2, 1])[0].micro_batch_size == 2
     with pytest.raises(UserError, match=r"even 4 sequence\(s\) at once do not fit"):
         fit(SmallMemory(model), windows, [8, 4])
 
@@ -76,13 +81,14 @@ def test_an_attempt_that_did_not_fit_leaves_nothing_behind(model, windows):
         raise torch.OutOfMemoryError("out of memory")
 
     held = []
-    assert fit(RunsOutInBackward(model), windows, [4, 2, 1])[1] == 1
+    assert fit(RunsOutInBackward(model), windows, [4, 2, 1])[0].micro_batch_size == 1
     assert not any(any(each) for each in alive[:3])  # the first three are one attempt each
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_step_has_the_gradients_of_the_eager_one(model, windows):
-    compiled, _, _, said = fit(WindowLoss(model), windows, [4], compile="on")
+    found, said = fit(WindowLoss(model), windows, [4], compile="on")
+    compiled = found.loss_model
     assert not any("failed" in line for line in said)
     assert type(compiled) is not WindowLoss
     gradients = []
@@ -99,8 +105,8 @@ def test_compiled_step_has_the_gradients_of_the_eager_one(model, windows):
 
 def test_without_a_compiler_the_run_is_eager_and_says_so(model, windows, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    loss_model, _, _, said = fit(WindowLoss(model), windows, [4], compile="auto")
-    assert type(loss_model) is WindowLoss
+    found, said = fit(WindowLoss(model), windows, [4], compile="auto")
+    assert type(found.loss_model) is WindowLoss
     assert "torch.compile is off" in said[0]
 
 
@@ -109,6 +115,97 @@ def test_a_compiler_that_fails_leaves_the_run_eager(model, windows, monkeypatch,
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     # By inductor's own means: pytest's would leave a setting behind that is an alias.
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        loss_model, _, _, said = fit(WindowLoss(model), windows, [4], compile="on")
-    assert type(loss_model) is WindowLoss
+        found, said = fit(WindowLoss(model), windows, [4], compile="on")
+    assert type(found.loss_model) is WindowLoss
     assert any("torch.compile failed" in line for line in said)
+
+
+def test_advice_stands_where_nothing_fits(model, windows):
+    with pytest.raises(UserError, match=r"memory: use --micro_batch_size auto, --model_size 124M$"):
+        fit_micro_batch(SmallMemory(model), windows, [4], "off", Accelerator(), print, "--model_size 124M")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_after_sizes_that_do_not_fit_the_next_is_compiled_and_each_makes_one_graph(model, windows, monkeypatch):
+    torch._dynamo.reset()
+    tried, time_micro_step = [], micro_step._time_micro_step
+
+    def run(loss_model, dataset, size, accelerator):
+        tried.append(size)
+        return time_micro_step(loss_model, dataset, size, accelerator)
+
+    def run_out(gradient):  # at the end of a compiled backward pass, as of a real device
+        if tried[-1] > 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(micro_step, "_time_micro_step", run)
+    hook = model.transformer.wpe.weight.register_hook(run_out)
+    counters["stats"].clear()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        found, said = fit(WindowLoss(model), windows, [12, 6, 4, 2, 1], compile="on")
+    assert tried == [12, 6, 4, 2, 1] and found.micro_batch_size == 1
+    assert counters["stats"]["unique_graphs"] == len(tried)
+    assert not any("failed" in line for line in said) and type(found.loss_model) is not WindowLoss
+    hook.remove()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found.loss_model(windows[:1]).backward()
+
+
+TWO_PROCESSES = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    os.environ["CXX"] = "no-such-compiler"
+if {breaks}:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = {cache!r} + os.environ["RANK"]
+sys.path.insert(0, {repository!r})
+import torch
+from accelerate import Accelerator
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2_repro.training import micro_step
+from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
+torch.manual_seed(0)
+model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=9)).train()
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+windows = torch.randint(0, 64, (4, 9))
+class Fails(WindowLoss):
+    def forward(self, windows):
+        if rank == 1 and {runs_out} and len(windows) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(windows)
+say = lambda line: print(f"{{rank}}: {{line}}")
+fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
+print(f"{{rank}} answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
+"""
+
+
+def run_two_processes(tmp_path, compile, breaks=False, runs_out=False) -> list[str]:
+    script = tmp_path / "script.py"
+    script.write_text(
+        TWO_PROCESSES.format(
+            repository=str(REPOSITORY),
+            compile=compile,
+            breaks=breaks,
+            cache=str(tmp_path / "cache"),
+            runs_out=runs_out,
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-endpoint=localhost:0"]
+    result = subprocess.run([*command, "--rdzv-backend=c10d", str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("compile, reason", [("auto", "there is no compiler"), ("on", "torch.compile failed")])
+def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile, reason):
+    lines = run_two_processes(tmp_path, compile, breaks=True)
+    assert {"0 answers Fails 4", "1 answers Fails 4"} <= set(lines)
+    for process in "01":
+        (said,) = [line for line in lines if line.startswith(f"{process}: all processes run eagerly")]
+        assert "in process 1" in said and reason in said
+
+
+def test_the_process_with_the_least_memory_decides_for_all(tmp_path):
+    lines = run_two_processes(tmp_path, "off", runs_out=True)
+    assert {"0 answers Fails 2", "1 answers Fails 2"} <= set(lines)

@@ -1,0 +1,89 @@
+"""How much of a GPU's memory a training step takes, calculated before anything is tried there.
+
+The model counts what the compiled step saves for its backward pass, read off the code that torch 2.13 generates for
+CUDA. It only chooses where a trial begins, and what to advise where nothing fits: the trial has the last word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
+from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS
+
+# Bytes a parameter in float32: weight, gradient, AdamW's two moments, and the buckets in which gradients travel.
+STATIC_BYTES = 4 + 4 + 8 + 4
+# Values that a block saves of a token, in multiples of its width: the residual stream before each layer norm, in
+# float32; queries, keys and values, attention's output, the layer norms' outputs, and the MLP's inner layer before and
+# after GELU, in the type of the matrix products.
+SAVED_IN_FLOAT32, SAVED_IN_COMPUTE_TYPE = 2, 3 + 1 + 2 + 8
+SAVED_STATISTICS_BYTES = 0.6  # of layer norms and softmax, a token and unit of width
+# The CUDA context, the libraries' workspaces, and fragments.
+OVERHEAD_BYTES = 1e9
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """A training step, as far as its memory goes.
+
+    Args:
+        config: shape of the model.
+        sequence_length: tokens.
+        compute_bytes: of a number in matrix products: 2 in bf16 and fp16, 4 in float32.
+        is_checkpointed: a block's inputs alone are saved, and the rest is computed again.
+        loss_chunk_tokens: tokens whose logits exist at once.
+    """
+
+    config: GPT2ReproConfig
+    sequence_length: int
+    compute_bytes: int
+    is_checkpointed: bool
+    loss_chunk_tokens: int
+
+    def count_parameters(self) -> int:
+        """Return the model's parameters, the tied embedding once."""
+        config = self.config
+        block = 12 * config.n_embd**2 + 13 * config.n_embd
+        return config.n_layer * block + (config.vocab_size + config.n_positions + 2) * config.n_embd
+
+    def estimate(self, micro_batch_size: int) -> float:
+        """Return the bytes that a step takes at most with that many sequences at once."""
+        config, n_tokens = self.config, micro_batch_size * self.sequence_length
+        saved = 4 * SAVED_IN_FLOAT32 + self.compute_bytes * SAVED_IN_COMPUTE_TYPE + SAVED_STATISTICS_BYTES
+        n_blocks = 1 if self.is_checkpointed else config.n_layer
+        inputs = 4 * config.n_layer if self.is_checkpointed else 0
+        activations = n_tokens * config.n_embd * (n_blocks * saved + inputs)
+        # A chunk's logits in float32, and their gradient in the products' type.
+        loss = min(self.loss_chunk_tokens, n_tokens) * config.vocab_size * (4 + self.compute_bytes)
+        casts = self.compute_bytes if self.compute_bytes < 4 else 0
+        return self.count_parameters() * (STATIC_BYTES + casts) + activations + loss + OVERHEAD_BYTES
+
+    def skip_too_large(self, sizes: Sequence[int], available_bytes: float) -> list[int]:
+        """Return `sizes`, largest first, from the first that should fit on; the last one is left in any case."""
+        fitting = [size for size in sizes if self.estimate(size) <= available_bytes]
+        return fitting or list(sizes[-1:])
+
+    def advise(self, available_bytes: float) -> str:
+        """Name what would fit with one sequence at once: checkpointing, or the largest smaller model; or return ""."""
+        smaller = [name for name, shape in MODEL_SIZES.items() if shape["n_embd"] < self.config.n_embd]
+        options = (
+            {"--gradient_checkpointing True": replace(self, is_checkpointed=True)} if not self.is_checkpointed else {}
+        )
+        for name in reversed(smaller):
+            shape = MODEL_SIZES[name] | {"vocab_size": self.config.vocab_size, "n_positions": self.config.n_positions}
+            options[f"--model_size {name}"] = replace(self, config=GPT2ReproConfig(**shape))
+        needed = {flags: step.estimate(1) for flags, step in options.items()}
+        fitting = [f"{flags} (about {size / 1e9:.1f} GB)" for flags, size in needed.items() if size <= available_bytes]
+        return " or ".join(fitting[:2])
+
+
+def describe_step_memory(
+    config: GPT2ReproConfig, sequence_length: int, precision: str, is_checkpointed: bool, loss_chunk_tokens: int | None
+) -> StepMemory:
+    """Describe a step on a GPU by a run's settings; `precision` is `bf16`, `fp16` or `no`."""
+    return StepMemory(
+        config=config,
+        sequence_length=sequence_length,
+        compute_bytes=4 if precision == "no" else 2,
+        is_checkpointed=is_checkpointed,
+        loss_chunk_tokens=loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
+    )

@@ -1,0 +1,50 @@
+"""The memory that a training step takes on a GPU, as it is calculated."""
+
+import pytest
+import torch
+
+from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2_repro.training.memory import StepMemory, describe_step_memory
+
+SIZES = [64, 32, 16, 8, 4, 2, 1]
+# What torch leaves of a card of so many GB.
+USABLE = 0.97 * 2**30
+
+
+def describe(model_size: str = "124M", precision: str = "bf16", is_checkpointed: bool = False) -> StepMemory:
+    config = GPT2ReproConfig(**MODEL_SIZES[model_size])
+    return describe_step_memory(config, 1024, precision, is_checkpointed, None)
+
+
+@pytest.mark.parametrize("model_size", MODEL_SIZES)
+def test_parameters_are_those_of_the_model(model_size):
+    step = describe(model_size)
+    with torch.device("meta"):
+        assert step.count_parameters() == GPT2ReproForCausalLM(step.config).num_parameters()
+
+
+@pytest.mark.parametrize(
+    "model_size, by_memory",
+    [("124M", (64, 64, 32)), ("350M", (64, 32, 8)), ("774M", (32, 8, 2)), ("1558M", (8, 2, 1))],
+)
+def test_trials_begin_at_the_largest_size_that_should_fit(model_size, by_memory):
+    for gigabytes, size in zip((80, 40, 24), by_memory, strict=True):
+        assert describe(model_size).skip_too_large(SIZES, gigabytes * USABLE)[0] == size
+
+
+def test_sizes_stay_in_order_and_the_last_is_always_tried():
+    assert describe().skip_too_large([24, 12, 6, 3], 12 * USABLE) == [12, 6, 3]
+    assert describe("1558M").skip_too_large([8, 4], 24 * USABLE) == [4]
+
+
+def test_float32_takes_more_and_checkpointing_less():
+    assert describe(precision="no").estimate(64) > 1.5 * describe().estimate(64)
+    assert describe(is_checkpointed=True).estimate(64) < 0.5 * describe().estimate(64)
+
+
+def test_advice_names_what_fits_and_nothing_else():
+    advice = describe("774M").advise(20e9)
+    assert "--gradient_checkpointing True" in advice and "--model_size 350M" in advice
+    assert "checkpointing" not in describe("1558M").advise(24e9)
+    assert describe("1558M", is_checkpointed=True).advise(24e9).startswith("--model_size 774M")
+    assert describe("124M", is_checkpointed=True).advise(1e9) == ""
