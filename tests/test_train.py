@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, read_losses, read_series, run_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -17,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import modeling_gpt2_repro
 import prepare_data
 import train
+from modeling_gpt2_repro import run as run_module
 from modeling_gpt2_repro.data.dataset import TokenDataset
+from modeling_gpt2_repro.training import checkpoint as checkpoint_module
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.micro_step import WindowLoss
 from modeling_gpt2_repro.weights import build_model
@@ -350,8 +356,8 @@ def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_
     """With the loss scaler of fp16, which accelerate has only for GPUs, given to a run on the CPU."""
     start = train.start_accelerator
 
-    def start_with_scaler(precision: str):
-        accelerator = start(precision)
+    def start_with_scaler(precision: str, **settings):
+        accelerator = start(precision, **settings)
         accelerator.scaler = torch.amp.GradScaler("cpu")
         return accelerator
 
@@ -489,3 +495,80 @@ def test_diverging_run_stops_before_it_harms_the_last_checkpoint(shards, tmp_pat
     assert train.main(flags(shards, tmp_path, learning_rate=1e30, save_every=1, grad_clip=1e30)) == 2
     assert "a loss of nan" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_resumed_run_keeps_the_micro_batch_that_its_hardware_took(shards, tmp_path, monkeypatch, capsys):
+    train_folder = run_training(shards, tmp_path, max_steps=6, lr_schedule="constant", micro_batch_size=4)
+    checkpoint = train_folder / "checkpoints" / "step_0000006"
+    state = json.loads((checkpoint / "training_state" / "state.json").read_text())
+    assert (state["micro_batch_size"], state["hardware"]) == (4, "1 x cpu")
+    capsys.readouterr()
+
+    again = {"max_steps": 8, "lr_schedule": "constant", "micro_batch_size": "auto"}
+    shutil.copytree(train_folder, tmp_path / "elsewhere")
+    shutil.rmtree(train_folder / "final")
+    run_training(shards, tmp_path, **again)
+    assert "2 micro-step(s) x 4 sequence(s)" in capsys.readouterr().out
+
+    shutil.rmtree(tmp_path / "elsewhere" / "final")
+    monkeypatch.setattr(run_module, "name_hardware", lambda accelerator: "another device")
+    run_training(shards, tmp_path, "elsewhere", **again)
+    assert "1 micro-step(s) x 8 sequence(s)" in capsys.readouterr().out
+
+
+def test_what_fits_is_tried_before_the_moments_of_a_checkpoint_take_their_room(shards, tmp_path, monkeypatch):
+    folder = run_training(shards, tmp_path, max_steps=6, lr_schedule="constant")
+    shutil.rmtree(folder / "final")
+    order, fit, load = [], run_module.fit_micro_batch, checkpoint_module.load_moving_parts
+    monkeypatch.setattr(run_module, "fit_micro_batch", lambda *args: order.append("trial") or fit(*args))
+    monkeypatch.setattr(checkpoint_module, "load_moving_parts", lambda *args: order.append("moments") or load(*args))
+    run_training(shards, tmp_path, max_steps=7, lr_schedule="constant")
+    assert order == ["trial", "moments"]
+
+
+def test_an_operation_without_a_deterministic_form_ends_the_run_in_one_line(shards, tmp_path, monkeypatch, capsys):
+    class Unordered(WindowLoss):
+        """A loss on a device that adds in any order."""
+
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+            return super().forward(windows)
+
+    monkeypatch.setattr(run_module, "WindowLoss", Unordered)
+    assert train.main(flags(shards, tmp_path, deterministic=True)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--deterministic: put_ has no deterministic form" in line
+    run_training(shards, tmp_path, max_steps=2)  # a run in the same process is free again
+
+
+DETERMINISTIC = {
+    **{
+        "n_embd": 64,
+        "max_steps": 20,
+        "save_every": 10,
+        "compile": "on",
+        "tokens_per_step": 1024,
+        "learning_rate": 6e-3,
+    },
+    **{"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "keep_checkpoints": 0, "deterministic": True},
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_deterministic_runs_compiled_on_all_cores_resume_with_the_same_bits(shards, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(REPOSITORY / "train.py")]
+    for name in ("whole", "resumed"):
+        if name == "resumed":
+            for part in ("config.yaml", "checkpoints/step_0000010"):
+                destination = tmp_path / name / part
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                source = tmp_path / "whole" / part
+                shutil.copytree(source, destination) if source.is_dir() else shutil.copy(source, destination)
+        argv = flags(shards, tmp_path, name, **DETERMINISTIC)
+        result = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "2 thread(s)" in result.stdout and "failed" not in result.stdout
+    ours, expected = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("resumed", "whole"))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert list(read_losses(tmp_path / "resumed").items()) == list(read_losses(tmp_path / "whole").items())[10:]

@@ -234,7 +234,8 @@ class HellaSwagQuestions:
                 for item, encoded in zip(self.items, original.items, strict=True)
                 if 2 * max(map(len, encoded.ending_ids)) > max_positions
             ]
-            encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
+            if long:
+                encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
 
 
 def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from modeling_gpt2_repro import devices
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation import hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag import (
     EncodedHellaSwag,
     EncodedItem,
+    HellaSwagQuestions,
     encode_hellaswag,
     encode_lm_eval,
     encode_original,
@@ -326,3 +328,46 @@ def test_reduction_at_the_edges():
     tie = reduce_nll(make_encoded([1], (2, 2, 0, 2)), [[5.0, 4.0, 6.0, 4.0]])
     assert (tie.scored_items[0].predicted, tie.scored_items[0].predicted_norm) == (1, 1)
     assert (tie.acc, tie.acc_stderr) == (1.0, None)
+
+
+def test_a_protocol_is_encoded_once_and_when_it_is_wanted(sample, tokenizer, monkeypatch):
+    encoded, encode = [], hellaswag.encode_hellaswag
+    monkeypatch.setattr(
+        hellaswag, "encode_hellaswag", lambda items, *others: encoded.append(others[-1]) or encode(items, *others)
+    )
+    alone = SimpleNamespace(is_main_process=True, num_processes=1)
+    questions = HellaSwagQuestions(sample, tokenizer, alone)
+    assert encoded == []
+    questions.check_fits(1024)
+    first = questions.encode("original")
+    assert encoded == ["original"] and questions.encode("original") is first
+    assert questions.encode("lm_eval") == encode(sample, tokenizer, "lm_eval")
+    assert questions.encode("lm_eval") is questions.encode("lm_eval") and encoded == ["original", "lm_eval"]
+
+
+def test_other_processes_take_the_first_ones_encoding(sample, tokenizer, monkeypatch):
+    sent = []
+    monkeypatch.setattr(devices, "broadcast_object_list", sent.append)
+    first = SimpleNamespace(is_main_process=True, num_processes=2)
+    questions = HellaSwagQuestions(sample, tokenizer, first)
+    encoded = questions.encode("original")
+    (answer,) = sent
+    monkeypatch.setattr(devices, "broadcast_object_list", lambda received: received.__setitem__(slice(None), answer))
+    monkeypatch.setattr(hellaswag, "encode_hellaswag", lambda *arguments: pytest.fail("encoded once more"))
+    other = SimpleNamespace(is_main_process=False, num_processes=2)
+    assert HellaSwagQuestions(sample, tokenizer, other).encode("original") == encoded
+
+
+@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
+def test_an_ending_too_long_for_the_model_is_refused_whatever_the_protocol(protocol, tokenizer, monkeypatch):
+    fits, too_long = "barks " * 5 + "loudly.", "barks " * 20 + "loudly."
+    items = [make_item(endings=(fits, "sings.", "melts.", "folds."))]
+    questions = HellaSwagQuestions(items, tokenizer, SimpleNamespace(is_main_process=True, num_processes=1))
+    questions.check_fits(16)
+    render = getattr(hellaswag, f"render_{protocol}")
+    monkeypatch.setattr(
+        hellaswag, f"render_{protocol}", lambda item: (render(item)[0], [f" {too_long}", *render(item)[1][1:]])
+    )
+    questions = HellaSwagQuestions(items, tokenizer, SimpleNamespace(is_main_process=True, num_processes=1))
+    with pytest.raises(UserError, match="does not fit the model's 16 positions"):
+        questions.check_fits(16)
