@@ -9,7 +9,7 @@ SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
 # The demo asks nothing of the network, computes on the CPU whatever else there is, and reports to no tracker.
 DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-slow quality bench fuzz audit ecosystem
+.PHONY: install demo test test-slow test-gpu quality bench fuzz audit ecosystem
 
 install: .venv/installed
 
