@@ -80,7 +80,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             buffer[:, vocab_size:] = -math.inf
             target_logits = buffer.sub_(buffer.amax(dim=-1, keepdim=True)).gather(1, ids.clamp(min=0))
             sums = buffer.exp_().sum(dim=-1, keepdim=True)
-            loss += ((sums.log() - target_logits) * (ids != -100)).sum()
+            loss = loss + ((sums.log() - target_logits) * (ids != -100)).sum()  # torch 2.11 compiles no gradient of +=
             if any(ctx.needs_input_grad):  # the gradient of the logits is their softmax, less 1 at the target
                 buffer = buffer.mul_((ids != -100) / sums).add_(ids == rows, alpha=-1).to(dtype)
                 grad_states[chunk] = buffer @ head
