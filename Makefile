@@ -34,12 +34,17 @@ test: install
 test-slow: install
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m slow -rs
 
+# What a GPU alone can show. Nothing is installed: it takes the PYTHON that it is given, in which torch sees the device.
+# GPU_TESTS_DEVICE=cpu tries the same tests out at toy size, where there is none.
+test-gpu:
+	$(PYTHON) -m pytest -rs --durations=10 tests/gpu
+
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: install
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 # Bad input by chance, and FUZZ_FACTOR times as much of it as `make test` has. What fails is kept in .hypothesis and
 # comes first when this runs again; FUZZ_ARGS="--hypothesis-seed=N" repeats a whole run by the seed that it printed, and

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
 from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
@@ -29,11 +30,11 @@ from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import encode_prompt
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
-from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
-from modeling_gpt2_repro.training.memory import describe_step_memory
+from modeling_gpt2_repro.training.memory import StepMemory
 from modeling_gpt2_repro.training.micro_step import Fit, WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import (
@@ -199,7 +200,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         inputs.hellaswag.check_fits(get_max_positions(model))
     model.loss_chunk_tokens = config.loss_chunk_tokens
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers 5.23 deprecates the name that older releases, such as 5.17, have alone.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     sizes = list_micro_batch_sizes(config, accelerator, state)
     plan = Plan(
@@ -301,15 +304,18 @@ def fit_to_device(
     """
     advice = ""
     if accelerator.device.type == "cuda":
-        memory = describe_step_memory(
-            model.config,
-            config.sequence_length,
-            accelerator.mixed_precision,
-            config.gradient_checkpointing,
-            config.loss_chunk_tokens,
+        memory = StepMemory(
+            n_layer=model.config.n_layer,
+            n_embd=model.config.n_embd,
+            vocab_size=model.config.vocab_size,
+            n_positions=model.config.n_positions,
+            sequence_length=config.sequence_length,
+            compute_bytes=4 if accelerator.mixed_precision == "no" else 2,
+            is_checkpointed=config.gradient_checkpointing,
+            loss_chunk_tokens=config.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
         )
         available = min(gather_object([measure_device_memory(accelerator.device)]))
-        sizes, advice = memory.skip_too_large(sizes, available), memory.advise(available)
+        sizes, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
     return fit_micro_batch(WindowLoss(model), train_set, sizes, config.compile, accelerator, say, advice)
 
 

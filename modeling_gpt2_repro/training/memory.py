@@ -4,11 +4,8 @@ The model counts what the compiled step saves for its backward pass, read off th
 CUDA. It only chooses where a trial begins, and what to advise where nothing fits: the trial has the last word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
-from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS
 
 # Bytes a parameter in float32: weight, gradient, AdamW's two moments, and the buckets in which gradients travel.
 STATIC_BYTES = 4 + 4 + 8 + 4
@@ -26,14 +23,17 @@ class StepMemory:
     """A training step, as far as its memory goes.
 
     Args:
-        config: shape of the model.
+        n_layer, n_embd, vocab_size, n_positions: shape of the model.
         sequence_length: tokens.
         compute_bytes: of a number in matrix products: 2 in bf16 and fp16, 4 in float32.
         is_checkpointed: a block's inputs alone are saved, and the rest is computed again.
         loss_chunk_tokens: tokens whose logits exist at once.
     """
 
-    config: GPT2ReproConfig
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    n_positions: int
     sequence_length: int
     compute_bytes: int
     is_checkpointed: bool
@@ -41,19 +41,19 @@ class StepMemory:
 
     def count_parameters(self) -> int:
         """Return the model's parameters, the tied embedding once."""
-        config = self.config
-        block = 12 * config.n_embd**2 + 13 * config.n_embd
-        return config.n_layer * block + (config.vocab_size + config.n_positions + 2) * config.n_embd
+        block = 12 * self.n_embd**2 + 13 * self.n_embd
+        return self.n_layer * block + (self.vocab_size + self.n_positions + 2) * self.n_embd
 
     def estimate(self, micro_batch_size: int) -> float:
         """Return the bytes that a step takes at most with that many sequences at once."""
-        config, n_tokens = self.config, micro_batch_size * self.sequence_length
+        n_tokens = micro_batch_size * self.sequence_length
         saved = 4 * SAVED_IN_FLOAT32 + self.compute_bytes * SAVED_IN_COMPUTE_TYPE + SAVED_STATISTICS_BYTES
-        n_blocks = 1 if self.is_checkpointed else config.n_layer
-        inputs = 4 * config.n_layer if self.is_checkpointed else 0
-        activations = n_tokens * config.n_embd * (n_blocks * saved + inputs)
+        if self.is_checkpointed:  # the residual stream before each block, and all of the block that is computed again
+            activations = n_tokens * self.n_embd * (4 * self.n_layer + saved)
+        else:
+            activations = n_tokens * self.n_embd * saved * self.n_layer
         # A chunk's logits in float32, and their gradient in the products' type.
-        loss = min(self.loss_chunk_tokens, n_tokens) * config.vocab_size * (4 + self.compute_bytes)
+        loss = min(self.loss_chunk_tokens, n_tokens) * self.vocab_size * (4 + self.compute_bytes)
         casts = self.compute_bytes if self.compute_bytes < 4 else 0
         return self.count_parameters() * (STATIC_BYTES + casts) + activations + loss + OVERHEAD_BYTES
 
@@ -62,28 +62,14 @@ class StepMemory:
         fitting = [size for size in sizes if self.estimate(size) <= available_bytes]
         return fitting or list(sizes[-1:])
 
-    def advise(self, available_bytes: float) -> str:
-        """Name what would fit with one sequence at once: checkpointing, or the largest smaller model; or return ""."""
-        smaller = [name for name, shape in MODEL_SIZES.items() if shape["n_embd"] < self.config.n_embd]
+    def advise(self, available_bytes: float, others: Mapping[str, Mapping[str, int]]) -> str:
+        """Name what would fit with one sequence at once: checkpointing, or the largest smaller model of `others`."""
         options = (
-            {"--gradient_checkpointing True": replace(self, is_checkpointed=True)} if not self.is_checkpointed else {}
+            {} if self.is_checkpointed else {"--gradient_checkpointing True": replace(self, is_checkpointed=True)}
         )
-        for name in reversed(smaller):
-            shape = MODEL_SIZES[name] | {"vocab_size": self.config.vocab_size, "n_positions": self.config.n_positions}
-            options[f"--model_size {name}"] = replace(self, config=GPT2ReproConfig(**shape))
+        for name, shape in sorted(others.items(), key=lambda other: -other[1]["n_embd"]):
+            if shape["n_embd"] < self.n_embd:
+                options[f"--model_size {name}"] = replace(self, n_layer=shape["n_layer"], n_embd=shape["n_embd"])
         needed = {flags: step.estimate(1) for flags, step in options.items()}
         fitting = [f"{flags} (about {size / 1e9:.1f} GB)" for flags, size in needed.items() if size <= available_bytes]
         return " or ".join(fitting[:2])
-
-
-def describe_step_memory(
-    config: GPT2ReproConfig, sequence_length: int, precision: str, is_checkpointed: bool, loss_chunk_tokens: int | None
-) -> StepMemory:
-    """Describe a step on a GPU by a run's settings; `precision` is `bf16`, `fp16` or `no`."""
-    return StepMemory(
-        config=config,
-        sequence_length=sequence_length,
-        compute_bytes=4 if precision == "no" else 2,
-        is_checkpointed=is_checkpointed,
-        loss_chunk_tokens=loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
-    )

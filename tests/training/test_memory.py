@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.training.memory import StepMemory, describe_step_memory
+from modeling_gpt2_repro.training.memory import StepMemory
 
 SIZES = [64, 32, 16, 8, 4, 2, 1]
 # What torch leaves of a card of so many GB.
@@ -12,15 +12,22 @@ USABLE = 0.97 * 2**30
 
 
 def describe(model_size: str = "124M", precision: str = "bf16", is_checkpointed: bool = False) -> StepMemory:
-    config = GPT2ReproConfig(**MODEL_SIZES[model_size])
-    return describe_step_memory(config, 1024, precision, is_checkpointed, None)
+    shape = MODEL_SIZES[model_size]
+    return StepMemory(
+        **{"n_layer": shape["n_layer"], "n_embd": shape["n_embd"], "vocab_size": 50257, "n_positions": 1024},
+        sequence_length=1024,
+        compute_bytes=4 if precision == "no" else 2,
+        is_checkpointed=is_checkpointed,
+        loss_chunk_tokens=8192,
+    )
 
 
 @pytest.mark.parametrize("model_size", MODEL_SIZES)
 def test_parameters_are_those_of_the_model(model_size):
     step = describe(model_size)
     with torch.device("meta"):
-        assert step.count_parameters() == GPT2ReproForCausalLM(step.config).num_parameters()
+        model = GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[model_size]))
+    assert step.count_parameters() == model.num_parameters()
 
 
 @pytest.mark.parametrize(
@@ -43,8 +50,8 @@ def test_float32_takes_more_and_checkpointing_less():
 
 
 def test_advice_names_what_fits_and_nothing_else():
-    advice = describe("774M").advise(20e9)
+    advice = describe("774M").advise(20e9, MODEL_SIZES)
     assert "--gradient_checkpointing True" in advice and "--model_size 350M" in advice
-    assert "checkpointing" not in describe("1558M").advise(24e9)
-    assert describe("1558M", is_checkpointed=True).advise(24e9).startswith("--model_size 774M")
-    assert describe("124M", is_checkpointed=True).advise(1e9) == ""
+    assert "checkpointing" not in describe("1558M").advise(24e9, MODEL_SIZES)
+    assert describe("1558M", is_checkpointed=True).advise(24e9, MODEL_SIZES).startswith("--model_size 774M")
+    assert describe("124M", is_checkpointed=True).advise(1e9, MODEL_SIZES) == ""
