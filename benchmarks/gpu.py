@@ -28,7 +28,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from measurements import (
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import clip_grad_norm_
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import logging as transformers_logging
+
+from benchmarks.measurements import (
     RESULTS,
     Failure,
     Recorder,
@@ -41,13 +48,6 @@ from measurements import (
     synchronize,
     write_results,
 )
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils import clip_grad_norm_
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers import logging as transformers_logging
-
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.data.tokenization import load_tokenizer
 from modeling_gpt2_repro.devices import (
@@ -234,7 +234,7 @@ class Speed:
         measure("step, eager", lambda: self.measure_step(self.size, compile="off"), seconds / 3)
         for name, backend in self.list_backends()[:2]:
             measure(f"step, attention {name}", lambda backend=backend: self.measure_backend(backend), seconds)
-        for size in (2,) if self.is_toy else (32, 16, 96):
+        for size in () if self.is_toy else (32, 16, 96):
             measure(f"step, {size} sequences at once", lambda size=size: self.measure_step(size), seconds)
         measure("step, last", lambda: self.loop.time(self.rounds))
 

@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, read_losses, read_series, run_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -21,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import modeling_gpt2_repro
 import prepare_data
 import train
+from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
 from modeling_gpt2_repro import run as run_module
 from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.training import checkpoint as checkpoint_module
@@ -555,20 +553,39 @@ DETERMINISTIC = {
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_deterministic_runs_compiled_on_all_cores_resume_with_the_same_bits(shards, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(REPOSITORY / "train.py")]
-    for name in ("whole", "resumed"):
-        if name == "resumed":
-            for part in ("config.yaml", "checkpoints/step_0000010"):
-                destination = tmp_path / name / part
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                source = tmp_path / "whole" / part
-                shutil.copytree(source, destination) if source.is_dir() else shutil.copy(source, destination)
-        argv = flags(shards, tmp_path, name, **DETERMINISTIC)
-        result = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert "2 thread(s)" in result.stdout and "failed" not in result.stdout
-    ours, expected = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("resumed", "whole"))
+def test_deterministic_runs_compiled_for_several_threads_resume_with_the_same_bits(shards, tmp_path, capsys):
+    torch.set_num_threads(2)
+    try:
+        whole = run_training(shards, tmp_path, "whole", **DETERMINISTIC)
+        shutil.copytree(whole / "checkpoints" / "step_0000010", tmp_path / "resumed" / "checkpoints" / "step_0000010")
+        resumed = run_training(shards, tmp_path, "resumed", **DETERMINISTIC)
+    finally:
+        torch.set_num_threads(1)
+    output = capsys.readouterr().out
+    assert output.count("2 thread(s)") == 2 and "failed" not in output
+    ours, expected = (load_file(folder / "final" / "model.safetensors") for folder in (resumed, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert list(read_losses(tmp_path / "resumed").items()) == list(read_losses(tmp_path / "whole").items())[10:]
+    assert list(read_losses(resumed).items()) == list(read_losses(whole).items())[10:]
+
+
+@pytest.mark.parametrize(
+    "gigabytes, size, sizes, advice",
+    [
+        (85, "124M", [64, 32, 16, 8, 4, 2, 1], "checkpointing"),
+        (25, "124M", [32, 16, 8, 4, 2, 1], "checkpointing"),
+        (25, "1558M", [1], "--model_size 774M"),
+    ],
+)
+def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, sizes, advice, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "measure_device_memory", lambda device: gigabytes * 1e9)
+    monkeypatch.setattr(run_module, "fit_micro_batch", lambda *arguments: asked.append(arguments))
+    accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", num_processes=1)
+    config = TrainingConfig(model_size=size)
+    with torch.device("meta"):
+        model = modeling_gpt2_repro.GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[size]))
+    every_size = run_module.list_micro_batch_sizes(config, accelerator, state=None)
+    assert every_size == [64, 32, 16, 8, 4, 2, 1]
+    run_module.fit_to_device(config, accelerator, model, None, every_size, print)
+    ((_, _, tried, _, _, _, said),) = asked
+    assert tried == sizes and advice in said

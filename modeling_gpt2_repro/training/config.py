@@ -22,6 +22,7 @@ KNOWN_ELSEWHERE = {
     "eval_interval": "use --eval_every (steps)",
     "eval_iters": "use --eval_tokens (tokens, the same ones at every evaluation and on any hardware)",
     "eval_steps": "use --eval_every (steps)",
+    "full_determinism": "use --deterministic",
     "gradient_accumulation_steps": "it is derived: --tokens_per_step / (--micro_batch_size x --sequence_length x "
     "processes)",
     "hub_private_repo": "a new repository is private unless --hub_public",

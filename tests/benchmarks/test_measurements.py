@@ -1,16 +1,20 @@
 """What benchmarks write down, also of measurements that fail and of parts that are cut short."""
 
 import json
-import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import measurements
-from measurements import Failure, Recorder, Result, describe_machine, format_table, read_entries, read_results
+from benchmarks import measurements
+from benchmarks.measurements import (
+    Failure,
+    Recorder,
+    Result,
+    describe_machine,
+    format_table,
+    read_entries,
+    read_results,
+)
 
 
 def test_a_measurement_that_fails_costs_no_other(tmp_path, capsys):
