@@ -161,7 +161,6 @@ sys.path.insert(0, {repository!r})
 import torch
 from accelerate import Accelerator
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.training import micro_step
 from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
 torch.manual_seed(0)
 model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=9)).train()
@@ -173,23 +172,15 @@ class Fails(WindowLoss):
         if rank == 1 and {runs_out} and len(windows) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(windows)
-say = lambda line: print(f"{{rank}}: {{line}}")
+say = lambda line: sys.stdout.write(f"{{rank}}: {{line}}\\n")  # at once, or lines of both would mix
 fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
-print(f"{{rank}} answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
+say(f"answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
 """
 
 
 def run_two_processes(tmp_path, compile, breaks=False, runs_out=False) -> list[str]:
-    script = tmp_path / "script.py"
-    script.write_text(
-        TWO_PROCESSES.format(
-            repository=str(REPOSITORY),
-            compile=compile,
-            breaks=breaks,
-            cache=str(tmp_path / "cache"),
-            runs_out=runs_out,
-        )
-    )
+    script, facts = tmp_path / "script.py", {"repository": str(REPOSITORY), "cache": str(tmp_path / "cache")}
+    script.write_text(TWO_PROCESSES.format(compile=compile, breaks=breaks, runs_out=runs_out, **facts))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-endpoint=localhost:0"]
     result = subprocess.run([*command, "--rdzv-backend=c10d", str(script)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -200,7 +191,7 @@ def run_two_processes(tmp_path, compile, breaks=False, runs_out=False) -> list[s
 @pytest.mark.parametrize("compile, reason", [("auto", "there is no compiler"), ("on", "torch.compile failed")])
 def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile, reason):
     lines = run_two_processes(tmp_path, compile, breaks=True)
-    assert {"0 answers Fails 4", "1 answers Fails 4"} <= set(lines)
+    assert {"0: answers Fails 4", "1: answers Fails 4"} <= set(lines)
     for process in "01":
         (said,) = [line for line in lines if line.startswith(f"{process}: all processes run eagerly")]
         assert "in process 1" in said and reason in said
@@ -208,4 +199,4 @@ def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile,
 
 def test_the_process_with_the_least_memory_decides_for_all(tmp_path):
     lines = run_two_processes(tmp_path, "off", runs_out=True)
-    assert {"0 answers Fails 2", "1 answers Fails 2"} <= set(lines)
+    assert {"0: answers Fails 2", "1: answers Fails 2"} <= set(lines)
