@@ -77,7 +77,7 @@ def check_driver() -> None:
         try:
             torch.cuda.init()
         except RuntimeError as error:
-            if "driver on your system is too old" in str(error):
+            if "driver" in str(error) and ("too old" in str(error) or "insufficient" in str(error)):
                 found = str(error).partition("(")[2].partition(")")[0] or "of an unknown version"
                 raise UserError(
                     f"the NVIDIA driver ({found}) is too old for torch {torch.__version__}: update the driver, "

@@ -204,7 +204,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
-    sizes = list_micro_batch_sizes(config, accelerator, state)
+    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
     plan = Plan(
         n_processes=accelerator.num_processes,
         micro_batch_size=sizes[0],
@@ -227,7 +228,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     console.say(f"model       {plan.n_parameters:,} parameters, from {source}, dropout {config.dropout:g}")
     console.say(f"data        {config.data_dir}: {inputs.train_set.n_tokens:,} training tokens, {order}")
 
-    fit = fit_to_device(config, accelerator, model, inputs.train_set, sizes, console.say)
+    fit = fit_to_device(config, accelerator, model, inputs.train_set, sizes, state, console.say)
     # Not before the trial, which keeps room for what this brings.
     if resume_from:
         checkpoints.load_moving_parts(resume_from, optimizer, accelerator.scaler)
@@ -274,35 +275,23 @@ def choose_together(config: TrainingConfig, accelerator: Accelerator, folder: Pa
     return compute_once(choose, accelerator)
 
 
-def list_micro_batch_sizes(
-    config: TrainingConfig, accelerator: Accelerator, state: checkpoints.TrainingState | None
-) -> list[int]:
-    """Return the micro-batch sizes to try, largest first; a run resumed on the same hardware begins with its own.
-
-    Raises:
-        UserError: the processes do not divide a step, or the size set does not divide a process's share of it.
-    """
-    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
-    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
-    if state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes:
-        return sizes[sizes.index(state.micro_batch_size) :]
-    return sizes
-
-
 def fit_to_device(
     config: TrainingConfig,
     accelerator: Accelerator,
     model: GPT2ReproForCausalLM,
     train_set: TokenDataset,
     sizes: list[int],
+    state: checkpoints.TrainingState | None,
     say: Callable[[str], None],
 ) -> Fit:
-    """Compile the loss where that works, and find the first of `sizes` that fits, which calculation begins with.
+    """Compile the loss where that works, and find the first of the micro-batch `sizes`, largest first, that fits.
+
+    A run resumed on the same hardware begins with its own, which decides the last bits of its updates; on a GPU any
+    other begins with what should fit.
 
     Raises:
         UserError: not even the smallest fits.
     """
-    advice = ""
     if accelerator.device.type == "cuda":
         memory = StepMemory(
             n_layer=model.config.n_layer,
@@ -315,7 +304,11 @@ def fit_to_device(
             loss_chunk_tokens=config.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
         )
         available = min(gather_object([measure_device_memory(accelerator.device)]))
-        sizes, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
+        calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
+    else:
+        calculated, advice = sizes, ""
+    is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
+    sizes = sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated
     return fit_micro_batch(WindowLoss(model), train_set, sizes, config.compile, accelerator, say, advice)
 
 

@@ -584,8 +584,17 @@ def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, 
     config = TrainingConfig(model_size=size)
     with torch.device("meta"):
         model = modeling_gpt2_repro.GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[size]))
-    every_size = run_module.list_micro_batch_sizes(config, accelerator, state=None)
-    assert every_size == [64, 32, 16, 8, 4, 2, 1]
-    run_module.fit_to_device(config, accelerator, model, None, every_size, print)
-    ((_, _, tried, _, _, _, said),) = asked
-    assert tried == sizes and advice in said
+    every_size = [64, 32, 16, 8, 4, 2, 1]
+
+    def list_tried(state: SimpleNamespace | None) -> list[int]:
+        run_module.fit_to_device(config, accelerator, model, None, every_size, state, print)
+        assert advice in asked[-1][-1]
+        return asked[-1][2]
+
+    assert list_tried(None) == sizes
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    # What ran before is taken at its word, also where it was set by hand.
+    before = SimpleNamespace(micro_batch_size=16, hardware="1 x NVIDIA H100 80GB HBM3")
+    assert list_tried(before) == [16, 8, 4, 2, 1]
+    assert list_tried(SimpleNamespace(micro_batch_size=16, hardware="2 x NVIDIA H100 80GB HBM3")) == sizes
+    assert list_tried(SimpleNamespace(micro_batch_size=None, hardware=None)) == sizes
