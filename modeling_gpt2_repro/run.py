@@ -1,7 +1,6 @@
 """A training run, put together: all that the loop in `train.py` works with, built and checked before step 1."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
 from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
+from modeling_gpt2_repro.device_fit import fit_to_device, place_on_device
 from modeling_gpt2_repro.devices import (
     ACCELERATOR_MICRO_BATCH_SIZE,
     compute_once,
     describe_device,
     get_largest_micro_batch_size,
-    measure_device_memory,
     name_hardware,
     reset_peak_memory,
 )
@@ -30,12 +28,10 @@ from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.sampling import encode_prompt
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
-from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
+from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
-from modeling_gpt2_repro.training.memory import StepMemory
-from modeling_gpt2_repro.training.micro_step import Fit, WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import (
     HELLASWAG_ITEMS,
@@ -193,7 +189,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     publisher.check(is_resumed=state is not None)
 
     source = str(resume_from) if resume_from else config.init_from
-    model = build_model(source, config, inputs.tokenizer).to(accelerator.device).train()
+    model = place_on_device(config, accelerator, build_model(source, config, inputs.tokenizer)).train()
     if config.sample_every:  # to hear of a prompt that does not fit now, and not at the first sample
         encode_prompt(model, inputs.tokenizer, config.sample_prompt, config.sample_tokens)
     if inputs.hellaswag:  # nor of an ending at the last score
@@ -273,43 +269,6 @@ def choose_together(config: TrainingConfig, accelerator: Accelerator, folder: Pa
     """
     choose = partial(checkpoints.choose_checkpoint, config.resume_from_checkpoint, folder, console.say)
     return compute_once(choose, accelerator)
-
-
-def fit_to_device(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    model: GPT2ReproForCausalLM,
-    train_set: TokenDataset,
-    sizes: list[int],
-    state: checkpoints.TrainingState | None,
-    say: Callable[[str], None],
-) -> Fit:
-    """Compile the loss where that works, and find the first of the micro-batch `sizes`, largest first, that fits.
-
-    A run resumed on the same hardware begins with its own, which decides the last bits of its updates; on a GPU any
-    other begins with what should fit.
-
-    Raises:
-        UserError: not even the smallest fits.
-    """
-    if accelerator.device.type == "cuda":
-        memory = StepMemory(
-            n_layer=model.config.n_layer,
-            n_embd=model.config.n_embd,
-            vocab_size=model.config.vocab_size,
-            n_positions=model.config.n_positions,
-            sequence_length=config.sequence_length,
-            compute_bytes=4 if accelerator.mixed_precision == "no" else 2,
-            is_checkpointed=config.gradient_checkpointing,
-            loss_chunk_tokens=config.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
-        )
-        available = min(gather_object([measure_device_memory(accelerator.device)]))
-        calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
-    else:
-        calculated, advice = sizes, ""
-    is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
-    sizes = sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated
-    return fit_micro_batch(WindowLoss(model), train_set, sizes, config.compile, accelerator, say, advice)
 
 
 def check_agreement(accelerator: Accelerator, facts: list[Any]) -> None:

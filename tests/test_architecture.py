@@ -35,7 +35,7 @@ def may_import(importer: str, imported: str) -> bool:
         return False
     if importer in SCRIPTS or importer in ("__init__", *COMMANDS):
         return imported not in COMMANDS
-    if importer == "run":
+    if importer in ("run", "device_fit"):
         return imported not in COMMANDS and imported_room != "reporting"
     if importer in ("configuration_gpt2_repro", PACKAGE):
         return importer == PACKAGE and imported == "configuration_gpt2_repro"
@@ -66,6 +66,7 @@ def test_the_walk_sees_imports():
     assert not may_import("evaluation.baseline", "eval_only")
     assert not may_import("eval_only", PACKAGE)
     assert not may_import("reporting.plots", PACKAGE)
+    assert not may_import("training.memory", PACKAGE) and not may_import("training.plan", "device_fit")
 
 
 def test_scripts_stay_stories():

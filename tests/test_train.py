@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import modeling_gpt2_repro
 import prepare_data
 import train
-from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
-from modeling_gpt2_repro import run as run_module
+from modeling_gpt2_repro import device_fit
 from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.training import checkpoint as checkpoint_module
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -509,7 +507,7 @@ def test_a_resumed_run_keeps_the_micro_batch_that_its_hardware_took(shards, tmp_
     assert "2 micro-step(s) x 4 sequence(s)" in capsys.readouterr().out
 
     shutil.rmtree(tmp_path / "elsewhere" / "final")
-    monkeypatch.setattr(run_module, "name_hardware", lambda accelerator: "another device")
+    monkeypatch.setattr(device_fit, "name_hardware", lambda accelerator: "another device")
     run_training(shards, tmp_path, "elsewhere", **again)
     assert "1 micro-step(s) x 8 sequence(s)" in capsys.readouterr().out
 
@@ -517,8 +515,8 @@ def test_a_resumed_run_keeps_the_micro_batch_that_its_hardware_took(shards, tmp_
 def test_what_fits_is_tried_before_the_moments_of_a_checkpoint_take_their_room(shards, tmp_path, monkeypatch):
     folder = run_training(shards, tmp_path, max_steps=6, lr_schedule="constant")
     shutil.rmtree(folder / "final")
-    order, fit, load = [], run_module.fit_micro_batch, checkpoint_module.load_moving_parts
-    monkeypatch.setattr(run_module, "fit_micro_batch", lambda *args: order.append("trial") or fit(*args))
+    order, fit, load = [], device_fit.fit_micro_batch, checkpoint_module.load_moving_parts
+    monkeypatch.setattr(device_fit, "fit_micro_batch", lambda *args: order.append("trial") or fit(*args))
     monkeypatch.setattr(checkpoint_module, "load_moving_parts", lambda *args: order.append("moments") or load(*args))
     run_training(shards, tmp_path, max_steps=7, lr_schedule="constant")
     assert order == ["trial", "moments"]
@@ -532,7 +530,7 @@ def test_an_operation_without_a_deterministic_form_ends_the_run_in_one_line(shar
             torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
             return super().forward(windows)
 
-    monkeypatch.setattr(run_module, "WindowLoss", Unordered)
+    monkeypatch.setattr(device_fit, "WindowLoss", Unordered)
     assert train.main(flags(shards, tmp_path, deterministic=True)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--deterministic: put_ has no deterministic form" in line
@@ -566,35 +564,3 @@ def test_deterministic_runs_compiled_for_several_threads_resume_with_the_same_bi
     ours, expected = (load_file(folder / "final" / "model.safetensors") for folder in (resumed, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert list(read_losses(resumed).items()) == list(read_losses(whole).items())[10:]
-
-
-@pytest.mark.parametrize(
-    "gigabytes, size, sizes, advice",
-    [
-        (85, "124M", [64, 32, 16, 8, 4, 2, 1], "checkpointing"),
-        (25, "124M", [32, 16, 8, 4, 2, 1], "checkpointing"),
-        (25, "1558M", [1], "--model_size 774M"),
-    ],
-)
-def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, sizes, advice, monkeypatch):
-    asked = []
-    monkeypatch.setattr(run_module, "measure_device_memory", lambda device: gigabytes * 1e9)
-    monkeypatch.setattr(run_module, "fit_micro_batch", lambda *arguments: asked.append(arguments))
-    accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", num_processes=1)
-    config = TrainingConfig(model_size=size)
-    with torch.device("meta"):
-        model = modeling_gpt2_repro.GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[size]))
-    every_size = [64, 32, 16, 8, 4, 2, 1]
-
-    def list_tried(state: SimpleNamespace | None) -> list[int]:
-        run_module.fit_to_device(config, accelerator, model, None, every_size, state, print)
-        assert advice in asked[-1][-1]
-        return asked[-1][2]
-
-    assert list_tried(None) == sizes
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    # What ran before is taken at its word, also where it was set by hand.
-    before = SimpleNamespace(micro_batch_size=16, hardware="1 x NVIDIA H100 80GB HBM3")
-    assert list_tried(before) == [16, 8, 4, 2, 1]
-    assert list_tried(SimpleNamespace(micro_batch_size=16, hardware="2 x NVIDIA H100 80GB HBM3")) == sizes
-    assert list_tried(SimpleNamespace(micro_batch_size=None, hardware=None)) == sizes

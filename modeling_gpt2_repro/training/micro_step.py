@@ -118,8 +118,6 @@ def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractCon
 def _try_sizes(
     loss_model: nn.Module, dataset: Dataset, sizes: Sequence[int], accelerator: Accelerator, advice: str
 ) -> Fit:
-    # What training will hold besides: AdamW's two moments, and the buckets in which gradients are exchanged.
-    reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(3) if p.is_cuda]
     for size in sizes:
         outcomes = _gather(_try_micro_step(loss_model, dataset, size, accelerator), accelerator)
         loss_model.zero_grad(set_to_none=True)
@@ -130,7 +128,6 @@ def _try_sizes(
                     f"{outcome.compiler_error}"
                 )
         if all(outcome.fits for outcome in outcomes):
-            del reserved
             if accelerator.device.type == "cpu":
                 return_freed_memory()
             n_tokens = size * (len(dataset[0]) - 1)
@@ -152,7 +149,7 @@ def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelera
     try:
         return Outcome(_time_micro_step(loss_model, dataset, size, accelerator))
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or "CUDA out of memory" in str(error):  # which the compiler reports as its own
             return Outcome(fits=False)
         if isinstance(error, TorchDynamoException):
             return Outcome(compiler_error=str(error).strip().splitlines()[0])
@@ -161,6 +158,8 @@ def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelera
 
 def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:
     # On its own, so that nothing of an attempt that did not fit is still held when the next one begins.
+    # What training will hold besides: AdamW's two moments, and the buckets in which gradients are exchanged.
+    reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(3) if p.is_cuda]
     windows = torch.stack([dataset[index % len(dataset)] for index in range(size)]).to(accelerator.device)
     for _ in range(3):  # the first ones allocate and compile, the last one is measured
         start = time.perf_counter()
@@ -169,6 +168,7 @@ def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, acceler
         loss.backward()
         loss.item()
         seconds = time.perf_counter() - start
+    del reserved
     return seconds
 
 
