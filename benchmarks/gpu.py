@@ -109,6 +109,7 @@ class Loop:
     device: torch.device
     windows: torch.Tensor
     micro_steps: int
+    peak_flops: float
 
     def time(self, rounds: int) -> dict[str, float]:
         """Return what `rounds` of micro-steps, with a loss read and an update after each, come to."""
@@ -131,8 +132,7 @@ class Loop:
         per_update = CONFIG.tokens_per_step / (n_windows * (n_tokens - 1))
         seconds = (per_update * ms + update_ms) / 1e3
         rate = CONFIG.tokens_per_step / seconds
-        peak = choose_peak(self.device, "bf16").flops
-        mfu = 100 * rate * count_flops_per_token(self.model, n_tokens - 1) / peak
+        mfu = 100 * rate * count_flops_per_token(self.model, n_tokens - 1) / self.peak_flops
         return {
             "ms a micro-step": ms,
             "ms an update's end": update_ms,
@@ -147,6 +147,7 @@ class OurLoop(Loop):
 
     def __init__(self, bench: "Speed", size: int, compile: str = "on"):
         self.accelerator, self.device, self.micro_steps = bench.accelerator, bench.device, bench.micro_steps
+        self.peak_flops = bench.peak_flops
         self.model = bench.build_model()
         optimizer = build_adamw(self.model, 6e-4, 0.1, (0.9, 0.95))
         self.windows = bench.draw_windows(size)
@@ -174,7 +175,7 @@ class StockLoop(Loop):
     """The straightforward loop: transformers' own model, compiled, called with labels, and fused AdamW."""
 
     def __init__(self, bench: "Speed", size: int):
-        self.device, self.micro_steps = bench.device, bench.micro_steps
+        self.device, self.micro_steps, self.peak_flops = bench.device, bench.micro_steps, bench.peak_flops
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         self.model = GPT2LMHeadModel(GPT2Config(**bench.shape, **no_dropout)).to(self.device).train()
         self.model.load_state_dict(bench.build_model().state_dict())
@@ -203,6 +204,7 @@ class Speed:
         self.hellaswag_file = options.hellaswag_file or find_hellaswag()
         self.accelerator = start_accelerator("bf16", tf32=True)
         self.device = self.accelerator.device
+        self.peak_flops = choose_peak(self.device, self.accelerator.mixed_precision).flops
         small = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 256}
         self.shape = small if self.is_toy else MODEL_SIZES["124M"] | {"n_positions": 1024}
         self.sequence_length, self.size = (32, 4) if self.is_toy else (1024, 64)
