@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -57,10 +58,13 @@ class Recorder:
     Args:
         seconds: until the deadline.
         predicted: values by measurement and unit.
+        only: a regular expression found in the names of what is measured; of the rest nothing is.
     """
 
-    def __init__(self, part: str, path: Path, seconds: float, predicted: Mapping[tuple[str, str], float]):
-        self.part, self.path, self.predicted = part, path, predicted
+    def __init__(
+        self, part: str, path: Path, seconds: float, predicted: Mapping[tuple[str, str], float], only: str = ""
+    ):
+        self.part, self.path, self.predicted, self.only = part, path, predicted, only
         self.deadline = time.monotonic() + seconds
 
     @property
@@ -70,6 +74,8 @@ class Recorder:
 
     def measure(self, name: str, measurement: Callable[[], dict[str, float]], expected_seconds: float = 0.0) -> None:
         """Make a measurement, which returns values by their unit; what goes wrong in it is noted as its failure."""
+        if not re.search(self.only, name):
+            return None
         if expected_seconds > self.seconds_left:
             return self.note_failure(name, f"left out: {self.seconds_left:.0f} s were left")
         started = time.monotonic()
@@ -93,7 +99,7 @@ class Recorder:
 
 
 def free_memory() -> None:
-    """Give back what the last measurement left, its compiled graphs included."""
+    """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -37,17 +37,23 @@ def place_on_device(
     """Move the model to the device.
 
     Raises:
-        UserError: its weights alone do not fit.
+        UserError: its weights alone do not fit, in one process at least.
     """
+    message = None
     try:
-        return model.to(accelerator.device)
-    except torch.OutOfMemoryError as error:
+        model = model.to(accelerator.device)
+    except torch.OutOfMemoryError:
         available = measure_device_memory(accelerator.device)
         advice = describe_step_memory(config, accelerator, model).advise(available, MODEL_SIZES)
-        raise UserError(
-            f"the weights of {model.num_parameters():,} parameters alone do not fit in the device's memory, of which "
-            f"{available / 1e9:.1f} GB are free: use {advice or 'a smaller --model_size, or another device'}"
-        ) from error
+        message = (
+            f"the weights of {model.num_parameters():,} parameters alone do not fit in the memory of device "
+            f"{accelerator.process_index}, of which {available / 1e9:.1f} GB are free: "
+            f"use {advice or 'a smaller --model_size, or another device'}"
+        )
+    for each in gather_object([message]):
+        if each is not None:
+            raise UserError(each)
+    return model
 
 
 def fit_to_device(
@@ -73,5 +79,6 @@ def fit_to_device(
         available = min(gather_object([measure_device_memory(accelerator.device)]))
         calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
     is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
+    is_known = all(gather_object([is_known]))  # or processes on other devices would try other sizes
     sizes = sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated
     return fit_micro_batch(WindowLoss(model), train_set, sizes, config.compile, accelerator, say, advice)

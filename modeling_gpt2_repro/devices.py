@@ -23,6 +23,14 @@ PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
+# Of the driver, of Triton, of the compiler that met one, and of cuBLAS, which do not raise torch's own exception.
+OUT_OF_MEMORY_SIGNS = (
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+    "CUDA out of memory",
+    "STATUS_ALLOC_FAILED",
+)
+
 # The values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS gives the same bits at every call.
 REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 
@@ -261,7 +269,8 @@ def measure_free_memory(device: torch.device) -> int | None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an exception of torch's means that the device, or the machine, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    is_known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return is_known or any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
 
 
 def measure_private_memory() -> int | None:

@@ -330,7 +330,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         # An adapter in the head's place, a hook or an offloaded weight: then the module alone knows what it computes.
         has_hooks = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
         if skip_logits and type(head) is nn.Linear and head.bias is None and not has_hooks:
-            # Evaluation is exact: bfloat16 logits near -100, as OpenAI's weights give them, add 0.007 nats to a loss.
+            # Float32 to evaluate: bfloat16 logits near -100, as OpenAI's weights give, add 0.007 nats to the loss.
             with nullcontext() if needs_grad else torch.autocast(hidden_states.device.type, enabled=False):
                 weight = head.weight if needs_grad else head.weight.detach()
                 loss = HeadCrossEntropy.apply(

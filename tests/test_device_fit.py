@@ -46,7 +46,7 @@ def test_weights_that_do_not_fit_a_gpu_are_told_from_what_would(monkeypatch):
     def run_out(device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 308.00 MiB")
 
-    accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", num_processes=1)
+    accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", process_index=0)
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES["1558M"]))
     monkeypatch.setattr(model, "to", run_out)

@@ -149,7 +149,7 @@ def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelera
     try:
         return Outcome(_time_micro_step(loss_model, dataset, size, accelerator))
     except RuntimeError as error:
-        if is_out_of_memory(error) or "CUDA out of memory" in str(error):  # which the compiler reports as its own
+        if is_out_of_memory(error):
             return Outcome(fits=False)
         if isinstance(error, TorchDynamoException):
             return Outcome(compiler_error=str(error).strip().splitlines()[0])

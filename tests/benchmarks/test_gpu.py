@@ -54,10 +54,13 @@ def test_correctness_counts_tests_and_names_those_that_did_not_pass(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=report.xml", "test_three.py"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTEST_ADDOPTS": ""}, capture_output=True)
     recorder = Recorder("correct", tmp_path / "entries", 60, {})
-    assert read_report(tmp_path / "report.xml", recorder) == {"passed": 1, "failed": 1, "skipped": 1}
+    counts = {"passed": 1, "failed": 1, "skipped": 1}
+    assert read_report(tmp_path / "report.xml", recorder, skips_fail=True) == counts
     bad, skipped = read_entries(tmp_path / "entries")
     assert (bad.name, skipped.name) == ("test_bad", "test_not_here")
     assert bad.error.startswith("failed") and "no GPU" in skipped.error
+    assert read_report(tmp_path / "report.xml", recorder, skips_fail=False) == counts
+    assert len(list(read_entries(tmp_path / "entries"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,8 @@ def test_correctness_counts_tests_and_names_those_that_did_not_pass(tmp_path):
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm>", "products"),
         ("triton_per_fused_gelu_gelu_backward_view_6", "element-wise"),
-        ("triton_poi_fused_add_mm_3", "element-wise"),
+        ("triton_poi_fused_addmm_relu_3", "element-wise"),
+        ("triton_tem_fused_mm_0", "products"),
         ("void at::native::vectorized_elementwise_kernel<4>", "element-wise"),
     ],
 )

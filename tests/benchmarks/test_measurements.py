@@ -42,6 +42,13 @@ def test_what_the_deadline_leaves_no_time_for_is_left_out_and_said(tmp_path):
     assert recorder.seconds_left < 10
 
 
+def test_only_what_is_asked_for_is_measured(tmp_path):
+    recorder = Recorder("speed", tmp_path / "entries", seconds=60, predicted={}, only="first|eager")
+    for name in ("step, first", "step, last", "validation, eager"):
+        recorder.measure(name, lambda: {"ms": 1})
+    assert [entry.name for entry in read_entries(tmp_path / "entries")] == ["step, first", "validation, eager"]
+
+
 def test_entries_of_a_part_that_wrote_none_are_none(tmp_path):
     assert list(read_entries(tmp_path / "missing")) == []
 

@@ -17,7 +17,7 @@ from modeling_gpt2_repro.evaluation.rows import build_rows
 from modeling_gpt2_repro.evaluation.scoring import can_share_context, evaluation_mode, get_max_positions, score_items
 
 # How far an ending's sum, of about 200 nats, may be from that of attention written out in the same precision.
-LARGEST_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+LARGEST_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 LEAST_AGREEMENT = 0.98
 BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION],
@@ -25,6 +25,10 @@ BACKENDS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
     "chosen": None,  # by torch, as in a run
 }
+
+
+# Flash and cuDNN attention have no float32 on a GPU.
+PAIRS = [(name, torch.bfloat16) for name in BACKENDS] + [(name, torch.float32) for name in ("efficient", "chosen")]
 
 
 def find_items() -> Path:
@@ -91,8 +95,7 @@ def test_the_model_prefers_one_ending_to_another(expected, encoded):
         assert sum(second - first for first, second, *_ in best) / len(best) > 0.1  # nats a token
 
 
-@pytest.mark.parametrize("precision", LARGEST_ERRORS, ids=str)
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name, precision", PAIRS)
 def test_endings_get_the_sums_of_attention_written_out(
     scale, model, encoded, expected, exact_float32, name, precision
 ):
