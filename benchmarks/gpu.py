@@ -303,7 +303,7 @@ class Speed:
             "ms a micro-step": theirs[-1]["ms a micro-step"],
             "tokens/s": rate,
             "GB at most": theirs[-1]["GB at most"],
-            "times as fast: ours, at 64 sequences": statistics.median(ours) / rate,
+            f"times as fast: ours, {self.size} sequences at once": statistics.median(ours) / rate,
         }
 
     def profile(self) -> dict[str, float]:
