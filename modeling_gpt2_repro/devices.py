@@ -46,7 +46,7 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
 
     Args:
         tf32: let products of float32 matrices run in TF32 where the device has it.
-        deterministic: see `compute_deterministically`.
+        deterministic: see `compute_deterministically`. On a CPU, where it costs next to nothing, it always holds.
 
     Raises:
         UserError: the launcher started more processes than there are devices: they would share one, or each of them
@@ -64,6 +64,8 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
             f"launch with --num_processes {torch.cuda.device_count()}"
         )
     state = PartialState(cpu=use_cpu, timeout=PROCESS_GROUP_TIMEOUT)
+    if state.device.type == "cpu":
+        compute_deterministically(True)
     n_launched = int(os.environ.get("WORLD_SIZE", "1"))
     if n_launched != state.num_processes:
         raise UserError(

@@ -32,6 +32,7 @@ from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
+from modeling_gpt2_repro.training.micro_step import settle_gradient_exchange
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import (
     HELLASWAG_ITEMS,
@@ -229,6 +230,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     if resume_from:
         checkpoints.load_moving_parts(resume_from, optimizer, accelerator.scaler)
     loss_model, optimizer = accelerator.prepare(fit.loss_model, optimizer)
+    settle_gradient_exchange(loss_model, inputs.train_set, fit.micro_batch_size, accelerator)
     plan = replace(plan, micro_batch_size=fit.micro_batch_size)
     seconds = plan.estimate_seconds(config, accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)

@@ -51,6 +51,7 @@ def shards(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
-    """accelerate keeps its state in the process, and a second run in it may want another precision."""
+    """accelerate and torch keep their state in the process, and a second run in it may want another precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.use_deterministic_algorithms(False)

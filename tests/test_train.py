@@ -531,10 +531,9 @@ def test_an_operation_without_a_deterministic_form_ends_the_run_in_one_line(shar
             return super().forward(windows)
 
     monkeypatch.setattr(device_fit, "WindowLoss", Unordered)
-    assert train.main(flags(shards, tmp_path, deterministic=True)) == 2
+    assert train.main(flags(shards, tmp_path)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--deterministic: put_ has no deterministic form" in line
-    run_training(shards, tmp_path, max_steps=2)  # a run in the same process is free again
+    assert "put_ has no deterministic form" in line
 
 
 DETERMINISTIC = {

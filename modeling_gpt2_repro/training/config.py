@@ -135,8 +135,8 @@ class TrainingConfig:
     )
     deterministic: bool = setting(
         False,
-        "use only operations that give the same bits at every call, so that a run resumed on the same GPUs ends with "
-        "the same bits; slower",
+        "on a GPU, use only operations that give the same bits at every call, so that a run resumed on the same GPUs "
+        "ends with the same bits; slower. A CPU always does",
     )
     loss_chunk_tokens: int | None = setting(
         None,

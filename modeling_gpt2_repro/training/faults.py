@@ -93,7 +93,7 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained_nondeterminism() -> Iterator[None]:
-    """Turn an operation that `--deterministic` has no form of into a `UserError` that names it."""
+    """Turn an operation that has no deterministic form into a `UserError` that names it."""
     try:
         yield
     except RuntimeError as error:
@@ -101,8 +101,8 @@ def explained_nondeterminism() -> Iterator[None]:
         if not found:
             raise
         raise UserError(
-            f"--deterministic: {operation.split()[-1]} has no deterministic form on this device: leave the flag out, "
-            "or change --compile or --mixed_precision, so that another operation takes its place"
+            f"{operation.split()[-1]} has no deterministic form on this device: change --compile or "
+            "--mixed_precision, so that another operation takes its place, or, on a GPU, leave --deterministic out"
         ) from error
 
 

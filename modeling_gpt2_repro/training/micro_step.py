@@ -97,6 +97,22 @@ def fit_micro_batch(
     return _try_sizes(loss_model, dataset, sizes, accelerator, advice)
 
 
+def settle_gradient_exchange(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> None:
+    """Let `DistributedDataParallel` order its buckets before the first update.
+
+    It orders them anew after the first gradients that it exchanges, by when these came. Where a gradient lies in them
+    decides in which order three or more processes add it up, so that the first update of a resumed run would have
+    other last bits than the same update in the middle of a run. The weights are left as they were.
+    """
+    if accelerator.num_processes > 1:
+        loss_model(_stack_windows(dataset, size).to(accelerator.device)).backward()
+        loss_model.zero_grad(set_to_none=True)
+
+
+def _stack_windows(dataset: Dataset, size: int) -> torch.Tensor:
+    return torch.stack([dataset[index % len(dataset)] for index in range(size)])
+
+
 def _agree_to_compile(reason: str | None, accelerator: Accelerator) -> None:
     """Raise a `CompilationError` in every process where one of them has a reason not to compile."""
     for process, other in enumerate(_gather(reason, accelerator)):
@@ -160,7 +176,7 @@ def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, acceler
     # On its own, so that nothing of an attempt that did not fit is still held when the next one begins.
     # What training will hold besides: AdamW's two moments, and the buckets in which gradients are exchanged.
     reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(3) if p.is_cuda]
-    windows = torch.stack([dataset[index % len(dataset)] for index in range(size)]).to(accelerator.device)
+    windows = _stack_windows(dataset, size).to(accelerator.device)
     for _ in range(3):  # the first ones allocate and compile, the last one is measured
         start = time.perf_counter()
         with accelerator.autocast():
