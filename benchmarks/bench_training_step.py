@@ -86,7 +86,7 @@ class StockLoop:
 class OurLoop:
     """What train.py does between reading a batch and writing the metrics."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, compiles: str = CONFIG.compile):
         prepare_cpu_process()
         self.accelerator = start_accelerator(CONFIG.mixed_precision, tf32=CONFIG.tf32)
         self.device = self.accelerator.device
@@ -99,7 +99,7 @@ class OurLoop:
         self.windows = draw_windows(options)
         sizes = [options.batch_size]
         fit = fit_micro_batch(
-            WindowLoss(self.model), self.windows, sizes, CONFIG.compile, self.accelerator, lambda line: None
+            WindowLoss(self.model), self.windows, sizes, compiles, self.accelerator, lambda line: None
         )
         self.windows = self.windows.to(self.device)
         self.loss_model, self.optimizer = self.accelerator.prepare(fit.loss_model, self.optimizer)
