@@ -29,10 +29,15 @@ from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shard
 from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 from modeling_gpt2_repro.data.verification import verify_folder
-from modeling_gpt2_repro.data.work_folder import count_finished_pieces, get_work_path, load_begun_source
+from modeling_gpt2_repro.data.work_folder import (
+    count_finished_pieces,
+    finish_publishing,
+    get_work_path,
+    load_begun_source,
+)
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
-from modeling_gpt2_repro.files import follow_links
+from modeling_gpt2_repro.files import follow_links, restore_folder
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 
 
@@ -126,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.verify or settings.inspect is not None:
         return 0
     tokenizer = load_tokenizer(settings.tokenizer)
+    restore_folder(folder)
     if is_already_there(folder, settings, tokenizer):
+        finish_publishing(folder)
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
         return 0
     options = ShardOptions(

@@ -30,7 +30,6 @@ from modeling_gpt2_repro.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.reporting.background import CurveDrawer
 from modeling_gpt2_repro.reporting.model_card import write_model_card
 from modeling_gpt2_repro.reporting.publisher import Publisher
-from modeling_gpt2_repro.reporting.reproduction import list_versions
 from modeling_gpt2_repro.run import Run, build_run, describe_plan
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
@@ -50,7 +49,7 @@ from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_byt
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
 from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
-from modeling_gpt2_repro.training.tracking import BEST, BEST_METRICS, RunRecord
+from modeling_gpt2_repro.training.tracking import BEST, BEST_METRICS, CHECKPOINTS, FINAL, RunRecord
 
 
 @reports_user_errors
@@ -213,7 +212,7 @@ def evaluate(run: Run, step: int) -> None:
         )
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
         if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
-            with tolerated_write_failures("the best model", run.console.say):
+            with tolerated_write_failures("the best model was not written", run.console.say):
                 with create_folder_atomically(run.record.folder / BEST) as folder:
                     checkpoints.save_model(folder, run.model, inputs.tokenizer)
                     write_json(folder / BEST_METRICS, {"step": step, **metrics})
@@ -244,9 +243,10 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
         Whether it was written, as far as this process knows.
     """
     is_saved = not run.accelerator.is_main_process
-    started, config, folder = time.perf_counter(), run.config, run.record.folder / "checkpoints"
+    started, config, folder = time.perf_counter(), run.config, run.record.folder / CHECKPOINTS
     if run.accelerator.is_main_process:
-        with tolerated_write_failures(f"the checkpoint of step {step}", run.console.say):
+        with tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
+            run.record.sync()
             check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
             checkpoint = checkpoints.save_checkpoint(
                 folder,
@@ -258,6 +258,7 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
             )
             is_saved = True
             run.publisher.submit(checkpoint)
+        with tolerated_write_failures("an old checkpoint was not deleted", run.console.say):
             checkpoints.prune_checkpoints(folder, config.keep_checkpoints, config.keep_weights_every)
         run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
     run.accelerator.wait_for_everyone()
@@ -267,10 +268,10 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
 def publish(run: Run) -> None:
     """Write `final/`: the model as GPT-2, with its tokenizer and a card that says how it came to be."""
     if run.accelerator.is_main_process:
-        with create_folder_atomically(run.record.folder / "final") as folder:
+        with create_folder_atomically(run.record.folder / FINAL) as folder:
             checkpoints.save_published_model(folder, run.model, run.inputs.tokenizer)
             write_model_card(folder, run.record.folder)
-        run.record.set_status("finished", step=run.plan.max_steps, versions=list_versions())
+        run.record.finish(run.config, run.plan.max_steps)
         run.console.say(
             f"finished: {run.record.folder / 'final'} holds the model, and curves.png beside it the curves"
         )
@@ -281,7 +282,7 @@ def publish(run: Run) -> None:
 def finish_smoke_test(run: Run) -> None:
     """Load the trial's checkpoint again and say what was measured."""
     if run.accelerator.is_main_process:
-        saved = checkpoints.list_checkpoints(run.record.folder / "checkpoints")
+        saved = checkpoints.list_checkpoints(run.record.folder / CHECKPOINTS)
         if not saved:
             raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
         checkpoints.check_reload(saved[-1], run.model, run.optimizer)

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-from modeling_gpt2_repro.devices import count_cores
+from modeling_gpt2_repro.devices import count_cores, list_versions
 from modeling_gpt2_repro.files import write_json
-from modeling_gpt2_repro.reporting.reproduction import list_versions
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,13 +1,16 @@
 """Facts about the device and the process that a script runs on."""
 
+import contextlib
 import ctypes
 import gc
 import os
+import platform
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -34,6 +37,10 @@ OUT_OF_MEMORY_SIGNS = (
 # The values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS gives the same bits at every call.
 REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 
+# What a run computes with.
+VERSIONED_PACKAGES = (
+    *("modeling_gpt2_repro", "torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "numpy"),
+)
 # More tokens than this in one micro-step on a CPU only cost memory: the logits alone are 0.2 MB each.
 CPU_MICRO_BATCH_TOKENS = 4096
 ACCELERATOR_MICRO_BATCH_SIZE = 64
@@ -206,6 +213,15 @@ def describe_device(accelerator: Accelerator, wanted_precision: str) -> str:
         if device.type == "cuda" and wanted_precision == "bf16":
             precision += " (--mixed_precision fp16 would be faster)"
     return f"{name}; {accelerator.num_processes} process(es); {precision}"
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of what a run computes with."""
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def supports_bf16(device: torch.device) -> bool:

@@ -1,15 +1,28 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files and folders that appear whole or not at all, and stay when the power fails; and checksums.
+
+Whatever system call is the last one of a process, or fails: a name refers to the old content or to the new one, and
+all of the new one is on the disk before the old one is removed.
+"""
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
+# Of a folder that another one is taking the place of, where the two cannot swap names in one step.
+REPLACED_SUFFIX = ".replaced"
+# linux/fcntl.h, linux/fs.h
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+# What kernels and file systems say that cannot swap two names (NFS, some of overlayfs).
+NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
 
 def follow_links(path: str | Path) -> Path:
@@ -46,22 +59,107 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def create_folder_atomically(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` that takes `path`'s name, replacing it, on success.
 
-    Every file in it is synchronised to disk first. On an exception the temporary folder is removed.
+    All of it is synchronised to disk first. On an exception the temporary folder is removed.
     """
     path = follow_links(path)  # a link stays one, and what it points at is replaced
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    clear_leftovers(path)
+    make_folder(path.parent)
+    temporary.mkdir()
     try:
         yield temporary
         sync_tree(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        old = _take_name(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    _settle(path, old)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give the folder `new`, all of which is synchronised to disk first, the name `path`, and remove what had it."""
+    sync_tree(new)
+    _settle(path, _take_name(new, path))
+
+
+def remove_folder(path: str | Path) -> None:
+    """Delete a folder, if it is there, so that no half of it is left under its name."""
+    path = follow_links(path)
+    clear_leftovers(path)
+    if path.is_dir():
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        os.replace(path, temporary)
+        sync_folder(path.parent)
+        shutil.rmtree(temporary)
+
+
+def restore_folder(path: str | Path) -> None:
+    """Give a folder its name back that was killed, or lost power, while another one was taking its place."""
+    path = follow_links(path)
+    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    if not replaced.exists():
+        return
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.replace(replaced, path)
+        sync_folder(path.parent)
+
+
+def clear_leftovers(path: str | Path) -> None:
+    """Put right what is left beside a folder of a process that was killed while it wrote, replaced or deleted it."""
+    restore_folder(path)
+    path = follow_links(path)
+    shutil.rmtree(path.with_name(path.name + TEMPORARY_SUFFIX), ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it that are missing, durably."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def _take_name(new: Path, path: Path) -> Path | None:
+    """Rename `new` to `path`, and return what the folder is called now that had this name, if one had.
+
+    On an exception both have the names that they had before.
+    """
+    if not path.exists():
+        os.replace(new, path)
+        return None
+    if _exchange(new, path):
+        return new
+    # For a moment neither has the name: `restore_folder` gives it back if this is the last moment.
+    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    os.replace(path, replaced)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(replaced, path)
+        raise
+    return replaced
+
+
+def _settle(path: Path, old: Path | None) -> None:
+    """Make the new name durable, and only then remove what had it."""
     sync_folder(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders swap their names in one step, and tell whether this system can."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -102,15 +200,23 @@ def identify_weights(folder: str | Path) -> str | None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make all files under `folder` durable."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+    """Make a folder and all files and folders in it durable."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            sync_file(path)
+    sync_folder(folder)
+
+
+def sync_file(path: str | Path) -> None:
+    """Make what was written to a file durable, by whomever."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make a rename in `folder` durable (POSIX needs the folder itself synchronised)."""
+    """Make the names in a folder durable (POSIX wants that of the folder itself)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

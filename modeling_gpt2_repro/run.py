@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +44,7 @@ from modeling_gpt2_repro.training.schedule import is_same_so_far
 from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 from modeling_gpt2_repro.training.trackers import choose_trackers
-from modeling_gpt2_repro.training.tracking import RunRecord
+from modeling_gpt2_repro.training.tracking import CHECKPOINTS, FINAL, RunRecord
 from modeling_gpt2_repro.weights import build_model, build_skeleton, load_shape, resolve_shape
 
 GPT2_VOCAB_SIZE = 50257
@@ -126,7 +125,7 @@ class Run:
 
     def describe_way_back(self) -> str:
         """Say how the run goes on if it ends now."""
-        return checkpoints.describe_way_back(self.config.resume_from_checkpoint, self.record.folder / "checkpoints")
+        return checkpoints.describe_way_back(self.config.resume_from_checkpoint, self.record.folder / CHECKPOINTS)
 
 
 def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
@@ -168,18 +167,21 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         "data": fingerprint_split(config.data_dir, "train"),
         "tokenizer": fingerprint_tokenizer(inputs.tokenizer),
     }
-    resume_from = choose_together(config, accelerator, record.folder / "checkpoints", console)
+    resume_from = choose_together(config, accelerator, record, console)
     state = load_resumed_state(resume_from, config, experiment) if resume_from else None
     first_step = state.step if state else 0
     check_agreement(accelerator, [first_step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
     check_any_made(skips, first_step, max_steps)
-    is_own = resume_from is not None and checkpoints.lies_in(resume_from, record.folder / "checkpoints")
+    is_own = resume_from is not None and checkpoints.lies_in(resume_from, record.folder / CHECKPOINTS)
     if not is_own:
         check_run_folder(record.folder)
-    is_finished = (record.folder / "final").is_dir()
-    if is_finished and resume_from and first_step >= max_steps:
-        console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
+    is_finished = (record.folder / FINAL).is_dir()
+    # One whose last checkpoint found no room is not made again either.
+    made = max(first_step, record.get_finished_step() if config.resume_from_checkpoint == "auto" else 0)
+    if is_finished and resume_from and made >= max_steps:
+        console.say(f"{record.folder} is finished: it has {made:,} of {max_steps:,} steps")
+        record.finish(config, made)
         publisher.finish()
         return None
     if is_finished and not is_own and config.resume_from_checkpoint != "never":
@@ -216,7 +218,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         hellaswag_tokens=inputs.hellaswag.encode("original").n_tokens if inputs.hellaswag else 0,
     )
     if accelerator.is_main_process:
-        check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / "checkpoints"))
+        check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / CHECKPOINTS))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     order = "shuffled" if inputs.train_set.is_shuffled else "in source order"
     console.say(f"run         {record.folder}, tracked by {' and '.join(trackers) or 'none'}")
@@ -243,6 +245,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     # A tracker knows a run that forks off another as one of its own.
     record.start(recorded, first_step if state else None, state.tracker_run_id if is_own else None)
     publisher.start(first_step if state else None)
+    if is_own:  # the run may have been killed between this checkpoint and its way to the Hub
+        publisher.submit(resume_from)
     reset_peak_memory(accelerator.device)
     return Run(
         config=config,
@@ -263,13 +267,19 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     )
 
 
-def choose_together(config: TrainingConfig, accelerator: Accelerator, folder: Path, console: Console) -> Path | None:
+def choose_together(
+    config: TrainingConfig, accelerator: Accelerator, record: RunRecord, console: Console
+) -> Path | None:
     """Choose the checkpoint to go on from in the first process, which reads all of it, and tell the others.
 
     Raises:
         UserError: as `choose_checkpoint`, in every process.
     """
-    choose = partial(checkpoints.choose_checkpoint, config.resume_from_checkpoint, folder, console.say)
+
+    def choose() -> Path | None:
+        record.restore()
+        return checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder / CHECKPOINTS, console.say)
+
     return compute_once(choose, accelerator)
 
 

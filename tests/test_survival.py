@@ -310,6 +310,52 @@ def test_a_damaged_checkpoint_is_passed_over(shards, tmp_path, whole_run, capsys
     assert_same_end(run, whole_run)
 
 
+def test_a_finished_run_whose_last_checkpoint_found_no_room_is_not_made_again(shards, tmp_path, whole_run, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "checkpoints" / f"step_{N_STEPS:07d}")
+    before = (run / "final" / "model.safetensors").stat()
+    run_training(shards, tmp_path, save_every=3)
+    assert f"it has {N_STEPS} of {N_STEPS} steps" in capsys.readouterr().out
+    assert (run / "final" / "model.safetensors").stat() == before
+    # Who goes back to a checkpoint of its own wants it made again.
+    run_training(shards, tmp_path, save_every=3, resume_from_checkpoint=run / "checkpoints" / "step_0000009")
+    assert (run / "final" / "model.safetensors").stat() != before
+    assert_same_end(run, whole_run)
+
+
+def test_a_finished_run_that_could_not_say_so_says_it_when_it_is_started_again(shards, tmp_path, whole_run):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    expected = read_status(run)
+    (run / "status.json").write_text('{"status": "running"}')
+    (run / "best.partial").mkdir()
+    run_training(shards, tmp_path, save_every=3)
+    assert read_status(run) == expected and not (run / "best.partial").exists()
+
+
+def test_the_best_model_of_a_time_that_is_gone_through_again_stays_until_another_takes_its_place(
+    shards, tmp_path, monkeypatch
+):
+    settings = {**BARE, "save_every": 4, "eval_every": 2, "save_best": True}
+    run = run_training(shards, tmp_path, **settings, max_steps=6)
+    best = json.loads((run / "best" / "metrics.json").read_text())
+    assert best["step"] == 6
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step_0000006")
+    weights, seen = (run / "best" / "model.safetensors").read_bytes(), []
+    evaluate = train.evaluate
+
+    def look_and_evaluate(*arguments):
+        seen.append((run / "best" / "model.safetensors").read_bytes())
+        evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", look_and_evaluate)
+    run_training(shards, tmp_path, **settings, max_steps=6)
+    assert seen == [weights]  # of step 6, made again from step 4 on
+    assert json.loads((run / "best" / "metrics.json").read_text()) == best
+
+
 def test_when_all_checkpoints_are_damaged_nothing_is_replaced_unasked(shards, tmp_path, whole_run, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)

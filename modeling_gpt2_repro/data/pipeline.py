@@ -43,7 +43,7 @@ from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, load_summ
 from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
 from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, is_over
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.files import compute_checksum, sync_tree
 
 Stage = Literal["tokenize", "write"]
 
@@ -164,7 +164,9 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
             with _open_pool(work, encoder, request.options) as pool:
                 jobs = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
-                return sum(1 for _ in pool.map_in_order(_run_task, jobs))
+                n_pieces = sum(1 for _ in pool.map_in_order(_run_task, jobs))
+            sync_tree(work.pieces)  # the other stage reads them without a look at their digests
+            return n_pieces
         summaries = _collect_summaries(work, request)
         _, selection, splits = _plan(work, request, summaries)
         with _open_pool(work, None, request.options) as pool:

@@ -11,14 +11,14 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, write_json
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
@@ -147,6 +147,7 @@ class SplitWriter:
                 header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
                 np.lib.format.write_array_header_1_0(stream, header)
                 stream.truncate(stream.tell() + 2 * size)
+        sync_folder(self.folder)  # or a part that was written durably could lose its file's name with the power
 
     def write(self, position: int, tokens: np.ndarray) -> None:
         """Write `tokens`, uint16, at `position`, counted in tokens from the start of the split, durably."""
@@ -315,10 +316,10 @@ def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
     )
 
 
-def find_foreign_file(folder: str | Path) -> str | None:
+def find_foreign_file(folder: str | Path, known: Iterable[str] = ()) -> str | None:
     """Return the name of something in `folder` that is neither a shard nor belongs to them; `None` where all may be
-    replaced. Hidden files, which file managers leave anywhere, do not count."""
-    ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, INSPECTION_NAME, BASELINES_NAME}
+    replaced. Hidden files, which file managers leave anywhere, and `known` ones do not count."""
+    ours = {*known, MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, INSPECTION_NAME, BASELINES_NAME}
     pattern = re.compile(r".*_(val|train)_\d{6}\.npy")
     for path in sorted(Path(folder).iterdir()):
         name = path.name.removesuffix(TEMPORARY_SUFFIX)

@@ -20,9 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from modeling_gpt2_repro.data.shards import MANIFEST_NAME, PLAN_NAME, WORK_FOLDER
+from modeling_gpt2_repro.data.shards import MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, follow_links, sync_folder, sync_tree, write_json
+from modeling_gpt2_repro.files import (
+    TEMPORARY_SUFFIX,
+    follow_links,
+    make_folder,
+    replace_folder,
+    sync_folder,
+    write_json,
+)
 
 try:
     import fcntl
@@ -99,15 +106,29 @@ class WorkFolder:
         """Remove what served the making, synchronise the rest to disk, and give it the final name.
 
         Killed at any moment, it can be called again: the manifest says that everything is there, the plan whose it is.
+        Once it has the final name, `finish_publishing` does the rest.
         """
         shutil.rmtree(self.pieces)
-        sync_tree(self.path)
         (self.path / LOCK_NAME).unlink()
-        if self.final.exists():
-            shutil.rmtree(self.final)
-        self.path.replace(self.final)
+        replace_folder(self.path, self.final)
         (self.final / PLAN_NAME).unlink()
-        sync_folder(self.final.parent)
+        sync_folder(self.final)
+
+
+def finish_publishing(final: Path) -> None:
+    """Remove what a run that was killed had left to remove when it had given `final`, which is whole, its name."""
+    final = follow_links(final)
+    (final / PLAN_NAME).unlink(missing_ok=True)
+    work_path = get_work_path(final)
+    if work_path.is_dir():
+        with _lock(work_path, alone=True):
+            if is_replaced_folder(work_path):
+                shutil.rmtree(work_path)
+
+
+def is_replaced_folder(work_path: Path) -> bool:
+    """Tell whether a work folder is what a run, killed at that moment, had just replaced."""
+    return not (work_path / PLAN_NAME).exists() and find_foreign_file(work_path, known=[LOCK_NAME]) is None
 
 
 def get_work_path(final: Path) -> Path:
@@ -147,7 +168,7 @@ def open_work_folder(
     """
     work = WorkFolder(final)
     with _lock(work.path, alone) as lock:
-        if overwrite:
+        if overwrite or is_replaced_folder(work.path):
             for path in work.path.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -174,7 +195,7 @@ def _lock(folder: Path, alone: bool) -> IO:
     deadline = time.monotonic() + LOCK_SECONDS
     modes = itertools.repeat("EX") if alone else itertools.cycle(("EX", "SH"))
     for mode in modes:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         stream = open(folder / LOCK_NAME, "a")  # noqa: SIM115, the caller closes it
         try:
             if fcntl is not None:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from modeling_gpt2_repro.data.hub import HubUnreachableError
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, create_folder_atomically, remove_folder
 from modeling_gpt2_repro.reporting.hub import (
     explain_failure,
     name_address,
@@ -74,9 +74,9 @@ class Publisher:
             return
         for folder in list_models(self.waiting):
             if first_step is None or read_step(folder) > first_step:
-                shutil.rmtree(folder)
+                remove_folder(folder)
         for leftover in self.waiting.glob(f"step_*{TEMPORARY_SUFFIX}"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         self._is_due.set()
         self._thread.start()
 
@@ -135,7 +135,7 @@ class Publisher:
         for folder in list_models(self.waiting):
             publish_checkpoint(repo_id, folder, self.run_folder)
             self.say(f"step {read_step(folder)} is published")
-            shutil.rmtree(folder)
+            remove_folder(folder)
         return repo_id
 
     def _warn(self, error: Exception) -> None:
@@ -146,11 +146,14 @@ class Publisher:
 
 def link_model(checkpoint: Path, target: Path) -> None:
     """Make `target` another name of a checkpoint's files but its training state; a copy where there are no links."""
-    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, copy_function=_link, ignore=shutil.ignore_patterns(TRAINING_STATE))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with create_folder_atomically(target) as temporary:
+        shutil.copytree(
+            checkpoint,
+            temporary,
+            copy_function=_link,
+            ignore=shutil.ignore_patterns(TRAINING_STATE),
+            dirs_exist_ok=True,
+        )
 
 
 def _link(source: str, target: str) -> None:

@@ -1,20 +1,15 @@
 """How a run is made again: the commands, and the versions it ran with."""
 
-import contextlib
-import platform
 import shlex
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.data.shards import Manifest
+from modeling_gpt2_repro.devices import list_versions
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.tracking import STATUS, read_json_object
 
-VERSIONED_PACKAGES = (
-    *("modeling_gpt2_repro", "torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "numpy"),
-)
 # Settings that say where a run lay and whom it told, and change nothing of the model.
 PERSONAL = {
     *("output_dir", "resume_from_checkpoint", "report_to", "wandb_project", "yes", "micro_batch_size"),
@@ -22,15 +17,6 @@ PERSONAL = {
 }
 # Those that name files or folders, or may.
 PATHS = {"data_dir", "dataset_name", "files", "hellaswag_file", "init_from", "output_dir", "tokenizer"}
-
-
-def list_versions() -> dict[str, str]:
-    """Return the versions of what a run computes with."""
-    versions = {"python": platform.python_version()}
-    for package in VERSIONED_PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:

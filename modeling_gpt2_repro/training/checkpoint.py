@@ -22,7 +22,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, create_folder_atomically, write_json
+from modeling_gpt2_repro.files import (
+    TEMPORARY_SUFFIX,
+    compute_checksum,
+    create_folder_atomically,
+    remove_folder,
+    sync_folder,
+    write_json,
+)
 
 TRAINING_STATE = "training_state"
 # Parts of an experiment that say nothing to a person, and what it means that they differ.
@@ -121,17 +128,10 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
     for old in list_checkpoints(folder)[:-keep] if keep else ():
         if keep_weights_every and read_step(old) % keep_weights_every == 0:
             (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first, so that no half counts as whole
+            sync_folder(old / TRAINING_STATE)
             shutil.rmtree(old / TRAINING_STATE)
         else:
             remove_folder(old)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder so that no half of it is left under its name."""
-    temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
-    folder.rename(temporary)
-    shutil.rmtree(temporary)
 
 
 def list_models(folder: Path) -> list[Path]:

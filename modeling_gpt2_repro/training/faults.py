@@ -108,13 +108,17 @@ def explained_nondeterminism() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Let training go on where a file that it can do without cannot be written, and say so."""
+    """Let training go on where the disk refuses what it can do without, and say so.
+
+    Args:
+        what: has not happened then, as `the best model was not written`.
+    """
     try:
         yield
     except Exception as error:
         if not isinstance(error, UserError) and not is_write_failure(error):
             raise
-        say(f"{what} was not written, training goes on: {error}")
+        say(f"{what}, training goes on: {error}")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,14 +12,23 @@ from typing import Any
 from accelerate import Accelerator
 
 from modeling_gpt2_repro.arguments import write_settings
+from modeling_gpt2_repro.devices import list_versions
 from modeling_gpt2_repro.errors import format_line
-from modeling_gpt2_repro.files import open_atomically, write_json
-from modeling_gpt2_repro.training.checkpoint import list_models, read_step, remove_folder
+from modeling_gpt2_repro.files import (
+    clear_leftovers,
+    make_folder,
+    open_atomically,
+    remove_folder,
+    restore_folder,
+    sync_file,
+    write_json,
+)
+from modeling_gpt2_repro.training.checkpoint import list_models, prune_checkpoints, read_step
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.trackers import TENSORBOARD, Tracker, build_tracker, choose_trackers
 
 CONFIG, METRICS, LOG, SAMPLES, STATUS = "config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json"
-BEST, BEST_METRICS = "best", "metrics.json"
+CHECKPOINTS, FINAL, BEST, BEST_METRICS = "checkpoints", "final", "best", "metrics.json"
 # Numbers from here on up have no place on an axis, and no run has them.
 LARGEST_METRIC = 1e100
 
@@ -49,16 +57,22 @@ class RunRecord:
         self._warn = warn
         self._feeds: list[Feed] = []
 
+    def restore(self) -> None:
+        """Give models their names back that another one was just replacing when the run was killed."""
+        for name in (FINAL, BEST):
+            restore_folder(self.folder / name)
+
     def start(self, config: TrainingConfig, first_step: int | None, tracker_run_id: str | None = None) -> None:
         """Open the record at `first_step`, forgetting what came after it; `None` replaces all that is there."""
         self.started = time.monotonic()
         self.tracker_run_id = tracker_run_id or uuid.uuid4().hex[:12]
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             if first_step is None:
                 self._clear()
             else:
                 self._go_back(first_step)
+                self._clear_leftovers(config)
             write_settings(config, self.folder / CONFIG)
             self.is_open = True
             self.set_status("running")
@@ -71,8 +85,8 @@ class RunRecord:
     def _clear(self) -> None:
         for name in (METRICS, LOG, SAMPLES, "curves.png"):
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "final", BEST, TENSORBOARD):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in (CHECKPOINTS, FINAL, BEST, TENSORBOARD):
+            remove_folder(self.folder / name)
 
     def _go_back(self, step: int) -> None:
         for name in (METRICS, SAMPLES):
@@ -86,15 +100,14 @@ class RunRecord:
             for line in lines:
                 stream.writelines(format_log_lines(line))
         self.started -= max((line.get("train/elapsed_seconds", 0.0) for line in lines), default=0.0)
-        shutil.rmtree(self.folder / "final", ignore_errors=True)
-        for model in list_models(self.folder / "checkpoints"):
+        remove_folder(self.folder / FINAL)
+        for model in list_models(self.folder / CHECKPOINTS):
             if read_step(model) > step:
                 remove_folder(model)
+        # One of a time that is gone through again, or of no known one, stays until the next validation replaces it.
         best = read_json_object(self.folder / BEST / BEST_METRICS)
         if isinstance(best.get("step"), int) and best["step"] <= step and isinstance(best.get("val/loss"), float):
             self.best_val_loss = best["val/loss"]
-        else:  # of a time that is not gone through again, or of no known one
-            shutil.rmtree(self.folder / BEST, ignore_errors=True)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record numbers of the model after `step` updates."""
@@ -109,8 +122,14 @@ class RunRecord:
         self._append(SAMPLES, "".join(json.dumps({"step": step, "text": t}, ensure_ascii=False) + "\n" for t in texts))
         self._feed()
 
+    def sync(self) -> None:
+        """Make durable what was recorded so far, before something is that begins where it ends."""
+        for name in (METRICS, SAMPLES):
+            if (self.folder / name).exists():
+                sync_file(self.folder / name)
+
     def set_status(self, status: str, **details: Any) -> None:
-        """Say in `status.json` how the run stands: `running`, `finished` or `preempted`.
+        """Say in `status.json` how the run stands: `running` or `preempted` (see also `finish`).
 
         Before the start it says nothing, and what an earlier run said stays.
         """
@@ -129,6 +148,25 @@ class RunRecord:
         if self.is_started or (waiting and self.accelerator.is_main_process):
             with contextlib.suppress(OSError):
                 write_json(self.folder / STATUS, status)
+
+    def get_finished_step(self) -> int:
+        """Return the steps of the finished model; 0 where there is none, or its steps are not known."""
+        status = read_json_object(self.folder / STATUS)
+        is_finished = status.get("status") == "finished" and (self.folder / FINAL).is_dir()
+        return status["step"] if is_finished and isinstance(status.get("step"), int) else 0
+
+    def finish(self, config: TrainingConfig, step: int) -> None:
+        """Say that the run is finished, and do what one that was killed in its last moments had left to do."""
+        if self.accelerator.is_main_process:
+            self._clear_leftovers(config)
+            if self.get_finished_step() != step:
+                self.sync()
+                write_json(self.folder / STATUS, {"status": "finished", "step": step, "versions": list_versions()})
+
+    def _clear_leftovers(self, config: TrainingConfig) -> None:
+        for name in (FINAL, BEST):
+            clear_leftovers(self.folder / name)
+        prune_checkpoints(self.folder / CHECKPOINTS, config.keep_checkpoints, config.keep_weights_every)
 
     def close(self) -> None:
         """Let the trackers finish."""

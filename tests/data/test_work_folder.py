@@ -19,6 +19,7 @@ import pytest
 from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
 
 import prepare_data
+from modeling_gpt2_repro import files
 from modeling_gpt2_repro.data import local_files, splits, tokenized, work_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -261,7 +262,7 @@ def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path)
 def test_killed_while_it_is_published_it_is_published_by_the_same_command(run, flags, expected, tmp_path, moment):  # noqa: F811
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
-    calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (Path, "replace")}
+    calls = {"sync": (files, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (files, "_take_name")}
 
     def die_there():
         owner, name = calls[moment]
