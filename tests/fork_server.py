@@ -11,10 +11,19 @@ from types import SimpleNamespace
 
 # In the forks a wait, as for a Hub that asks for patience, is short.
 SERVER = """
-import importlib, json, os, sys, time, traceback
-for name in sys.argv[1:]:
+import ctypes, importlib, json, os, signal, subprocess, sys, time, traceback
+exec(sys.argv[1])
+for name in sys.argv[2:]:
     importlib.import_module(name)
 sleep = time.sleep
+def trace(options):
+    ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: where only parents may trace
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(os.getpid()), *options], stderr=subprocess.PIPE)
+    while "TracerPid:\\t0\\n" in open("/proc/self/status").read():
+        if tracer.poll() is not None:
+            raise RuntimeError(tracer.stderr.read().decode())
+        sleep(0.001)
+    signal.alarm(120)  # what is hindered may fail, and must not hang
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 for line in sys.stdin:
     run = json.loads(line)
@@ -26,6 +35,8 @@ for line in sys.stdin:
         sys.argv[0] = run["name"] + ".py"
         code = 1
         try:
+            if run["strace"]:
+                trace(run["strace"])
             module = importlib.import_module(run["module"])
             code = exec(run["script"]) or 0 if run["script"] else module.main(run["argv"])
         except BaseException:
@@ -50,16 +61,18 @@ class ForkServer:
         folder: Path,
         environment: Mapping[str, str] | None = None,
         script="",
+        strace: Sequence[str] = (),
     ) -> SimpleNamespace:
         """Run `module.main(argv)`, or `script`; `code`, `out`, `err` and `seconds` tell how it went.
 
         Args:
             folder: for the files `stdout` and `stderr`.
+            strace: options with which it is traced, and ended if it takes more than two minutes.
         """
         streams = {name: str(folder / name) for name in ("stdout", "stderr")}
         order = {"module": module, "name": module.rpartition(".")[2], "argv": [str(each) for each in argv]}
         started = time.monotonic()
-        order |= {"environment": dict(environment or {}), "script": script, **streams}
+        order |= {"environment": dict(environment or {}), "script": script, "strace": list(strace), **streams}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
@@ -68,9 +81,9 @@ class ForkServer:
 
 
 @contextlib.contextmanager
-def serve_forks(modules: Sequence[str], environment: Mapping[str, str]) -> Iterator[ForkServer]:
-    """Open a process that has imported `modules` and knows no other environment."""
-    command = [sys.executable, "-c", SERVER, *modules]
+def serve_forks(modules: Sequence[str], environment: Mapping[str, str], setup: str = "") -> Iterator[ForkServer]:
+    """Open a process that has run `setup`, has imported `modules`, and knows no other environment."""
+    command = [sys.executable, "-c", SERVER, setup, *modules]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process, contextlib.closing(process.stdin):
         yield ForkServer(process)

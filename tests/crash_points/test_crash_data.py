@@ -1,0 +1,90 @@
+"""Every system call of prepare_data.py that changes a file may be its last one, or fail."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from crashing import FORMS, Crasher, Scenario, assert_survived, list_tree
+from fork_server import serve_forks
+from small_corpora import list_data_flags, write_corpus, write_tokenizer
+
+import prepare_data
+
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+
+# Three commands in a row, as a scheduler gives them.
+STAGES = """
+import os, prepare_data
+for stage in ("tokenize", "write", "all"):
+    if code := prepare_data.main([*{flags!r}, f"--stage={{stage}}"]):
+        os._exit(code)
+"""
+WAYS = ("new", "overwritten", "in stages")
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with serve_forks(["prepare_data"], environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    """Two files of text, which are two tasks, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "texts").mkdir()
+    write_corpus(folder / "texts" / "one.jsonl", 30)
+    write_corpus(folder / "texts" / "two.jsonl", 50)
+    return folder / "texts" / "*.jsonl", write_tokenizer(folder / "tokenizer")
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def crasher(request, server, inputs, tmp_path_factory) -> Crasher:
+    folder = tmp_path_factory.mktemp("data")
+    overwrites, in_stages = request.param == "overwritten", request.param == "in stages"
+
+    def list_flags(here):
+        return [*list_data_flags(*inputs, here / "data"), *(["--overwrite"] if overwrites else [])]
+
+    old, new = {}, {}
+    for tree, seed in ((old, 7), (new, 1337)):
+        assert prepare_data.main([*list_flags(folder / "reference"), f"--seed={seed}", "--overwrite"]) == 0
+        tree |= list_tree(folder / "reference" / "data")
+    new["manifest.json"] = new["manifest.json"].replace(b"/reference/", b"/here/")
+
+    def start(here):
+        if overwrites:
+            flags = list_data_flags(*inputs, here / "data")
+            assert prepare_data.main([*flags, "--seed=7"]) == 0
+
+    def check_kept(here, calls):
+        found = list_tree(here / "data")
+        found.pop("plan.json", None)  # the next command removes it
+        assert found in ([old, new] if overwrites else [{}, new])
+
+    def check_end(here, was_killed):
+        assert {path.name for path in here.iterdir()} == {"data"}
+        assert list_tree(here / "data") == new
+
+    def script(here):
+        return STAGES.format(flags=list_flags(here)) if in_stages else ""
+
+    return Crasher(server, Scenario("prepare_data", list_flags, start, check_kept, check_end, script), folder)
+
+
+def test_a_folder_of_shards_is_durable_before_the_old_one_goes(crasher):
+    assert crasher.find_undurable(crasher.trace()) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_some_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=0.02, at_least=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_each_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=1.0, at_least=30)

@@ -1,0 +1,87 @@
+"""Every system call of what writes, replaces and removes files and folders may be its last one, or fail."""
+
+import os
+import shutil
+import textwrap
+
+import pytest
+from conftest import REPOSITORY
+from crashing import FORMS, Crasher, Scenario, assert_survived, list_tree
+from fork_server import serve_forks
+
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+
+OLD, NEW = {"a.txt": b"old a", "sub": b"", "sub/b.txt": b"old b"}, {"a.txt": b"new a", "sub": b"", "sub/c.txt": b"new"}
+WRITE = "\n    ".join(
+    ["(t / 'sub').mkdir()", "(t / 'a.txt').write_text('new a')", "(t / 'sub' / 'c.txt').write_text('new')"]
+)
+REPLACE = f"with files.create_folder_atomically(folder / 'model') as t:\n    {WRITE}"
+SCRIPTS = {
+    "a file": "with files.open_atomically(folder / 'file.txt') as stream:\n    stream.write('new')",
+    "a folder": REPLACE,
+    "a folder, names not being swapped": f"files._exchange = lambda one, other: False\n{REPLACE}",
+    "a folder, removed": "files.remove_folder(folder / 'model')",
+}
+
+
+def write_tree(folder, tree):
+    folder.mkdir()
+    for name, content in tree.items():
+        (folder / name).write_bytes(content) if content else (folder / name).mkdir()
+
+
+def build(name: str, exists: bool) -> Scenario:
+    is_file, is_removed = name == "a file", name.endswith("removed")
+
+    def start(folder):
+        if exists:
+            (folder / "file.txt").write_text("old") if is_file else write_tree(folder / "model", OLD)
+
+    def check_kept(folder, calls):
+        if is_file:
+            found = (folder / "file.txt").read_text() if (folder / "file.txt").exists() else None
+            assert found in ("old", "new") or (not exists and found is None)
+            return
+        found = list_tree(folder / "model")
+        # For a moment the old folder has the name from which it is restored, where two cannot swap their names.
+        aside = "swapped" in name and list_tree(folder / "model.replaced") == OLD
+        assert found in (OLD, NEW) or (not found and (not exists or aside or is_removed))
+
+    def check_end(folder, was_killed):
+        expected = {"file.txt": b"new"} if is_file else {"model": b""} | {f"model/{n}": c for n, c in NEW.items()}
+        assert list_tree(folder) == ({} if is_removed else expected)
+
+    def script(folder):
+        imports = (
+            f"import os, pathlib\nfrom modeling_gpt2_repro import files\nfolder = pathlib.Path({str(folder)!r})\n"
+        )
+        return f"{imports}try:\n{textwrap.indent(SCRIPTS[name], '    ')}\nexcept OSError:\n    os._exit(2)"
+
+    return Scenario("json", lambda folder: (), start, check_kept, check_end, script)
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with serve_forks(["modeling_gpt2_repro.files"], environment) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=[(name, exists) for name in SCRIPTS for exists in (False, True)], ids=str)
+def crasher(request, server, tmp_path_factory) -> Crasher:
+    return Crasher(server, build(*request.param), tmp_path_factory.mktemp("files"))
+
+
+def test_what_takes_a_name_is_durable_before_the_old_one_goes(crasher):
+    assert crasher.find_undurable(crasher.trace()) == []
+
+
+def test_some_call_is_the_last_or_fails(crasher):
+    for form in FORMS:
+        assert_survived(crasher, form, share=0.2, at_least=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_each_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=1.0, at_least=0)

@@ -1,0 +1,71 @@
+"""Every system call with which a run hands its checkpoints over to be published may be its last one, or fail."""
+
+import os
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+from crashing import FORMS, Crasher, Scenario, assert_survived
+from fork_server import serve_forks
+from loopback_hub import LoopbackHub, User
+from small_corpora import write_small_data
+from test_crash_run import QUICKER, list_flags, read_weights
+
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+
+TOKEN, REPO = "hf_me0123456789", "models/me/run"
+BARE = {"eval_every": 0, "sample_every": 0, "max_steps": 4}
+TAGS = {"step-0000002", "step-0000004"}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with LoopbackHub() as hub:
+        hub.users = {TOKEN: User("me")}
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def crasher(hub, tmp_path_factory):
+    data = write_small_data(tmp_path_factory.mktemp("data"))
+    environment = {**os.environ, **hub.environment(tmp_path_factory.mktemp("home"))}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "HF_TOKEN": TOKEN}
+    folder = tmp_path_factory.mktemp("run")
+    with serve_forks(["train"], environment, QUICKER) as server:
+        result = server.run("train", list_flags(data, folder, "whole", **BARE, keep_checkpoints=0), folder)
+        assert result.code == 0, result.err
+
+        def check_end(here, was_killed):
+            repository = hub.repositories[REPO]
+            assert repository.tags == TAGS if was_killed else repository.tags <= TAGS
+            for tag in repository.tags:
+                checkpoint = folder / "whole" / "checkpoints" / tag.replace("-", "_")
+                assert hub.get_file(REPO, "model.safetensors", tag) == read_weights(checkpoint)
+            assert hub.get_file(REPO, "model.safetensors") == read_weights(folder / "whole" / "final")
+            assert not (here / "run" / "hub_upload").exists()
+
+        scenario = Scenario(
+            "train",
+            lambda here: list_flags(data, here, **BARE, push_to_hub=True),
+            lambda here: hub.repositories.pop(REPO, None),
+            lambda here, calls: None,  # test_crash_run.py asks what is kept
+            check_end,
+            about="run/hub_upload",
+            is_racing=True,
+        )
+        yield Crasher(server, scenario, folder)
+
+
+def test_what_waits_to_be_published_is_durable(crasher):
+    assert crasher.find_undurable(crasher.trace()) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_some_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=0.03, at_least=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_each_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=1.0, at_least=30)

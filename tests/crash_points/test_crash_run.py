@@ -1,0 +1,171 @@
+"""Every system call of a run that changes a file may be its last one, or fail."""
+
+import json
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from crashing import FORMS, Crasher, Scenario, assert_survived, list_tree
+from fork_server import serve_forks
+from small_corpora import write_small_data
+from tracing import Call
+
+from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training.checkpoint import check_whole, list_checkpoints, read_step
+
+pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+
+# Its best model is that of step 4, and at the end there are checkpoints of steps 4 and 6 and the model of step 2.
+SETTINGS = {
+    **{"n_layer": 1, "n_head": 1, "n_embd": 8, "sequence_length": 16, "tokens_per_step": 64, "max_steps": 8},
+    **{"warmup_tokens": 64, "learning_rate": 3e-2, "mixed_precision": "no", "compile": "off", "eval_every": 2},
+    **{"eval_tokens": 64, "hellaswag_every": 0, "sample_every": 4, "sample_tokens": 12, "sample_prompt": "The old"},
+    **{"save_every": 2, "save_best": True, "keep_checkpoints": 1, "keep_weights_every": 4, "report_to": "none"},
+}
+# Without what costs time and changes no file: the probe of a peak, the drawing of a picture, and the process
+# that draws beside the run, whose pictures the run draws once more at its end.
+QUICKER = """
+import matplotlib.figure
+import modeling_gpt2_repro.run
+from modeling_gpt2_repro.reporting.background import CurveDrawer
+from modeling_gpt2_repro.training.throughput import Peak
+modeling_gpt2_repro.run.choose_peak = lambda *_: Peak(1e12, "not measured")
+CurveDrawer.request = lambda self: None
+matplotlib.figure.Figure.savefig = lambda self, stream, **_: stream.write(bytes(100_000))
+"""
+TIMES = re.compile(r"tokens_per_second|mfu|seconds|memory")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with serve_forks(["train"], environment, QUICKER) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def reference(server, data, tmp_path_factory) -> Path:
+    """The folder of a run to which nothing happens, and which keeps everything; `initial/` is the model of step 0."""
+    folder = tmp_path_factory.mktemp("reference")
+    for name, changes in (("run", {}), ("short", {"max_steps": 1, "learning_rate": 1e-30})):
+        result = server.run("train", list_flags(data, folder, run_name=name, keep_checkpoints=0, **changes), folder)
+        assert result.code == 0, result.err
+    shutil.copytree(folder / "short" / "best", folder / "run" / "initial")
+    return folder / "run"
+
+
+def list_flags(data: Path, folder: Path, run_name: str = "run", **changes) -> list[str]:
+    settings = SETTINGS | {"data_dir": data, "output_dir": folder, "run_name": run_name} | changes
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def read_numbers(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if not TIMES.search(name)} for line in lines]
+    return [line for line in lines if set(line) - {"step"}]
+
+
+def read_weights(folder: Path) -> bytes | None:
+    path = folder / "model.safetensors"
+    return path.read_bytes() if path.exists() else None
+
+
+def find_published(calls: list[Call], name: str) -> list[str]:
+    """Return which names that match have been given in these calls, in order."""
+    renamed = [call.paths[1] for call in calls if call.name.startswith("rename") and call.is_done]
+    return [match[1] for path in renamed if (match := re.fullmatch(rf".*/run/({name})", path))]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        check_whole(checkpoint)
+    except UserError:
+        return False
+    return True
+
+
+def check_best(reference: Path, run: Path, is_newest: bool = False) -> None:
+    """Assert that the best model is one of those that the reference had, or the last of them."""
+    step = json.loads((run / "best" / "metrics.json").read_text())["step"]
+    expected = read_weights(reference / "checkpoints" / f"step_{step:07d}") or read_weights(reference / "initial")
+    assert read_weights(run / "best") == expected, "the best model is lost"
+    if is_newest:
+        for name in ("metrics.json", "model.safetensors"):
+            assert (run / "best" / name).read_bytes() == (reference / "best" / name).read_bytes(), f"{name} differs"
+
+
+def check_kept(reference: Path, folder: Path, calls: list[Call]) -> None:
+    run = folder / "run"
+    steps = [int(name[-7:]) for name in find_published(calls, r"checkpoints/step_\d{7}")]
+    whole = [read_step(path) for path in list_checkpoints(run / "checkpoints") if is_whole(path)]
+    assert max(whole, default=0) >= max(steps, default=0), "the last checkpoint is lost"
+    if find_published(calls, "best"):
+        check_best(reference, run)
+    if find_published(calls, "final"):
+        assert read_weights(run / "final") == read_weights(reference / "final"), "the finished model is lost"
+    for step in range(4, max(steps, default=0), 4):
+        kept, expected = (each / "checkpoints" / f"step_{step:07d}" for each in (run, reference))
+        assert read_weights(kept) == read_weights(expected), "kept weights are lost"
+
+
+def check_end(reference: Path, expected_tree: list[str], folder: Path, was_killed: bool) -> None:
+    run = folder / "run"
+    assert read_numbers(run) == read_numbers(reference)
+    for name in ("log.txt", "samples.jsonl", "final/model.safetensors"):
+        assert (run / name).read_bytes() == (reference / name).read_bytes(), f"{name} differs"
+    check_best(reference, run, is_newest=was_killed)  # one that could not be written is not missed by a finished run
+    last = f"checkpoints/step_{SETTINGS['max_steps']:07d}"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("finished", SETTINGS["max_steps"]) and status["versions"]
+    tree = sorted(list_tree(run))
+    leftovers = [name for name in tree if name.endswith((".partial", ".replaced"))]
+    assert not leftovers
+    if was_killed:
+        assert tree == expected_tree
+    for name in ("model.safetensors", "training_state/optimizer.pt"):
+        if was_killed or (run / last).exists():  # one that could not be written is not missed by a finished run
+            assert (run / last / name).read_bytes() == (reference / last / name).read_bytes(), f"{name} differs"
+
+
+@pytest.fixture(scope="module")
+def crasher(server, data, reference, tmp_path_factory) -> Crasher:
+    folder = tmp_path_factory.mktemp("run")
+    undisturbed = folder / "here"
+    undisturbed.mkdir()
+    result = server.run("train", list_flags(data, undisturbed), folder)
+    assert result.code == 0, result.err
+    expected_tree = sorted(list_tree(undisturbed / "run"))
+    scenario = Scenario(
+        "train",
+        partial(list_flags, data),
+        lambda folder: None,
+        partial(check_kept, reference),
+        partial(check_end, reference, expected_tree),
+    )
+    return Crasher(server, scenario, folder)
+
+
+def test_what_is_published_is_durable_before_anything_older_goes(crasher):
+    calls = crasher.trace()
+    assert find_published(calls, r"checkpoints/step_\d{7}|best|final")[-1] == "final"
+    assert crasher.find_undurable(calls) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_some_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=0.012, at_least=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_each_call_is_the_last_or_fails(crasher, form):
+    assert_survived(crasher, form, share=1.0, at_least=100)
