@@ -9,8 +9,9 @@ from safetensors import SafetensorError
 from modeling_gpt2_repro.devices import is_out_of_memory
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError
 
-# "PytorchStreamWriter failed writing file", "I/O error: No space left on device (os error 28)".
-WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "os error")
+# "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598" (torch),
+# "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).
+WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos", "os error")
 
 # "index_add_cuda_ does not have a deterministic implementation, but you set ..."
 NONDETERMINISM_SIGN = " does not have a deterministic implementation"
@@ -61,11 +62,12 @@ class RepeatedOverflowError(UserError):
 def is_write_failure(error: Exception) -> bool:
     """Tell whether an exception means that a file could not be written: a full or vanished disk, a quota, no rights.
 
-    torch and safetensors have exceptions of their own for that, of kinds that mean other things too.
+    torch, safetensors and tokenizers have exceptions of their own for that, of kinds that mean other things too.
     """
     if isinstance(error, OSError):
         return error.errno in SYSTEM_REFUSALS
-    return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in WRITE_SIGNS)
+    is_theirs = isinstance(error, RuntimeError | SafetensorError) or type(error) is Exception
+    return is_theirs and any(sign in str(error) for sign in WRITE_SIGNS)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,18 @@
 """What goes wrong in the middle of a run is said so that it can be put right."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.training.faults import NonFiniteError, explained_nondeterminism, explained_out_of_memory
+from modeling_gpt2_repro.training.faults import (
+    NonFiniteError,
+    explained_nondeterminism,
+    explained_out_of_memory,
+    is_write_failure,
+)
 
 
 def test_a_broken_update_names_its_windows_and_the_way_past():
@@ -43,3 +50,25 @@ def test_an_operation_without_a_deterministic_form_is_named():
     assert "leave --deterministic out" in str(raised.value)
     with pytest.raises(RuntimeError, match="shape"), explained_nondeterminism():
         raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, tokenizer: torch.save({"moments": torch.zeros(2**20)}, path),
+        lambda path, tokenizer: torch.save({"moments": torch.zeros(2)}, path),
+        lambda path, tokenizer: tokenizer.backend_tokenizer.save(str(path)),
+        lambda path, tokenizer: path.write_text("text"),
+    ],
+    ids=["torch", "torch at its end", "tokenizers", "Python"],
+)
+def test_a_full_disk_is_known_whoever_writes(tokenizer, write):
+    with pytest.raises(Exception) as raised:
+        write(Path("/dev/full"), tokenizer)
+    assert is_write_failure(raised.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), Exception("no such model"), ValueError("os error")])
+def test_other_errors_are_no_full_disk(error):
+    assert not is_write_failure(error)
