@@ -271,7 +271,7 @@ def publish(run: Run) -> None:
         with create_folder_atomically(run.record.folder / FINAL) as folder:
             checkpoints.save_published_model(folder, run.model, run.inputs.tokenizer)
             write_model_card(folder, run.record.folder)
-        run.record.finish(run.config, run.plan.max_steps)
+        run.record.finish(run.plan.max_steps)
         run.console.say(
             f"finished: {run.record.folder / 'final'} holds the model, and curves.png beside it the curves"
         )

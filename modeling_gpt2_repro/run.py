@@ -177,11 +177,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     if not is_own:
         check_run_folder(record.folder)
     is_finished = (record.folder / FINAL).is_dir()
-    # One whose last checkpoint found no room is not made again either.
-    made = max(first_step, record.get_finished_step() if config.resume_from_checkpoint == "auto" else 0)
-    if is_finished and resume_from and made >= max_steps:
-        console.say(f"{record.folder} is finished: it has {made:,} of {max_steps:,} steps")
-        record.finish(config, made)
+    if resume_from and first_step >= max_steps and record.get_finished_step() >= max_steps:
+        console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
+        record.clear_leftovers(config)
         publisher.finish()
         return None
     if is_finished and not is_own and config.resume_from_checkpoint != "never":

@@ -534,25 +534,3 @@ def test_an_operation_without_a_deterministic_form_ends_the_run_in_one_line(shar
     assert train.main(flags(shards, tmp_path)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "put_ has no deterministic form" in line
-
-
-DETERMINISTIC = {
-    **{"n_layer": 1, "n_embd": 64, "tokens_per_step": 1024, "learning_rate": 6e-3, "max_steps": 20, "save_every": 10},
-    **{"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "compile": "on", "deterministic": True},
-}
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_deterministic_runs_compiled_for_several_threads_resume_with_the_same_bits(shards, tmp_path, capsys):
-    torch.set_num_threads(2)
-    try:
-        whole = run_training(shards, tmp_path, "whole", **DETERMINISTIC)
-        shutil.copytree(whole / "checkpoints" / "step_0000010", tmp_path / "resumed" / "checkpoints" / "step_0000010")
-        resumed = run_training(shards, tmp_path, "resumed", **DETERMINISTIC)
-    finally:
-        torch.set_num_threads(1)
-    output = capsys.readouterr().out
-    assert output.count("2 thread(s)") == 2 and "failed" not in output
-    ours, expected = (load_file(folder / "final" / "model.safetensors") for folder in (resumed, whole))
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert list(read_losses(resumed).items()) == list(read_losses(whole).items())[10:]

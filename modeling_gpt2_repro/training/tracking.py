@@ -72,7 +72,9 @@ class RunRecord:
                 self._clear()
             else:
                 self._go_back(first_step)
-                self._clear_leftovers(config)
+                if config.resume_from_checkpoint != "auto":  # which replaces a finished model when it has a new one
+                    remove_folder(self.folder / FINAL)
+                self.clear_leftovers(config)
             write_settings(config, self.folder / CONFIG)
             self.is_open = True
             self.set_status("running")
@@ -100,7 +102,6 @@ class RunRecord:
             for line in lines:
                 stream.writelines(format_log_lines(line))
         self.started -= max((line.get("train/elapsed_seconds", 0.0) for line in lines), default=0.0)
-        remove_folder(self.folder / FINAL)
         for model in list_models(self.folder / CHECKPOINTS):
             if read_step(model) > step:
                 remove_folder(model)
@@ -155,18 +156,17 @@ class RunRecord:
         is_finished = status.get("status") == "finished" and (self.folder / FINAL).is_dir()
         return status["step"] if is_finished and isinstance(status.get("step"), int) else 0
 
-    def finish(self, config: TrainingConfig, step: int) -> None:
-        """Say that the run is finished, and do what one that was killed in its last moments had left to do."""
-        if self.accelerator.is_main_process:
-            self._clear_leftovers(config)
-            if self.get_finished_step() != step:
-                self.sync()
-                write_json(self.folder / STATUS, {"status": "finished", "step": step, "versions": list_versions()})
+    def finish(self, step: int) -> None:
+        """Say that the run is finished, in the first process."""
+        self.sync()
+        self.set_status("finished", step=step, versions=list_versions())
 
-    def _clear_leftovers(self, config: TrainingConfig) -> None:
-        for name in (FINAL, BEST):
-            clear_leftovers(self.folder / name)
-        prune_checkpoints(self.folder / CHECKPOINTS, config.keep_checkpoints, config.keep_weights_every)
+    def clear_leftovers(self, config: TrainingConfig) -> None:
+        """Do, in the first process, what a run that was killed, or had a bad disk, had left to do."""
+        if self.accelerator.is_main_process:
+            for name in (FINAL, BEST):
+                clear_leftovers(self.folder / name)
+            prune_checkpoints(self.folder / CHECKPOINTS, config.keep_checkpoints, config.keep_weights_every)
 
     def close(self) -> None:
         """Let the trackers finish."""
