@@ -28,6 +28,7 @@ from modeling_gpt2_repro.training import preemption
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.tracking import RunRecord
 
+N_KILLS = 20
 # Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
 BARE = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
 
@@ -70,8 +71,7 @@ def stop_at(monkeypatch, update: int, *signals: signal.Signals) -> None:
     monkeypatch.setattr(RunRecord, "log", log_and_stop)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("update", [4, 6])
+@pytest.mark.parametrize("number, update", [(signal.SIGTERM, 4), (signal.SIGINT, 6)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     shards, tmp_path, monkeypatch, capsys, whole_run, number, update
 ):
@@ -213,16 +213,16 @@ def count_updates(run: Path) -> int:
     return max(read_losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path, kills):
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path):
     """`kill -9` at moments that fall into starting, training and saving alike."""
-    settings = {**BARE, "max_steps": 12 * kills, "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-3}
+    settings = {**BARE, "max_steps": 12 * N_KILLS, "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-3}
     expected = run_training(shards, tmp_path, "whole", **settings)
     # Forks of a process that has imported everything and computed nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "train"])
     run, chance, reached = tmp_path / "run", random.Random(0), []
-    for kill in range(kills):
+    for kill in range(N_KILLS):
         process = context.Process(target=train.main, args=(flags(shards, tmp_path, **settings),))
         before = count_updates(run)
         process.start()
