@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY
 from fork_server import serve_forks
+from small_corpora import write_small_data
 from small_runs import flags, read_losses
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
@@ -66,12 +67,18 @@ def server():
         yield server
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Shards of so small a vocabulary that a run takes a second, and threads meet at the same rows all the time."""
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
-def train(server, shards, tmp_path):
+def train(server, data, tmp_path):
     """Train in processes of their own, with so many threads each, and return the run's folder."""
 
     def train(run_name: str, n_processes: int, n_threads: int, **changes) -> Path:
-        argv = flags(shards, tmp_path, run_name, **SETTINGS | changes)
+        argv = flags(data, tmp_path, run_name, **SETTINGS | changes)
         script = f"n_processes, n_threads = {n_processes}, {n_threads}\n{LAUNCH}"
         result = server.run("train", argv, tmp_path, script=script)
         assert result.code == 0, result.err
