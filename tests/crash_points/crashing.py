@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import pytest
 from fork_server import ForkServer
 from tracing import Call, choose_points, find_undurable, list_options, read_trace
 
@@ -57,8 +59,9 @@ class Crasher:
         argv, script = scenario.argv(self.folder), scenario.script(self.folder)
         return self.server.run(scenario.module, argv, self.home, script=script, strace=strace)
 
-    def trace(self) -> list[Call]:
-        """Return the calls of the command where nothing happens to it."""
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The calls of the command where nothing happens to it."""
         self.begin()
         self.existing = [str(path) for path in self.folder.rglob("*")]
         result = self.run(list_options(self.home / "trace"))
@@ -66,10 +69,10 @@ class Crasher:
         self.scenario.check_end(self.folder, True)
         return read_trace(self.home / "trace")
 
-    def find_undurable(self, calls: Sequence[Call]) -> list[str]:
+    def find_undurable(self) -> list[str]:
         """Return what a loss of power could cost (`tracing.find_undurable`)."""
         reports = [str(self.home / name) for name in ("stdout", "stderr")]
-        return find_undurable(calls, self.folder, self.existing, reports)
+        return find_undurable(self.calls, self.folder, self.existing, reports)
 
     def hit(self, point: Call, form: str) -> str | None:
         """Let one call be the last, or fail, and give the command again; return what is wrong then."""
@@ -80,7 +83,7 @@ class Crasher:
             expected = (-9, *((0,) if self.scenario.is_racing else ())) if form == "kill" else (0, 2)
             assert result.code in expected, f"it ended with {result.code}: {result.err}"
             assert "Traceback" not in result.err, result.err
-            self.scenario.check_kept(self.folder, self.before[point])
+            self.scenario.check_kept(self.folder, self.calls[: self.calls.index(point)])
             again = self.run()
             assert again.code == 0, f"given again it ended with {again.code}: {again.err}"
             self.scenario.check_end(self.folder, form == "kill")
@@ -90,19 +93,40 @@ class Crasher:
 
     def hit_all(self, form: str, share: float = 1.0) -> tuple[int, list[str]]:
         """Hit every point, or a share of them; return how many, and what was wrong."""
-        calls = self.trace()
-        points = choose_points(calls, self.folder / self.scenario.about, share)
-        self.before = {point: calls[: calls.index(point)] for point in points}
+        points = choose_points(self.calls, self.folder / self.scenario.about, share)
         problems = [problem for point in points if (problem := self.hit(point, form)) is not None]
         return len(points), problems
 
 
-def assert_survived(crasher: Crasher, form: str, share: float, at_least: int) -> None:
-    """Assert that every point, or a share of them, is survived, and that there are some."""
-    n_points, problems = crasher.hit_all(form, share)
-    print(f"{form}: {n_points - len(problems)} of {n_points} points survived")
-    assert not problems, "\n\n".join(problems)
-    assert n_points >= at_least
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+class CrashTests:
+    """The tests of the fixture `crasher` of the module in which a class inherits them.
+
+    Attributes:
+        share: of its points, how large a sample `make test` tries.
+        at_least: how many points there are at least.
+    """
+
+    share: float
+    at_least: int
+
+    def test_what_takes_a_name_is_durable_before_anything_older_goes(self, crasher: Crasher):
+        assert crasher.find_undurable() == []
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_some_call_is_the_last_or_fails(self, crasher: Crasher, form: str):
+        self.assert_survived(crasher, form, self.share)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("form", FORMS)
+    def test_each_call_is_the_last_or_fails(self, crasher: Crasher, form: str):
+        self.assert_survived(crasher, form, 1.0)
+
+    def assert_survived(self, crasher: Crasher, form: str, share: float) -> None:
+        n_points, problems = crasher.hit_all(form, share)
+        print(f"{form}: {n_points - len(problems)} of {n_points} points survived")
+        assert not problems, "\n\n".join(problems)
+        assert n_points >= self.at_least * share
 
 
 def list_tree(folder: Path) -> dict[str, bytes]:

@@ -1,18 +1,15 @@
 """Every system call of prepare_data.py that changes a file may be its last one, or fail."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from crashing import FORMS, Crasher, Scenario, assert_survived, list_tree
+from crashing import Crasher, CrashTests, Scenario, list_tree
 from fork_server import serve_forks
 from small_corpora import list_data_flags, write_corpus, write_tokenizer
 
 import prepare_data
-
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
 
 # Three commands in a row, as a scheduler gives them.
 STAGES = """
@@ -75,16 +72,5 @@ def crasher(request, server, inputs, tmp_path_factory) -> Crasher:
     return Crasher(server, Scenario("prepare_data", list_flags, start, check_kept, check_end, script), folder)
 
 
-def test_a_folder_of_shards_is_durable_before_the_old_one_goes(crasher):
-    assert crasher.find_undurable(crasher.trace()) == []
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_some_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=0.02, at_least=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_each_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=1.0, at_least=30)
+class TestData(CrashTests):
+    share, at_least = 0.02, 30

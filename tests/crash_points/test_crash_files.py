@@ -1,15 +1,14 @@
 """Every system call of what writes, replaces and removes files and folders may be its last one, or fail."""
 
 import os
-import shutil
 import textwrap
 
 import pytest
 from conftest import REPOSITORY
-from crashing import FORMS, Crasher, Scenario, assert_survived, list_tree
+from crashing import Crasher, CrashTests, Scenario, list_tree
 from fork_server import serve_forks
 
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+from modeling_gpt2_repro.files import REPLACED_SUFFIX
 
 OLD, NEW = {"a.txt": b"old a", "sub": b"", "sub/b.txt": b"old b"}, {"a.txt": b"new a", "sub": b"", "sub/c.txt": b"new"}
 WRITE = "\n    ".join(
@@ -44,7 +43,7 @@ def build(name: str, exists: bool) -> Scenario:
             return
         found = list_tree(folder / "model")
         # For a moment the old folder has the name from which it is restored, where two cannot swap their names.
-        aside = "swapped" in name and list_tree(folder / "model.replaced") == OLD
+        aside = "swapped" in name and list_tree(folder / f"model{REPLACED_SUFFIX}") == OLD
         assert found in (OLD, NEW) or (not found and (not exists or aside or is_removed))
 
     def check_end(folder, was_killed):
@@ -67,21 +66,13 @@ def server():
         yield server
 
 
-@pytest.fixture(scope="module", params=[(name, exists) for name in SCRIPTS for exists in (False, True)], ids=str)
+CASES = [(name, exists) for name in SCRIPTS for exists in (False, True) if exists or "removed" not in name]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def crasher(request, server, tmp_path_factory) -> Crasher:
     return Crasher(server, build(*request.param), tmp_path_factory.mktemp("files"))
 
 
-def test_what_takes_a_name_is_durable_before_the_old_one_goes(crasher):
-    assert crasher.find_undurable(crasher.trace()) == []
-
-
-def test_some_call_is_the_last_or_fails(crasher):
-    for form in FORMS:
-        assert_survived(crasher, form, share=0.2, at_least=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_each_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=1.0, at_least=0)
+class TestFiles(CrashTests):
+    share, at_least = 0.2, 3

@@ -1,17 +1,14 @@
 """Every system call with which a run hands its checkpoints over to be published may be its last one, or fail."""
 
 import os
-import shutil
 
 import pytest
 from conftest import REPOSITORY
-from crashing import FORMS, Crasher, Scenario, assert_survived
+from crashing import Crasher, CrashTests, Scenario
 from fork_server import serve_forks
 from loopback_hub import LoopbackHub, User
 from small_corpora import write_small_data
 from test_crash_run import QUICKER, list_flags, read_weights
-
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
 
 TOKEN, REPO = "hf_me0123456789", "models/me/run"
 BARE = {"eval_every": 0, "sample_every": 0, "max_steps": 4}
@@ -56,16 +53,5 @@ def crasher(hub, tmp_path_factory):
         yield Crasher(server, scenario, folder)
 
 
-def test_what_waits_to_be_published_is_durable(crasher):
-    assert crasher.find_undurable(crasher.trace()) == []
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_some_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=0.03, at_least=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_each_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=1.0, at_least=30)
+class TestPublishing(CrashTests):
+    share, at_least = 0.02, 30

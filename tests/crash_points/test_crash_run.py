@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from crashing import FORMS, Crasher, Scenario, assert_survived, list_tree
+from crashing import Crasher, CrashTests, Scenario, list_tree
 from fork_server import serve_forks
 from small_corpora import write_small_data
 from tracing import Call
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 from modeling_gpt2_repro.training.checkpoint import check_whole, list_checkpoints, read_step
-
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
 
 # Its best model is that of step 4, and at the end there are checkpoints of steps 4 and 6 and the model of step 2.
 SETTINGS = {
@@ -127,7 +126,7 @@ def check_end(reference: Path, expected_tree: list[str], folder: Path, was_kille
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["step"]) == ("finished", SETTINGS["max_steps"]) and status["versions"]
     tree = sorted(list_tree(run))
-    leftovers = [name for name in tree if name.endswith((".partial", ".replaced"))]
+    leftovers = [name for name in tree if name.endswith((TEMPORARY_SUFFIX, REPLACED_SUFFIX))]
     assert not leftovers
     if was_killed:
         assert tree == expected_tree
@@ -154,18 +153,8 @@ def crasher(server, data, reference, tmp_path_factory) -> Crasher:
     return Crasher(server, scenario, folder)
 
 
-def test_what_is_published_is_durable_before_anything_older_goes(crasher):
-    calls = crasher.trace()
-    assert find_published(calls, r"checkpoints/step_\d{7}|best|final")[-1] == "final"
-    assert crasher.find_undurable(calls) == []
+class TestRun(CrashTests):
+    share, at_least = 0.01, 300
 
-
-@pytest.mark.parametrize("form", FORMS)
-def test_some_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=0.012, at_least=3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_each_call_is_the_last_or_fails(crasher, form):
-    assert_survived(crasher, form, share=1.0, at_least=100)
+    def test_the_trace_names_what_the_run_published(self, crasher):
+        assert find_published(crasher.calls, r"checkpoints/step_\d{7}|best|final")[-1] == "final"

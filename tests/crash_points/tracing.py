@@ -5,11 +5,14 @@ could lose.
 """
 
 import dataclasses
+import math
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from modeling_gpt2_repro.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 
 NAMING = ("rename", "renameat", "renameat2", "link", "linkat")
 REMOVING = ("unlink", "unlinkat", "rmdir")
@@ -22,7 +25,7 @@ POINTS = (*NAMING, *REMOVING, *MAKING, *SYNCING, "ftruncate")
 RARE_POINTS = ("write", "pwrite64")
 EACH_RARE_POINT = 10
 TRACED = (*POINTS, *WRITING, "openat")
-TEMPORARY = (".partial", ".replaced")
+TEMPORARY = (TEMPORARY_SUFFIX, REPLACED_SUFFIX)
 
 LINE = re.compile(r"(?P<thread>\d+) +(?:<\.\.\. \w+ resumed>(?P<rest>.*)|(?P<call>\w+)\((?P<arguments>.*))")
 NAME = re.compile(r'(?:AT_FDCWD|\d+)<(?P<folder>[^>]*)>(?:\([^)]*\))?|"(?P<name>(?:[^"\\]|\\.)*)"(?:\.\.\.)?')
@@ -105,10 +108,7 @@ def choose_points(calls: Sequence[Call], root: Path, share: float = 1.0) -> list
                 continue
         points.setdefault((call.name, call.number), call)
     chosen = list(points.values())
-    if share < 1:
-        chance = random.Random(0)
-        chosen = [point for point in chosen if chance.random() < share]
-    return chosen
+    return sorted(random.Random(0).sample(chosen, math.ceil(share * len(chosen))), key=chosen.index)
 
 
 def is_temporary(path: str, root: Path) -> bool:
