@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
-# Of a folder that another one is taking the place of, where the two cannot swap names in one step.
-REPLACED_SUFFIX = ".replaced"
+# Of a folder that another one is taking the place of, where the two cannot swap names in one step. What has it is
+# deleted or renamed wherever it is found: nobody else may come to use it.
+REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 # What kernels and file systems say that cannot swap two names (NFS, some of overlayfs).
@@ -59,7 +60,8 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def create_folder_atomically(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` that takes `path`'s name, replacing it, on success.
 
-    All of it is synchronised to disk first. On an exception the temporary folder is removed.
+    All of it is synchronised to disk first. On an exception the temporary folder is removed, as is one that was there
+    before.
     """
     path = follow_links(path)  # a link stays one, and what it points at is replaced
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)

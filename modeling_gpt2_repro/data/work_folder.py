@@ -120,7 +120,7 @@ def finish_publishing(final: Path) -> None:
     final = follow_links(final)
     (final / PLAN_NAME).unlink(missing_ok=True)
     work_path = get_work_path(final)
-    if work_path.is_dir():
+    if work_path.is_dir() and is_replaced_folder(work_path):
         with _lock(work_path, alone=True):
             if is_replaced_folder(work_path):
                 shutil.rmtree(work_path)
@@ -164,9 +164,10 @@ def open_work_folder(
         alone: keep all other processes out; otherwise only those that want to be alone.
 
     Raises:
-        UserError: another process works there, or on something else.
+        UserError: another process works there, or on something else, or the folder is somebody else's.
     """
     work = WorkFolder(final)
+    _check_is_ours(work.path)
     with _lock(work.path, alone) as lock:
         if overwrite or is_replaced_folder(work.path):
             for path in work.path.iterdir():
@@ -188,6 +189,12 @@ def open_work_folder(
             if alone and not work.is_complete() and work.pieces.is_dir() and not list(work.pieces.glob("*.json")):
                 shutil.rmtree(work.path)
             raise
+
+
+def _check_is_ours(work_path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if foreign := find_foreign_file(work_path, known=[LOCK_NAME]):
+            raise UserError(f"{work_path} holds {foreign}, which is no part of shards: give another --output_dir")
 
 
 def _lock(folder: Path, alone: bool) -> IO:

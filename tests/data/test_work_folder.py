@@ -300,6 +300,18 @@ def test_files_that_changed_since_are_noticed(run, corpus, flags, tmp_path):  # 
     assert "the files of the corpus have changed since" in err
 
 
+def test_folders_beside_it_that_are_somebody_elses_stay(run, flags, tmp_path):  # noqa: F811
+    assert run(*flags)[0] == 0
+    others = [tmp_path / "out.partial", tmp_path / "out.replaced"]
+    for other in others:
+        other.mkdir()
+        (other / "thesis.tex").write_text("years of work")
+    assert run(*flags)[0] == 0
+    code, _, err = run(*flags, "--overwrite")
+    assert code == 2 and "thesis.tex" in err
+    assert [path.name for other in others for path in other.iterdir()] == ["thesis.tex"] * 2
+
+
 def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):  # noqa: F811
     flags = [*flags, "--val_tokens=1000000000"]  # more than there are: what is finished is kept
     assert run(*flags)[0] == 2
