@@ -28,7 +28,7 @@ precisions = pytest.mark.parametrize(
     "precision", [pytest.param("no", id="float32"), pytest.param("bf16", marks=needs_bf16, id="bf16")]
 )
 
-HALF = 5
+HALF = 10
 SETTINGS = {
     **{"n_layer": 1, "tokens_per_step": 384, "learning_rate": 6e-3, "max_steps": 2 * HALF, "save_every": HALF},
     **{"eval_every": 0, "hellaswag_every": 0, "sample_every": 0},
