@@ -105,7 +105,7 @@ def test_published_figures_stand_beside_the_full_validation_set_only():
     assert "GPT" not in eval_hellaswag.format_table(results, with_published=False)
 
 
-@pytest.mark.parametrize("n_processes", [2, 3])
+@pytest.mark.parametrize("n_processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_give_the_same_numbers(n_processes, model_folder, tmp_path):
     """Byte for byte, as all compute the same batches, each on one thread; six items are two batches and more."""
     assert run(*sample_flags(model_folder, tmp_path)) == 0

@@ -163,10 +163,11 @@ def start(n_processes: int, argv: list[str]) -> subprocess.Popen:
     )
 
 
-def test_two_processes_agree_where_to_stop_and_go_on_to_the_same_end(shards, tmp_path):
-    settings = {**BARE, "max_steps": 80, "save_every": 0, "learning_rate": 1e-3, "micro_batch_size": 2}
-    argv = flags(shards, tmp_path, **settings)
-    with start(2, argv) as launcher:
+LONG = {**BARE, "max_steps": 80, "save_every": 0, "learning_rate": 1e-3, "micro_batch_size": 2}
+
+
+def test_two_processes_agree_where_to_stop(shards, tmp_path):
+    with start(2, flags(shards, tmp_path, **LONG)) as launcher:
         wait_for_update(tmp_path / "run", 3)
         workers = find_workers(launcher)
         assert len(workers) == 2
@@ -179,11 +180,14 @@ def test_two_processes_agree_where_to_stop_and_go_on_to_the_same_end(shards, tmp
     assert status["status"] == "preempted" and 3 <= step < 80
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:07d}"]
 
-    result = launch(2, argv)
-    assert result.returncode == 0, result.stderr
-    whole = launch(2, flags(shards, tmp_path, "whole", **settings))
-    assert whole.returncode == 0, whole.stderr
-    assert_same_end(run, tmp_path / "whole")
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_go_on_to_the_same_end(shards, tmp_path):
+    test_two_processes_agree_where_to_stop(shards, tmp_path)
+    for name in ("run", "whole"):
+        result = launch(2, flags(shards, tmp_path, name, **LONG))
+        assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_lone_worker_notices_that_its_launcher_is_gone(shards, tmp_path):

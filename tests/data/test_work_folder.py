@@ -68,6 +68,7 @@ def kill_after(process, folder, n_pieces: int) -> dict[str, int]:
     return list_pieces(folder)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, expected, tmp_path, capfd):
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
