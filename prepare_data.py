@@ -37,7 +37,7 @@ from modeling_gpt2_repro.data.work_folder import (
 )
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
-from modeling_gpt2_repro.files import follow_links, restore_folder
+from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 
 
@@ -131,9 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.verify or settings.inspect is not None:
         return 0
     tokenizer = load_tokenizer(settings.tokenizer)
-    restore_folder(folder)
+    finish_publishing(folder)
     if is_already_there(folder, settings, tokenizer):
-        finish_publishing(folder)
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
         return 0
     options = ShardOptions(

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
-# Of a folder that another one is taking the place of, where the two cannot swap names in one step. What has it is
-# deleted or renamed wherever it is found: nobody else may come to use it.
+# Of a folder whose name another one has taken. What has it is ours to restore or to delete, so nobody else may use it.
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -71,59 +70,16 @@ def create_folder_atomically(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_tree(temporary)
-        old = _take_name(temporary, path)
+        old = take_name(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _settle(path, old)
+    sync_folder(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def replace_folder(new: Path, path: Path) -> None:
-    """Give the folder `new`, all of which is synchronised to disk first, the name `path`, and remove what had it."""
-    sync_tree(new)
-    _settle(path, _take_name(new, path))
-
-
-def remove_folder(path: str | Path) -> None:
-    """Delete a folder, if it is there, so that no half of it is left under its name."""
-    path = follow_links(path)
-    clear_leftovers(path)
-    if path.is_dir():
-        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-        os.replace(path, temporary)
-        sync_folder(path.parent)
-        shutil.rmtree(temporary)
-
-
-def restore_folder(path: str | Path) -> None:
-    """Give a folder its name back that was killed, or lost power, while another one was taking its place."""
-    path = follow_links(path)
-    replaced = path.with_name(path.name + REPLACED_SUFFIX)
-    if not replaced.exists():
-        return
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(replaced, path)
-        sync_folder(path.parent)
-
-
-def clear_leftovers(path: str | Path) -> None:
-    """Put right what is left beside a folder of a process that was killed while it wrote, replaced or deleted it."""
-    restore_folder(path)
-    path = follow_links(path)
-    shutil.rmtree(path.with_name(path.name + TEMPORARY_SUFFIX), ignore_errors=True)
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and those above it that are missing, durably."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
-
-
-def _take_name(new: Path, path: Path) -> Path | None:
+def take_name(new: Path, path: Path) -> Path | None:
     """Rename `new` to `path`, and return what the folder is called now that had this name, if one had.
 
     On an exception both have the names that they had before.
@@ -134,8 +90,7 @@ def _take_name(new: Path, path: Path) -> Path | None:
     if _exchange(new, path):
         return new
     # For a moment neither has the name: `restore_folder` gives it back if this is the last moment.
-    replaced = path.with_name(path.name + REPLACED_SUFFIX)
-    os.replace(path, replaced)
+    replaced = set_aside(path, path)
     try:
         os.replace(new, path)
     except BaseException:
@@ -144,11 +99,53 @@ def _take_name(new: Path, path: Path) -> Path | None:
     return replaced
 
 
-def _settle(path: Path, old: Path | None) -> None:
-    """Make the new name durable, and only then remove what had it."""
-    sync_folder(path.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+def set_aside(old: Path, path: Path) -> Path:
+    """Rename `old` to what `restore_folder(path)` restores or deletes, and return that."""
+    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    os.replace(old, replaced)
+    return replaced
+
+
+def remove_folder(path: str | Path) -> None:
+    """Delete a folder, if it is there, so that no half of it is left under its name."""
+    path = follow_links(path)
+    clear_leftovers(path)
+    if path.is_dir():
+        os.replace(path, path.with_name(path.name + TEMPORARY_SUFFIX))
+        clear_leftovers(path)
+
+
+def restore_folder(path: str | Path) -> None:
+    """Undo a replacement of `path` that a kill or a loss of power cut short, or remove what it replaced."""
+    path = follow_links(path)
+    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    if path.exists():
+        _remove(replaced)
+    elif replaced.exists():
+        os.replace(replaced, path)
+        sync_folder(path.parent)
+
+
+def clear_leftovers(path: str | Path) -> None:
+    """Put right what is left beside a folder of a process that was killed while it wrote, replaced or deleted it."""
+    restore_folder(path)
+    path = follow_links(path)
+    _remove(path.with_name(path.name + TEMPORARY_SUFFIX))
+
+
+def _remove(leftover: Path) -> None:
+    """Delete a folder, if it is there, once it is durable that another one has its name."""
+    if leftover.exists():
+        sync_folder(leftover.parent)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it that are missing, durably."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -18,7 +18,7 @@ from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, load_tokenizer
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, create_folder_atomically
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, create_folder_atomically, follow_links
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.checkpoint import save_published_model
 
@@ -214,8 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Turn a checkpoint of nanoGPT or build-nanogpt into a model folder that opens wherever GPT-2 does."""
     config = parse_arguments(NanoGPTConfig, argv, description=main.__doc__)
     silence_libraries()
-    for path in (config.output_dir, f"{config.output_dir}{TEMPORARY_SUFFIX}"):
-        if Path(path).exists():
+    output = follow_links(config.output_dir)
+    for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
+        if path.exists():
             raise UserError(f"{path} exists already: give another --output_dir, or remove it")
     tokenizer = None if config.tokenizer == "none" else load_tokenizer(config.tokenizer)
     model = load_nanogpt(

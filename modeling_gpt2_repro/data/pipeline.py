@@ -39,11 +39,11 @@ from modeling_gpt2_repro.data.tokenization import (
     fingerprint_tokenizer,
     token_byte_lengths,
 )
-from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, load_summary, tokenize_task
+from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, load_summary, sync_pieces, tokenize_task
 from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
 from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, is_over
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum, sync_tree
+from modeling_gpt2_repro.files import compute_checksum
 
 Stage = Literal["tokenize", "write"]
 
@@ -165,7 +165,8 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
             with _open_pool(work, encoder, request.options) as pool:
                 jobs = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
                 n_pieces = sum(1 for _ in pool.map_in_order(_run_task, jobs))
-            sync_tree(work.pieces)  # the other stage reads them without a look at their digests
+            # The other stage reads them without a look at their digests.
+            sync_pieces(work.pieces, range(first, first + n_pieces * count, count))
             return n_pieces
         summaries = _collect_summaries(work, request)
         _, selection, splits = _plan(work, request, summaries)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +29,8 @@ BASELINES_NAME = "baselines.json"
 FORMAT_VERSION = 1
 # A folder with this in it is being written, or its writer was killed.
 WORK_FOLDER = "unfinished"
-# What is being made there; a writer that was killed at the very end leaves it in the finished folder.
-PLAN_NAME = "plan.json"
+# Of a folder that is being written, too; a writer that was killed at the very end leaves them in the finished one.
+PLAN_NAME, LOCK_NAME = "plan.json", "lock"
 # What `prepare_data.py --inspect` draws beside the shards.
 INSPECTION_NAME = "inspection.png"
 
@@ -316,10 +316,10 @@ def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
     )
 
 
-def find_foreign_file(folder: str | Path, known: Iterable[str] = ()) -> str | None:
+def find_foreign_file(folder: str | Path) -> str | None:
     """Return the name of something in `folder` that is neither a shard nor belongs to them; `None` where all may be
-    replaced. Hidden files, which file managers leave anywhere, and `known` ones do not count."""
-    ours = {*known, MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, INSPECTION_NAME, BASELINES_NAME}
+    replaced. Hidden files, which file managers leave anywhere, do not count."""
+    ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
     pattern = re.compile(r".*_(val|train)_\d{6}\.npy")
     for path in sorted(Path(folder).iterdir()):
         name = path.name.removesuffix(TEMPORARY_SUFFIX)

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +25,7 @@ import xxhash
 from modeling_gpt2_repro.data.corpora import Task
 from modeling_gpt2_repro.data.shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
 from modeling_gpt2_repro.data.tokenization import DocumentEncoder, get_text_buffers
+from modeling_gpt2_repro.files import sync_file, sync_folder
 
 # 32 MB of ids; the most that a worker holds beside one batch.
 TOKENS_PER_RUN = 2**24
@@ -199,6 +200,14 @@ def create_piece(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_pieces(folder: Path, numbers: Iterable[int]) -> None:
+    """Make the finished pieces of some tasks durable."""
+    for number in numbers:
+        for suffix in (".tokens.bin", ".documents.npy", ".json"):
+            sync_file(folder / f"{_name(number)}{suffix}")
+    sync_folder(folder)
 
 
 def drop_empty(texts: pa.LargeStringArray) -> pa.LargeStringArray:

@@ -20,14 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from modeling_gpt2_repro.data.shards import MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
+from modeling_gpt2_repro.data.shards import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import (
     TEMPORARY_SUFFIX,
     follow_links,
     make_folder,
-    replace_folder,
+    restore_folder,
+    set_aside,
     sync_folder,
+    sync_tree,
+    take_name,
     write_json,
 )
 
@@ -36,7 +39,6 @@ try:
 except ImportError:  # Windows: nothing keeps two runs apart there
     fcntl = None
 
-LOCK_NAME = "lock"
 # The workers of a process that was killed hold its lock until they have noticed.
 LOCK_SECONDS = 3.0
 # What file systems say that cannot lock, as some that clusters share.
@@ -106,29 +108,35 @@ class WorkFolder:
         """Remove what served the making, synchronise the rest to disk, and give it the final name.
 
         Killed at any moment, it can be called again: the manifest says that everything is there, the plan whose it is.
-        Once it has the final name, `finish_publishing` does the rest.
+        Once it has the final name, the plan there says that `finish_publishing` has something to do.
         """
         shutil.rmtree(self.pieces)
-        (self.path / LOCK_NAME).unlink()
-        replace_folder(self.path, self.final)
-        (self.final / PLAN_NAME).unlink()
-        sync_folder(self.final)
+        sync_tree(self.path)
+        take_name(self.path, self.final)
+        finish_publishing(self.final)
 
 
 def finish_publishing(final: Path) -> None:
-    """Remove what a run that was killed had left to remove when it had given `final`, which is whole, its name."""
+    """Remove what is left to remove, also of a run that was killed, once `final` has its name."""
     final = follow_links(final)
-    (final / PLAN_NAME).unlink(missing_ok=True)
+    restore_folder(final)
+    if not ((final / PLAN_NAME).exists() and (final / MANIFEST_NAME).exists() and find_foreign_file(final) is None):
+        return
+    sync_folder(final.parent)
     work_path = get_work_path(final)
-    if work_path.is_dir() and is_replaced_folder(work_path):
+    if _is_finished(work_path):  # then this is what had the name before
         with _lock(work_path, alone=True):
-            if is_replaced_folder(work_path):
-                shutil.rmtree(work_path)
+            if _is_finished(work_path):
+                set_aside(work_path, final)
+    restore_folder(final)
+    for name in (LOCK_NAME, PLAN_NAME):
+        (final / name).unlink(missing_ok=True)
+    sync_folder(final)
 
 
-def is_replaced_folder(work_path: Path) -> bool:
-    """Tell whether a work folder is what a run, killed at that moment, had just replaced."""
-    return not (work_path / PLAN_NAME).exists() and find_foreign_file(work_path, known=[LOCK_NAME]) is None
+def _is_finished(work_path: Path) -> bool:
+    """Tell whether a folder holds shards that nobody is making."""
+    return (work_path / MANIFEST_NAME).exists() and not (work_path / PLAN_NAME).exists()
 
 
 def get_work_path(final: Path) -> Path:
@@ -167,9 +175,10 @@ def open_work_folder(
         UserError: another process works there, or on something else, or the folder is somebody else's.
     """
     work = WorkFolder(final)
-    _check_is_ours(work.path)
+    _check_is_free(work.path)
     with _lock(work.path, alone) as lock:
-        if overwrite or is_replaced_folder(work.path):
+        _check_is_free(work.path)  # another process may just have put there what it replaced
+        if overwrite:
             for path in work.path.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -191,10 +200,14 @@ def open_work_folder(
             raise
 
 
-def _check_is_ours(work_path: Path) -> None:
+def _check_is_free(work_path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        if foreign := find_foreign_file(work_path, known=[LOCK_NAME]):
-            raise UserError(f"{work_path} holds {foreign}, which is no part of shards: give another --output_dir")
+        foreign = MANIFEST_NAME if _is_finished(work_path) else find_foreign_file(work_path)
+        if foreign is not None:
+            raise UserError(
+                f"{work_path} is where the shards would be made, and holds {foreign}, which is of something else: "
+                "give another --output_dir"
+            )
 
 
 def _lock(folder: Path, alone: bool) -> IO:
@@ -207,8 +220,10 @@ def _lock(folder: Path, alone: bool) -> IO:
         try:
             if fcntl is not None:
                 fcntl.flock(stream, getattr(fcntl, f"LOCK_{mode}") | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:  # or whoever had the lock has finished, and removed it
-                return stream
+            # Or whoever had the lock has finished, and moved it away or removed it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(stream.fileno()), os.stat(folder / LOCK_NAME)):
+                    return stream
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 stream.close()

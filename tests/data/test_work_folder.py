@@ -19,7 +19,6 @@ import pytest
 from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
 
 import prepare_data
-from modeling_gpt2_repro import files
 from modeling_gpt2_repro.data import local_files, splits, tokenized, work_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -263,7 +262,7 @@ def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path)
 def test_killed_while_it_is_published_it_is_published_by_the_same_command(run, flags, expected, tmp_path, moment):  # noqa: F811
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
-    calls = {"sync": (files, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (files, "_take_name")}
+    calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (work_folder, "take_name")}
 
     def die_there():
         owner, name = calls[moment]
@@ -311,6 +310,40 @@ def test_folders_beside_it_that_are_somebody_elses_stay(run, flags, tmp_path):  
     code, _, err = run(*flags, "--overwrite")
     assert code == 2 and "thesis.tex" in err
     assert [path.name for other in others for path in other.iterdir()] == ["thesis.tex"] * 2
+
+
+def test_a_finished_folder_may_have_the_name_of_a_work_folder(run, flags, tmp_path):  # noqa: F811
+    for name in ("out", "other"):
+        assert run(*flags, output_dir=tmp_path / name)[0] == 0
+    other = (tmp_path / "other").rename(tmp_path / "out.partial")
+    expected = hash_folder(other)
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--overwrite")[0] == 2
+    assert hash_folder(other) == expected
+
+
+def test_whoever_publishes_keeps_others_out_until_it_is_done(flags, expected, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
+    folder, reached, go_on = tmp_path / "out", FORK.Event(), FORK.Event()
+    flags = [*flags, f"--output_dir={folder}"]
+    assert prepare_data.main([*flags, "--seed=7"]) == 0
+    sync_tree = work_folder.sync_tree
+
+    def wait_and_sync(path):
+        reached.set()
+        assert go_on.wait(60)
+        sync_tree(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work_folder, "sync_tree", wait_and_sync)
+        process = start([*flags, "--overwrite"])
+    assert reached.wait(60)
+    assert prepare_data.main([*flags, "--overwrite"]) == 2
+    assert "another prepare_data.py is working on" in capfd.readouterr().err
+    go_on.set()
+    process.join()
+    assert process.exitcode == 0 and hash_folder(folder) == expected
+    assert not folder.with_name("out.partial").exists()
 
 
 def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):  # noqa: F811
