@@ -145,8 +145,8 @@ def find_undurable(
             known.add(path)
             names.add(path)
 
-    def demand_nothing_pending(what: str, besides: str = "") -> None:
-        others = [path for path in pending.values() if path != besides]
+    def demand_nothing_pending(what: str, besides: Sequence[str] = ()) -> None:
+        others = [path for path in pending.values() if path not in besides]
         found.extend(f"{what} before the name {path} was durable" for path in others)
 
     for call in calls:
@@ -177,7 +177,7 @@ def find_undurable(
             old, new = call.paths
             published = [path for path in (old, new) if not is_temporary(path, root)]
             if published:
-                demand_nothing_pending(f"{new} took its name", besides=new)
+                demand_nothing_pending(f"{new} took its name", besides=call.paths)
             if not is_temporary(new, root):
                 half = {path for path in contents | names if is_inside(path, old)} - {old}
                 half |= {path for path in contents if path == old}
