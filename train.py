@@ -212,11 +212,13 @@ def evaluate(run: Run, step: int) -> None:
         )
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
         if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
-            with tolerated_write_failures("the best model was not written", run.console.say):
-                with create_folder_atomically(run.record.folder / BEST) as folder:
-                    checkpoints.save_model(folder, run.model, inputs.tokenizer)
-                    write_json(folder / BEST_METRICS, {"step": step, **metrics})
-                run.record.best_val_loss = validation.loss
+            with (
+                tolerated_write_failures("the best model was not written", run.console.say),
+                create_folder_atomically(run.record.folder / BEST) as folder,
+            ):
+                checkpoints.save_model(folder, run.model, inputs.tokenizer)
+                write_json(folder / BEST_METRICS, {"step": step, **metrics})
+            run.record.read_best(step)  # where only the last of it failed, it is there
     if plan.is_due(config.hellaswag_every, step):
         # Papers cite the other protocol: its score belongs to the finished model.
         for protocol in ("original", "lm_eval") if step == plan.last_step else ("original",):
@@ -272,9 +274,7 @@ def publish(run: Run) -> None:
             checkpoints.save_published_model(folder, run.model, run.inputs.tokenizer)
             write_model_card(folder, run.record.folder)
         run.record.finish(run.plan.max_steps)
-        run.console.say(
-            f"finished: {run.record.folder / 'final'} holds the model, and curves.png beside it the curves"
-        )
+        run.console.say(f"finished: {run.record.folder / FINAL} holds the model, and curves.png beside it the curves")
     run.accelerator.wait_for_everyone()
     run.publisher.finish()  # with the other processes free to go
 

@@ -39,7 +39,8 @@ REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 
 # What a run computes with.
 VERSIONED_PACKAGES = (
-    *("modeling_gpt2_repro", "torch", "transformers", "accelerate", "datasets", "tokenizers", "gigatoken", "numpy"),
+    *("modeling_gpt2_repro", "torch", "transformers", "accelerate"),
+    *("datasets", "tokenizers", "gigatoken", "numpy"),
 )
 # More tokens than this in one micro-step on a CPU only cost memory: the logits alone are 0.2 MB each.
 CPU_MICRO_BATCH_TOKENS = 4096

@@ -31,6 +31,7 @@ from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
+from modeling_gpt2_repro.training.faults import explained_out_of_memory
 from modeling_gpt2_repro.training.micro_step import settle_gradient_exchange
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import (
@@ -230,7 +231,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     if resume_from:
         checkpoints.load_moving_parts(resume_from, optimizer, accelerator.scaler)
     loss_model, optimizer = accelerator.prepare(fit.loss_model, optimizer)
-    settle_gradient_exchange(loss_model, inputs.train_set, fit.micro_batch_size, accelerator)
+    with explained_out_of_memory(sizes, fit.micro_batch_size):
+        settle_gradient_exchange(loss_model, inputs.train_set, fit.micro_batch_size, accelerator)
     plan = replace(plan, micro_batch_size=fit.micro_batch_size)
     seconds = plan.estimate_seconds(config, accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
@@ -242,9 +244,9 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in skips])
     # A tracker knows a run that forks off another as one of its own.
     record.start(recorded, first_step if state else None, state.tracker_run_id if is_own else None)
-    publisher.start(first_step if state else None)
     if is_own:  # the run may have been killed between this checkpoint and its way to the Hub
         publisher.submit(resume_from)
+    publisher.start(first_step if state else None)
     reset_peak_memory(accelerator.device)
     return Run(
         config=config,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
+from modeling_gpt2_repro import files
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.files import compute_checksum
 from modeling_gpt2_repro.training import preemption
@@ -430,6 +431,26 @@ def test_the_best_model_is_kept_beside_the_last(shards, tmp_path):
     kept_again = json.loads((run / "best" / "metrics.json").read_text())
     assert kept_again == kept
     assert before in (None, (run / "best" / "model.safetensors").stat().st_mtime_ns)
+
+
+def test_a_best_model_that_may_not_be_durable_is_not_replaced_by_a_worse_one(shards, tmp_path, monkeypatch, capfd):
+    """As in the test above, where the disk refuses once, after the best of all models has its name."""
+    sync_folder, refused = files.sync_folder, []
+
+    def refuse_once(folder):
+        best = tmp_path / "run" / "best" / "metrics.json"
+        if best.exists() and not refused and json.loads(best.read_text())["step"] == 4:
+            refused.append(folder)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync_folder(folder)
+
+    monkeypatch.setattr(files, "sync_folder", refuse_once)
+    settings = {**BARE, "eval_every": 2, "warmup_tokens": 256 * 12, "learning_rate": 0.5, "save_best": True}
+    run = run_training(shards, tmp_path, **settings, save_every=0)
+    assert refused == [run] and "the best model was not written" in capfd.readouterr().out
+    losses = read_series(run, "val/loss")
+    assert losses[4] == min(losses.values()) and any(losses[4] < losses[step] < losses[2] for step in losses)
+    assert json.loads((run / "best" / "metrics.json").read_text())["step"] == 4
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000, 2_000_000])

@@ -7,11 +7,10 @@ from pathlib import Path
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.training.console import format_duration
+from modeling_gpt2_repro.training.tracking import REPLACED_FILES, REPLACED_FOLDERS
 
 # Float32 weights, and AdamW's two moments of each.
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
-# What a run that does not go on from a checkpoint of its own removes of an earlier one in its folder.
-REPLACED = ("metrics.jsonl", "log.txt", "samples.jsonl", "curves.png", "checkpoints", "final", "best", "tensorboard")
 LONGEST_CPU_RUN_SECONDS = 7 * 24 * 3600
 
 
@@ -49,7 +48,7 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 def check_run_folder(folder: Path) -> None:
     """Raise a `UserError` where a new run would take the place of files that are no run's, having no `config.yaml`."""
-    theirs = [name for name in REPLACED if os.path.lexists(folder / name)]
+    theirs = [name for name in (*REPLACED_FILES, *REPLACED_FOLDERS) if os.path.lexists(folder / name)]
     if theirs and not (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} is not the folder of a run, and the run would replace its {theirs[0]}: give another --run_name"

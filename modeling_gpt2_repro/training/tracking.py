@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,7 +29,10 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.trackers import TENSORBOARD, Tracker, build_tracker, choose_trackers
 
 CONFIG, METRICS, LOG, SAMPLES, STATUS = "config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json"
+CURVES = "curves.png"
 CHECKPOINTS, FINAL, BEST, BEST_METRICS = "checkpoints", "final", "best", "metrics.json"
+# What a run that begins anew takes the place of.
+REPLACED_FILES, REPLACED_FOLDERS = (METRICS, LOG, SAMPLES, CURVES), (CHECKPOINTS, FINAL, BEST, TENSORBOARD)
 # Numbers from here on up have no place on an axis, and no run has them.
 LARGEST_METRIC = 1e100
 
@@ -58,7 +62,7 @@ class RunRecord:
         self._feeds: list[Feed] = []
 
     def restore(self) -> None:
-        """Give models their names back that another one was just replacing when the run was killed."""
+        """Undo a replacement of the finished or the best model that a kill cut short."""
         for name in (FINAL, BEST):
             restore_folder(self.folder / name)
 
@@ -69,11 +73,9 @@ class RunRecord:
         if self.accelerator.is_main_process:
             make_folder(self.folder)
             if first_step is None:
-                self._clear()
+                self._clear(keeps_best=config.save_best and config.resume_from_checkpoint != "never")
             else:
                 self._go_back(first_step)
-                if config.resume_from_checkpoint != "auto":  # which replaces a finished model when it has a new one
-                    remove_folder(self.folder / FINAL)
                 self.clear_leftovers(config)
             write_settings(config, self.folder / CONFIG)
             self.is_open = True
@@ -84,11 +86,16 @@ class RunRecord:
                 self._feeds.append(Feed(tracker, self.folder, first_step or 0, self._warn))
         self.is_started = True
 
-    def _clear(self) -> None:
-        for name in (METRICS, LOG, SAMPLES, "curves.png"):
+    def _clear(self, keeps_best: bool) -> None:
+        for name in REPLACED_FILES:
             (self.folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, FINAL, BEST, TENSORBOARD):
-            remove_folder(self.folder / name)
+        for model in list_models(self.folder / CHECKPOINTS):
+            remove_folder(model)
+        for name in REPLACED_FOLDERS:
+            if name == CHECKPOINTS:  # which may be a file system of its own, whose folder stays
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            elif not (name == BEST and keeps_best):
+                remove_folder(self.folder / name)
 
     def _go_back(self, step: int) -> None:
         for name in (METRICS, SAMPLES):
@@ -105,7 +112,10 @@ class RunRecord:
         for model in list_models(self.folder / CHECKPOINTS):
             if read_step(model) > step:
                 remove_folder(model)
-        # One of a time that is gone through again, or of no known one, stays until the next validation replaces it.
+        self.read_best(step)
+
+    def read_best(self, step: int) -> None:
+        """Learn the loss of the best model up to `step`; a later one stays until the next validation replaces it."""
         best = read_json_object(self.folder / BEST / BEST_METRICS)
         if isinstance(best.get("step"), int) and best["step"] <= step and isinstance(best.get("val/loss"), float):
             self.best_val_loss = best["val/loss"]

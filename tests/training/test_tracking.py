@@ -54,3 +54,28 @@ def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
     again = RunRecord(tmp_path / "run", Accelerator())
     again.start(TrainingConfig(), first_step=5)
     assert 500 <= time.monotonic() - again.started < 9000
+
+
+@pytest.mark.parametrize(
+    ("first_step", "resume_from", "kept"),
+    [
+        (None, "never", []),
+        (None, "auto", ["best"]),
+        (2, "auto", ["best", "final"]),
+        (2, "elsewhere/step_0000002", ["best", "final"]),
+    ],
+)
+def test_a_model_stays_until_another_one_takes_its_place(record, tmp_path, first_step, resume_from, kept):
+    for name in ("best", "final"):
+        (record.folder / name).mkdir()
+    again = RunRecord(tmp_path / "run", Accelerator())
+    again.start(TrainingConfig(save_best=True, resume_from_checkpoint=resume_from), first_step=first_step)
+    assert [name for name in ("best", "final") if (record.folder / name).exists()] == kept
+
+
+def test_checkpoints_may_lie_on_another_disk(record, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step_0000002").mkdir(parents=True)
+    (record.folder / "checkpoints").symlink_to(elsewhere)
+    RunRecord(tmp_path / "run", Accelerator()).start(TrainingConfig(), first_step=None)
+    assert (record.folder / "checkpoints").is_symlink() and not any(elsewhere.iterdir())
