@@ -124,19 +124,14 @@ def finish_publishing(final: Path) -> None:
         return
     sync_folder(final.parent)
     work_path = get_work_path(final)
-    if _is_finished(work_path):  # then this is what had the name before
+    if work_path.is_dir():  # what had the name before, unless somebody has begun to work there
         with _lock(work_path, alone=True):
-            if _is_finished(work_path):
+            if not (work_path / PLAN_NAME).exists():
                 set_aside(work_path, final)
     restore_folder(final)
     for name in (LOCK_NAME, PLAN_NAME):
         (final / name).unlink(missing_ok=True)
     sync_folder(final)
-
-
-def _is_finished(work_path: Path) -> bool:
-    """Tell whether a folder holds shards that nobody is making."""
-    return (work_path / MANIFEST_NAME).exists() and not (work_path / PLAN_NAME).exists()
 
 
 def get_work_path(final: Path) -> Path:
@@ -202,7 +197,9 @@ def open_work_folder(
 
 def _check_is_free(work_path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        foreign = MANIFEST_NAME if _is_finished(work_path) else find_foreign_file(work_path)
+        foreign = find_foreign_file(work_path)
+        if foreign is None and not (work_path / PLAN_NAME).exists():
+            foreign = next((path.name for path in sorted(work_path.glob("*.npy"))), None)
         if foreign is not None:
             raise UserError(
                 f"{work_path} is where the shards would be made, and holds {foreign}, which is of something else: "

@@ -322,6 +322,18 @@ def test_a_finished_folder_may_have_the_name_of_a_work_folder(run, flags, tmp_pa
     assert hash_folder(other) == expected
 
 
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_nothing_is_left_of_a_folder_without_a_manifest_that_is_replaced(run, flags, expected, tmp_path, has_shards):  # noqa: F811
+    if has_shards:
+        assert run(*flags, "--seed=7")[0] == 0
+        (tmp_path / "out" / "manifest.json").unlink()
+    else:
+        (tmp_path / "out").mkdir()
+    assert run(*flags, "--overwrite")[0] == 0
+    assert hash_folder(tmp_path / "out") == expected
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out.")]
+
+
 def test_whoever_publishes_keeps_others_out_until_it_is_done(flags, expected, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
     folder, reached, go_on = tmp_path / "out", FORK.Event(), FORK.Event()
