@@ -77,19 +77,19 @@ class Crasher:
     def hit(self, point: Call, form: str) -> str | None:
         """Let one call be the last, or fail, and give the command again; return what is wrong then."""
         self.begin()
-        options = ["-o", "/dev/null", "-e", f"inject={point.name}:{FORMS[form]}:when={point.number}"]
+        options = list_options(self.home / "trace")
         try:
-            result = self.run(["-e", f"trace={point.name}", *options])
+            result = self.run([*options, "-e", f"inject={point.name}:{FORMS[form]}:when={point.number}"])
             expected = (-9, *((0,) if self.scenario.is_racing else ())) if form == "kill" else (0, 2)
             assert result.code in expected, f"it ended with {result.code}: {result.err}"
             assert "Traceback" not in result.err, result.err
-            before = self.calls[: self.calls.index(point)]
-            self.scenario.check_kept(self.folder, before)
-            again = self.run(list_options(self.home / "trace"))
+            calls = read_trace(self.home / "trace")
+            self.scenario.check_kept(self.folder, calls)
+            again = self.run(options)
             assert again.code == 0, f"given again it ended with {again.code}: {again.err}"
-            if form == "kill":  # what the first one left undone, the second one may not take for done
-                undurable = find_undurable([*before, *read_trace(self.home / "trace")], self.folder, self.existing)
-                assert not undurable, "; ".join(undurable)
+            # What the first command left undone, the second one may not take for done.
+            calls += read_trace(self.home / "trace")
+            assert not (undurable := find_undurable(calls, self.folder, self.existing)), "; ".join(undurable)
             self.scenario.check_end(self.folder, form == "kill")
         except AssertionError as error:
             return f"{form} at {point.name} {point.number} of {', '.join(point.paths)}: {error}"

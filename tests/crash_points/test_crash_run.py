@@ -111,7 +111,7 @@ def check_kept(reference: Path, folder: Path, calls: list[Call]) -> None:
         check_best(reference, run)
     if find_published(calls, "final"):
         assert read_weights(run / "final") == read_weights(reference / "final"), "the finished model is lost"
-    for step in range(4, max(steps, default=0), 4):
+    for step in (step for step in steps if step % SETTINGS["keep_weights_every"] == 0):
         kept, expected = (each / "checkpoints" / f"step_{step:07d}" for each in (run, reference))
         assert read_weights(kept) == read_weights(expected), "kept weights are lost"
 

@@ -75,7 +75,7 @@ def read_trace(trace: Path) -> list[Call]:
     calls = []
     for thread, name, arguments in began:
         counts[thread, name] = number = counts.get((thread, name), 0) + 1
-        is_done = re.search(r"= -1 E\w+", arguments) is None
+        is_done = re.search(r"= (-1 E\w+|\?)", arguments) is None
         calls.append(Call(int(thread), name, number, tuple(_list_paths(name, arguments)), arguments, is_done))
     return calls
 
