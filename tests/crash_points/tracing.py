@@ -122,7 +122,7 @@ def find_undurable(
     """Return, in words, what a loss of power at some moment could leave half of, or lose.
 
     What takes a name has to be on the disk before, with all files and folders in it; and the name itself before
-    anything is removed, anything else takes a name, or anything is reported.
+    anything is removed that had one, anything else takes one, or anything is reported.
 
     Args:
         existing: files and folders that were there before the first call.
@@ -131,11 +131,12 @@ def find_undurable(
     known = set(existing)
     contents: set[str] = set()  # files whose content is not on the disk
     names: set[str] = set()  # files and folders whose names in their folders are not
+    named = {path for path in known if not is_temporary(path, root)}  # what has, or had, a name for good
     pending: dict[str, str] = {}  # folders with a name of a published thing that is not, and that name
     found = []
 
     def move(old: str, new: str) -> None:
-        for paths in (known, contents, names):
+        for paths in (known, contents, names, named):
             for path in [path for path in paths if is_inside(path, old)]:
                 paths.discard(path)
                 paths.add(new + path[len(old) :])
@@ -168,8 +169,9 @@ def find_undurable(
         elif call.name in MAKING:
             name(call.paths[0])
         elif call.name in REMOVING:
-            demand_nothing_pending(f"{call.paths[0]} was removed")
-            for paths in (known, contents, names):
+            if call.paths[0] in named:
+                demand_nothing_pending(f"{call.paths[0]} was removed")
+            for paths in (known, contents, names, named):
                 paths.discard(call.paths[0])
         elif call.name.startswith("link"):
             name(call.paths[1])
@@ -192,5 +194,6 @@ def find_undurable(
                 names.discard(new)
                 if not published:
                     names.add(new)
+            named |= {path for path in known if is_inside(path, new) and not is_temporary(path, root)}
             pending |= {os.path.dirname(path): path for path in published}
     return found
