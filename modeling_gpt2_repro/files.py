@@ -145,7 +145,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
+    sync_folder(path.parent)  # where it is there already, a process may have been killed before it came to this
 
 
 def _exchange(one: Path, other: Path) -> bool:

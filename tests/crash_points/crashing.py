@@ -89,7 +89,8 @@ class Crasher:
             assert again.code == 0, f"given again it ended with {again.code}: {again.err}"
             # What the first command left undone, the second one may not take for done.
             calls += read_trace(self.home / "trace")
-            assert not (undurable := find_undurable(calls, self.folder, self.existing)), "; ".join(undurable)
+            undurable = find_undurable(calls, self.folder, self.existing, is_disturbed=True)
+            assert not undurable, "; ".join(undurable)
             self.scenario.check_end(self.folder, form == "kill")
         except AssertionError as error:
             return f"{form} at {point.name} {point.number} of {', '.join(point.paths)}: {error}"

@@ -116,8 +116,18 @@ def is_temporary(path: str, root: Path) -> bool:
     return any(part.endswith(TEMPORARY) for part in Path(path).relative_to(root).parts)
 
 
+def _find_home(path: str) -> str:
+    """Return the folder in which what is removed had its name."""
+    temporary = [parent for parent in (Path(path), *Path(path).parents) if parent.name.endswith(TEMPORARY)]
+    return str((temporary[-1] if temporary else Path(path)).parent)
+
+
 def find_undurable(
-    calls: Iterable[Call], root: Path, existing: Iterable[str] = (), reports: Iterable[str] = ()
+    calls: Iterable[Call],
+    root: Path,
+    existing: Iterable[str] = (),
+    reports: Iterable[str] = (),
+    is_disturbed: bool = False,
 ) -> list[str]:
     """Return, in words, what a loss of power at some moment could leave half of, or lose.
 
@@ -127,6 +137,8 @@ def find_undurable(
     Args:
         existing: files and folders that were there before the first call.
         reports: files that tell people what is done, as a stdout.
+        is_disturbed: some call has failed, or was the last. What could not be made durable for that may stay so, and
+            only what is older in the same folder is kept until it is.
     """
     known = set(existing)
     contents: set[str] = set()  # files whose content is not on the disk
@@ -146,8 +158,8 @@ def find_undurable(
             known.add(path)
             names.add(path)
 
-    def demand_nothing_pending(what: str, besides: Sequence[str] = ()) -> None:
-        others = [path for path in pending.values() if path not in besides]
+    def demand_nothing_pending(what: str, folder: str | None = None, besides: Sequence[str] = ()) -> None:
+        others = [path for where, path in pending.items() if path not in besides and folder in (None, where)]
         found.extend(f"{what} before the name {path} was durable" for path in others)
 
     for call in calls:
@@ -170,7 +182,8 @@ def find_undurable(
             name(call.paths[0])
         elif call.name in REMOVING:
             if call.paths[0] in named:
-                demand_nothing_pending(f"{call.paths[0]} was removed")
+                home = _find_home(call.paths[0]) if is_disturbed else None
+                demand_nothing_pending(f"{call.paths[0]} was removed", home)
             for paths in (known, contents, names, named):
                 paths.discard(call.paths[0])
         elif call.name.startswith("link"):
@@ -178,7 +191,7 @@ def find_undurable(
         else:
             old, new = call.paths
             published = [path for path in (old, new) if not is_temporary(path, root)]
-            if published:
+            if published and not is_disturbed:
                 demand_nothing_pending(f"{new} took its name", besides=call.paths)
             if not is_temporary(new, root):
                 half = {path for path in contents | names if is_inside(path, old)} - {old}
