@@ -15,7 +15,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from modeling_gpt2_repro.data.hub import HubUnreachableError
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, create_folder_atomically, remove_folder
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, clear_leftovers, create_folder_atomically, remove_folder
 from modeling_gpt2_repro.reporting.hub import (
     explain_failure,
     name_address,
@@ -76,7 +76,7 @@ class Publisher:
             if first_step is None or read_step(folder) > first_step:
                 remove_folder(folder)
         for leftover in self.waiting.glob(f"step_*{TEMPORARY_SUFFIX}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            clear_leftovers(leftover.with_suffix(""))
         self._is_due.set()
         self._thread.start()
 

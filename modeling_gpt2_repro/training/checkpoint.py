@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import (
     TEMPORARY_SUFFIX,
+    clear_leftovers,
     compute_checksum,
     create_folder_atomically,
     remove_folder,
@@ -124,7 +125,7 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
     Of those at a multiple of `keep_weights_every` steps (0: of none) the model stays, without its training state.
     """
     for leftover in folder.glob(f"step_*{TEMPORARY_SUFFIX}"):  # of a run that was killed while it wrote or deleted
-        shutil.rmtree(leftover, ignore_errors=True)
+        clear_leftovers(leftover.with_suffix(""))
     for old in list_checkpoints(folder)[:-keep] if keep else ():
         if keep_weights_every and read_step(old) % keep_weights_every == 0:
             (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first, so that no half counts as whole
