@@ -548,7 +548,7 @@ def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule, step", [("constant", 6), ("wsd", 6)])
+@pytest.mark.parametrize("schedule, step", [pytest.param("constant", 6, marks=pytest.mark.slow), ("wsd", 6)])
 def test_a_run_whose_rate_stays_can_be_prolonged(shards, tmp_path, schedule, step):
     settings = {**BARE, "lr_schedule": schedule, "save_every": 6, "keep_checkpoints": 0}
     run = run_training(shards, tmp_path, **settings)

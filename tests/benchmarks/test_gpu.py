@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks.gpu import classify_kernel, read_report
-from benchmarks.measurements import Recorder, read_entries, read_results
+from benchmarks.measurements import Recorder, Result, read_entries, read_results
 
 
 def run_toy(output: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -17,25 +17,37 @@ def run_toy(output: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def test_parts_run_to_their_end_and_write_their_figures(shards, tmp_path):
-    result = run_toy(tmp_path / "gpu.json", "speed", "train", "sizes", f"--data_dir={shards}")
+def run_parts(output: Path, *arguments: str) -> list[Result]:
+    """Run parts to their end, and return their figures."""
+    result = run_toy(output, *arguments)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert result.stdout.rstrip().splitlines()[-1] == f"-> {tmp_path / 'gpu.json'}"
-    content, results, failures = read_results(tmp_path / "gpu.json")
+    assert result.stdout.rstrip().splitlines()[-1] == f"-> {output}"
+    content, results, failures = read_results(output)
     assert failures == [] and content["device"]["name"]
     assert all(each.value >= 0 and each.predicted is None for each in results)  # predictions are of an H100
+    return results
+
+
+def test_parts_run_to_their_end_and_write_their_figures(shards, tmp_path):
+    results = run_parts(tmp_path / "gpu.json", "speed", "sizes", f"--data_dir={shards}")
     assert {each.name for each in results if each.part == "speed"} >= {
         *("machine", "step, first", "stock GPT-2, compiled", "profile of a micro-step", "step, last"),
         *("validation, eager", "validation, compiled", "HellaSwag original, second time", "checkpoint"),
         *("attention alone, math", "step, eager", "step, attention math"),
     }
     values = {(each.name, each.unit): each.value for each in results}
+    assert values["124M", "tokens/s"] > 0
     assert values["step, first", "tokens/s"] > values["step, eager", "tokens/s"] / 3
     assert values["validation, eager", "nats"] == pytest.approx(values["validation, compiled", "nats"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_stops_goes_on_and_writes_its_figures(shards, tmp_path):
+    results = run_parts(tmp_path / "gpu.json", "train", f"--data_dir={shards}")
+    values = {(each.name, each.unit): each.value for each in results}
     assert values["run", "steps"] >= 12
     assert values["run", "nats, last step"] < values["run", "nats, first step"]
     assert values["run", "nats of jump at the resume"] <= values["run", "nats of jump, largest around it"]
-    assert values["124M", "tokens/s"] > 0
 
 
 def test_a_part_past_its_deadline_is_noted_and_costs_no_other(tmp_path):
