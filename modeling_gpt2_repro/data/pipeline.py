@@ -196,9 +196,12 @@ def _open_pool(
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[WorkerPool]:
     state = _SharedState(work, encoder, options)
-    pool = WorkerPool(
-        options.num_workers, _start_worker, (state,), on_wait=lambda: report_progress(state.tokens_read.value)
-    )
+
+    def on_wait() -> None:
+        work.lock.beat()
+        report_progress(state.tokens_read.value)
+
+    pool = WorkerPool(options.num_workers, _start_worker, (state,), on_wait=on_wait)
     try:
         yield pool
     finally:

@@ -10,22 +10,17 @@ processes, on several machines that see the folder, may each make a share of the
 """
 
 import contextlib
-import errno
-import itertools
 import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from modeling_gpt2_repro.data.shards import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import (
     TEMPORARY_SUFFIX,
     follow_links,
-    make_folder,
     restore_folder,
     set_aside,
     sync_folder,
@@ -33,16 +28,8 @@ from modeling_gpt2_repro.files import (
     take_name,
     write_json,
 )
+from modeling_gpt2_repro.locks import FolderLock
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs apart there
-    fcntl = None
-
-# The workers of a process that was killed hold its lock until they have noticed.
-LOCK_SECONDS = 3.0
-# What file systems say that cannot lock, as some that clusters share.
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 # Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
 WORK_VERSION = 2
 # Known to fit only once the corpus has been read: a run that failed for them may be repeated with others.
@@ -55,7 +42,10 @@ class WorkFolder:
     Attributes:
         path: the folder, where the shards are written.
         pieces: the folder of finished pieces.
+        lock: of the folder, while it is open.
     """
+
+    lock: FolderLock
 
     def __init__(self, final: Path):
         self.final = follow_links(final)  # a link stays one, and what it points at is replaced
@@ -125,7 +115,7 @@ def finish_publishing(final: Path) -> None:
     sync_folder(final.parent)
     work_path = get_work_path(final)
     if work_path.is_dir():  # what had the name before, unless somebody has begun to work there
-        with _lock(work_path, alone=True):
+        with _locked(work_path, alone=True):
             if not (work_path / PLAN_NAME).exists():
                 set_aside(work_path, final)
     restore_folder(final)
@@ -171,7 +161,7 @@ def open_work_folder(
     """
     work = WorkFolder(final)
     _check_is_free(work.path)
-    with _lock(work.path, alone) as lock:
+    with _locked(work.path, alone) as work.lock:
         _check_is_free(work.path)  # another process may just have put there what it replaced
         if overwrite:
             for path in work.path.iterdir():
@@ -180,9 +170,8 @@ def open_work_folder(
                 elif path.name != LOCK_NAME:
                     path.unlink()
         work.agree_on(plan)
-        if not alone and fcntl is not None:
-            with contextlib.suppress(OSError):  # of a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_SH)
+        if not alone:
+            work.lock.share()
         work.pieces.mkdir(exist_ok=True)
         if alone:
             for path in work.pieces.glob(f"*.{'[0-9a-f]' * 32}"):  # half written by workers that were killed
@@ -207,29 +196,12 @@ def _check_is_free(work_path: Path) -> None:
             )
 
 
-def _lock(folder: Path, alone: bool) -> IO:
+@contextlib.contextmanager
+def _locked(folder: Path, alone: bool) -> Iterator[FolderLock]:
     """Lock `folder`; at first exclusively in any case, so that a single process writes the plan."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    modes = itertools.repeat("EX") if alone else itertools.cycle(("EX", "SH"))
-    for mode in modes:
-        make_folder(folder)
-        stream = open(folder / LOCK_NAME, "a")  # noqa: SIM115, the caller closes it
-        try:
-            if fcntl is not None:
-                fcntl.flock(stream, getattr(fcntl, f"LOCK_{mode}") | fcntl.LOCK_NB)
-            # Or whoever had the lock has finished, and moved it away or removed it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(stream.fileno()), os.stat(folder / LOCK_NAME)):
-                    return stream
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                stream.close()
-                raise UserError(f"another prepare_data.py is working on {folder}: wait for it, or stop it") from error
-            time.sleep(0.05)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"the file system of {folder} has no locks: see that nothing else works there", flush=True)
-            return stream
-        stream.close()
-    raise AssertionError("the modes never end")
+    lock = FolderLock(folder, LOCK_NAME, "another prepare_data.py is working on", is_shared=not alone)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()

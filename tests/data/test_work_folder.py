@@ -19,6 +19,7 @@ import pytest
 from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
 
 import prepare_data
+from modeling_gpt2_repro import locks
 from modeling_gpt2_repro.data import local_files, splits, tokenized, work_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -133,7 +134,7 @@ def test_damaged_piece_is_made_again(flags, expected, tmp_path, damage):
 
 
 def test_two_runs_on_one_folder(flags, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     first = start(flags)
@@ -142,7 +143,9 @@ def test_two_runs_on_one_folder(flags, tmp_path, capfd, monkeypatch):
     os.kill(first.pid, signal.SIGSTOP)
     for more in ([], ["--stage=tokenize"], ["--overwrite"]):
         assert prepare_data.main([*flags, *more]) == 2
-        assert "another prepare_data.py is working on" in capfd.readouterr().err
+        assert (
+            f"another prepare_data.py is working on {folder}.partial: process {first.pid} on" in capfd.readouterr().err
+        )
     os.kill(first.pid, signal.SIGCONT)
     first.join()
     assert first.exitcode == 0
@@ -152,7 +155,7 @@ def test_a_file_system_without_locks_is_named(flags, expected, tmp_path, monkeyp
     def flock(stream, mode):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(work_folder.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
     assert prepare_data.main([*flags, "--stage=tokenize"]) == 0
     assert prepare_data.main(flags) == 0
@@ -335,7 +338,7 @@ def test_nothing_is_left_of_a_folder_without_a_manifest_that_is_replaced(run, fl
 
 
 def test_whoever_publishes_keeps_others_out_until_it_is_done(flags, expected, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(work_folder, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
     folder, reached, go_on = tmp_path / "out", FORK.Event(), FORK.Event()
     flags = [*flags, f"--output_dir={folder}"]
     assert prepare_data.main([*flags, "--seed=7"]) == 0
@@ -369,7 +372,9 @@ def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):
     assert list_pieces(tmp_path / "out") == pieces
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_stopped_by_a_signal_it_says_what_is_kept(flags, expected, tmp_path, number, code):
     """To all its processes, as Ctrl-C in a terminal and a batch system send it."""
     folder = tmp_path / "out"
