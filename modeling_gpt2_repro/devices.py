@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.launch_environment import settle_environment
 
 # The first process draws and saves while the others wait in a collective.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
@@ -58,8 +59,9 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
 
     Raises:
         UserError: the launcher started more processes than there are devices: they would share one, or each of them
-            would believe to be alone.
+            would believe to be alone; or the environment asks for another way to train.
     """
+    settle_environment()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     compute_deterministically(deterministic)
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
