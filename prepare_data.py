@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +38,7 @@ from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
 from modeling_gpt2_repro.files import follow_links
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
+from modeling_gpt2_repro.stop_signals import handled_stop_signals, raise_terminated
 
 
 @dataclasses.dataclass
@@ -312,6 +312,6 @@ def inspect(folder: Path, n_documents: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # A terminated run ends its workers like an interrupted one; what is finished stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    # A run that is ended by a signal ends its workers like an interrupted one; what is finished stays.
+    with handled_stop_signals(raise_terminated):
+        sys.exit(main())

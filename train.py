@@ -31,6 +31,7 @@ from modeling_gpt2_repro.reporting.background import CurveDrawer
 from modeling_gpt2_repro.reporting.model_card import write_model_card
 from modeling_gpt2_repro.reporting.publisher import Publisher
 from modeling_gpt2_repro.run import Run, build_run, describe_plan
+from modeling_gpt2_repro.streams import discard_unwritten
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
@@ -58,18 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(TrainingConfig, argv, description=main.__doc__, known_elsewhere=KNOWN_ELSEWHERE)
     transformers_logging.disable_progress_bar()
     if config.plan:
-        lines = describe_plan(config)
         if os.environ.get("RANK", "0") == "0":
-            print("\n".join(lines))
+            print("\n".join(describe_plan(config)))
         return 0
-    preemption = Preemption()
-    if config.smoke:
-        config = config.as_smoke_test()
+    with Preemption() as preemption:
+        return start(config.as_smoke_test() if config.smoke else config, preemption)
+
+
+def start(config: TrainingConfig, preemption: Preemption) -> int:
+    """Build the run and let it go on to its end, with the outcome in `status.json`; return the exit code."""
     prepare_cpu_process()
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
-    record = RunRecord(Path(config.output_dir) / config.run_name, accelerator)
-    is_publishing = config.push_to_hub and accelerator.is_main_process
-    publisher = Publisher(record.folder, config, is_publishing, Console(is_publishing).say)
+    console = Console(accelerator.is_main_process)
+    record = RunRecord(Path(config.output_dir) / config.run_name, accelerator, console.say)
+    publisher = Publisher(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
     try:
         with explained_nondeterminism():
             if config.eval_only:
@@ -78,11 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_to_the_end(run, preemption)
     except BaseException as error:
         record.set_failed(error)
-        if record.is_started and not accelerator.is_main_process and not getattr(error, "is_everywhere", False):
-            print(f"process {accelerator.process_index}: {error}", file=sys.stderr, flush=True)
         raise
     finally:
         record.close()
+        discard_unwritten()  # a run needs nobody who reads what it prints
         if config.smoke and record.is_open:
             shutil.rmtree(record.folder, ignore_errors=True)
     return 0
@@ -93,7 +95,7 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
     with (
         explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
         explained_write_failures(run.record.folder, run.describe_way_back),
-        preemption,
+        preemption.deferred(),
     ):
         with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
             step = train(run, preemption, curves)
@@ -246,6 +248,7 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
     """
     is_saved = not run.accelerator.is_main_process
     started, config, folder = time.perf_counter(), run.config, run.record.folder / CHECKPOINTS
+    run.record.check_claim()
     if run.accelerator.is_main_process:
         with tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
             run.record.sync()
@@ -269,6 +272,7 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
 
 def publish(run: Run) -> None:
     """Write `final/`: the model as GPT-2, with its tokenizer and a card that says how it came to be."""
+    run.record.check_claim()
     if run.accelerator.is_main_process:
         with create_folder_atomically(run.record.folder / FINAL) as folder:
             checkpoints.save_published_model(folder, run.model, run.inputs.tokenizer)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from modeling_gpt2_repro.streams import discard_unwritten, prepare_streams, write_line
+
 USER_ERROR_EXIT_CODE = 2
 # What the operating system refuses whoever asks: names too long, things that are no folder or no file, no permission,
 # a full or a broken disk.
@@ -27,32 +29,36 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
     """Decorate a script's `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2.
 
     So does what the operating system refuses whoever asks. Ctrl-C becomes 130, as of other commands. Any other
-    exception passes through with its traceback, because it is a bug of ours and not a mistake of the user's.
+    exception passes through with its traceback, because it is a bug of ours and not a mistake of the user's. Whatever
+    is printed can be, in any encoding.
     """
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
+        prepare_streams()
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # to hear now of a pipe that nobody reads, or of a full disk
+            return code
         except UserError as error:
             return _report(str(error))
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
-        except BrokenPipeError:
-            # Whoever read the output, such as `head`, has had enough; nor can Python's own last flush reach them.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
             return 128 + signal.SIGPIPE
         except OSError as error:
             if error.errno not in SYSTEM_REFUSALS:
                 raise
             return _report(f"{error.strerror}: {error.filename or 'the disk'}: give another name, or put that right")
+        finally:
+            discard_unwritten()
 
     return wrapper
 
 
 def _report(message: str) -> int:
     if os.environ.get("RANK", "0") == "0":  # every process of a launch finds the same mistake
-        print(f"{Path(sys.argv[0]).name}: error: {format_line(message)}", file=sys.stderr, flush=True)
+        write_line(f"{Path(sys.argv[0]).name}: error: {format_line(message)}", sys.stderr)
     return USER_ERROR_EXIT_CODE
 
 

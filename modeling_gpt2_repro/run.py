@@ -277,7 +277,7 @@ def choose_together(
     """
 
     def choose() -> Path | None:
-        record.restore()
+        record.claim()
         return checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder / CHECKPOINTS, console.say)
 
     return compute_once(choose, accelerator)

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or hindered, and go on to the very same end."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -9,8 +10,10 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from unittest import mock
 
@@ -22,9 +25,10 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
-from modeling_gpt2_repro import files
+from modeling_gpt2_repro import files, locks
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.stop_signals import STOP_SIGNALS
 from modeling_gpt2_repro.training import preemption
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.tracking import RunRecord
@@ -76,7 +80,7 @@ def stop_at(monkeypatch, update: int, *signals: signal.Signals) -> None:
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     shards, tmp_path, monkeypatch, capsys, whole_run, number, update
 ):
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(each) for each in STOP_SIGNALS]
     with monkeypatch.context() as patch:
         stop_at(patch, update, number)
         assert train.main(flags(shards, tmp_path, save_every=0)) == 75
@@ -84,11 +88,108 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     assert read_status(run) == {"status": "preempted", "step": update}
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
     assert "as asked: the same command goes on from its last checkpoint" in capsys.readouterr().out
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == handlers
     assert update not in read_series(run, "val/loss")  # who asks to stop does not wait for an evaluation
     run_training(shards, tmp_path, save_every=0)
     assert_same_end(run, whole_run)
     assert read_status(run).items() >= {"status": "finished", "step": N_STEPS}.items()
+
+
+@pytest.mark.parametrize("number", sorted(set(STOP_SIGNALS) - {signal.SIGTERM, signal.SIGINT}))
+def test_whatever_asks_it_to_stop_a_run_saves(shards, tmp_path, monkeypatch, number):
+    stop_at(monkeypatch, 2, number)
+    assert train.main(flags(shards, tmp_path, **BARE, save_every=0)) == 75
+    assert read_status(tmp_path / "run") == {"status": "preempted", "step": 2}
+    assert (tmp_path / "run" / "checkpoints" / "step_0000002").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(shards, tmp_path, monkeypatch, number):
+    """As by `nohup`, and by a shell that starts a command in the background."""
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, 2, number)
+        run = run_training(shards, tmp_path, **BARE, save_every=0)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, previous)
+    assert read_status(run)["status"] == "finished"
+
+
+def test_a_run_that_is_ended_while_it_is_built_says_so(shards, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text('{"status": "preempted", "step": 4}')
+    monkeypatch.setattr("modeling_gpt2_repro.run.fit_to_device", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit) as caught:
+        train.main(flags(shards, tmp_path, **BARE))
+    assert caught.value.code == 128 + signal.SIGUSR1
+    assert read_status(tmp_path / "run") == {"status": "failed", "error": "Terminated: SIGUSR1"}
+
+
+def test_status_tells_whether_the_process_of_a_run_is_alive(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
+    states = []
+    log = RunRecord.log
+
+    def log_and_look(self, step, metrics):
+        log(self, step, metrics)
+        states.append(read_status(tmp_path / "run"))
+        time.sleep(0.15)
+
+    monkeypatch.setattr(RunRecord, "log", log_and_look)
+    run = run_training(shards, tmp_path, **BARE, save_every=0)
+    for state in states:
+        assert (state["status"], state["host"], state["process_id"]) == ("running", os.uname().nodename, os.getpid())
+    beats = [datetime.fromisoformat(state["heartbeat"]) for state in states]
+    assert beats[0] < beats[-1] and abs(time.time() - beats[-1].timestamp()) < 30
+    assert read_status(run)["status"] == "finished" and not (run / "lock").exists()
+
+
+def test_a_run_that_was_started_twice_has_one_writer(shards, tmp_path):
+    """As by `srun -n 2 python train.py`, or a requeue that overlaps."""
+    argv = flags(shards, tmp_path, **BARE, save_every=0, max_steps=40)
+    names = [tmp_path / "first", tmp_path / "second"]
+    processes = [start_fork(argv, name) for name in names]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    assert sorted(codes) == [0, 2], [name.read_text() for name in names]
+    loser, winner = codes.index(2), processes[codes.index(0)]
+    (line,) = [line for line in names[loser].read_text().splitlines() if "error: " in line]
+    assert f"process {winner} on {os.uname().nodename}, since 20" in line
+    assert list(read_losses(tmp_path / "run")) == list(range(1, 41))
+    assert read_status(tmp_path / "run")["status"] == "finished"
+
+
+def start_fork(argv: list[str], stderr: Path) -> int:
+    """Run train.py in a fork of this process, and return its id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        code = train.main(argv)
+    finally:
+        os._exit(code)
+
+
+def test_a_run_that_lost_its_folder_writes_nothing_more(shards, tmp_path, monkeypatch, capsys):
+    """As one that was suspended for so long that another machine took it for dead."""
+    log = RunRecord.log
+
+    def log_and_lose(self, step, metrics):
+        if step == 4:
+            (tmp_path / "run" / "lock").unlink()
+            holder = locks.Holder("node7", "another boot", 123, time.time(), time.time())
+            (tmp_path / "run" / "lock").write_text(json.dumps(dataclasses.asdict(holder)))
+        log(self, step, metrics)
+
+    monkeypatch.setattr(RunRecord, "log", log_and_lose)
+    assert train.main(flags(shards, tmp_path, **BARE, save_every=1)) == 2
+    assert "was taken over by process 123 on node7" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert list(read_losses(run)) == [1, 2, 3] and not list((run / "checkpoints").glob("*4"))
+    assert read_status(run)["status"] == "running" and (run / "lock").exists()
 
 
 def test_a_signal_that_comes_later_again_stops_at_once(shards, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.stop_signals import STOP_SIGNALS
 
 # Jobs in flight for each worker: enough that none waits for the next, few enough that little is done in vain when the
 # results so far turn out to be all that is needed.
@@ -118,8 +119,10 @@ def is_over() -> bool:
 def _initialize(flag: Any, initializer: Callable, initargs: tuple) -> None:
     global _is_over
     _is_over = flag
-    # Ctrl-C reaches all processes of a terminal: what is to become of the jobs is the parent's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches all processes of a terminal, and a batch system's signals often do: what is to become of the jobs
+    # is the parent's to say.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     initializer(*initargs)
 

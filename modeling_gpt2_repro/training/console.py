@@ -5,13 +5,16 @@ import time
 
 from tqdm import tqdm
 
+from modeling_gpt2_repro.streams import outliving_readers
+
 SECONDS_BETWEEN_LINES = 15
 
 
 class Console:
     """One progress bar on a terminal; elsewhere, as in a log file, a plain line now and then.
 
-    A disabled console, as every process but the first has, prints nothing.
+    A disabled console, as every process but the first has, prints nothing. A terminal that was closed, or a pipe whose
+    reader has gone, stops nothing.
     """
 
     def __init__(self, enabled: bool):
@@ -22,14 +25,16 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self.enabled:
-            tqdm.write(text)
-            sys.stdout.flush()
+            with outliving_readers():
+                tqdm.write(text)
+                sys.stdout.flush()
 
     def start(self, step: int, max_steps: int) -> None:
         """Begin to show progress from `step` on."""
         self.max_steps = max_steps
         if self.enabled and sys.stderr.isatty():
-            self.bar = tqdm(initial=step, total=max_steps, unit="step", dynamic_ncols=True)
+            with outliving_readers():
+                self.bar = tqdm(initial=step, total=max_steps, unit="step", dynamic_ncols=True)
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None:
         """Show the numbers of update `step`."""
@@ -39,8 +44,9 @@ class Console:
             f"grad norm {metrics['train/grad_norm']:.2f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
         )
         if self.bar is not None:
-            self.bar.set_postfix_str(numbers, refresh=False)
-            self.bar.update()
+            with outliving_readers():
+                self.bar.set_postfix_str(numbers, refresh=False)
+                self.bar.update()
         elif self.first_line is None or now - self.last_line >= SECONDS_BETWEEN_LINES or step == self.max_steps:
             line = f"step {step}/{self.max_steps}  {numbers}"
             if self.first_line is None:
@@ -54,7 +60,8 @@ class Console:
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:
-            self.bar.close()
+            with outliving_readers():
+                self.bar.close()
             self.bar = None
 
 

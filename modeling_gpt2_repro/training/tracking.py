@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import shutil
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,22 +16,23 @@ from accelerate import Accelerator
 
 from modeling_gpt2_repro.arguments import write_settings
 from modeling_gpt2_repro.devices import list_versions
-from modeling_gpt2_repro.errors import format_line
+from modeling_gpt2_repro.errors import UserError, format_line
 from modeling_gpt2_repro.files import (
     clear_leftovers,
-    make_folder,
     open_atomically,
     remove_folder,
     restore_folder,
     sync_file,
     write_json,
 )
+from modeling_gpt2_repro.locks import FolderLock
+from modeling_gpt2_repro.streams import write_line
 from modeling_gpt2_repro.training.checkpoint import list_models, prune_checkpoints, read_step
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.trackers import TENSORBOARD, Tracker, build_tracker, choose_trackers
 
 CONFIG, METRICS, LOG, SAMPLES, STATUS = "config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json"
-CURVES = "curves.png"
+CURVES, LOCK = "curves.png", "lock"
 CHECKPOINTS, FINAL, BEST, BEST_METRICS = "checkpoints", "final", "best", "metrics.json"
 # What a run that begins anew takes the place of.
 REPLACED_FILES, REPLACED_FOLDERS = (METRICS, LOG, SAMPLES, CURVES), (CHECKPOINTS, FINAL, BEST, TENSORBOARD)
@@ -60,18 +63,36 @@ class RunRecord:
         self.is_started = self.is_open = False
         self._warn = warn
         self._feeds: list[Feed] = []
+        self._lock = FolderLock(folder, LOCK, "another process is writing to", say=warn)
+        self._may_write = True
+        self._writes_status = threading.Lock()
 
-    def restore(self) -> None:
-        """Undo a replacement of the finished or the best model that a kill cut short."""
+    def claim(self) -> None:
+        """Become the folder's only writer, in the first process, and undo a replacement that a kill cut short.
+
+        Raises:
+            UserError: another process is it.
+        """
+        try:
+            self._lock.acquire()
+        except UserError:
+            self._may_write = False
+            raise
         for name in (FINAL, BEST):
             restore_folder(self.folder / name)
+
+    def check_claim(self) -> None:
+        """Raise a `UserError` in the first process where another one has become the folder's writer."""
+        if self.is_open:
+            self._may_write = self._lock.is_ours()
+            self._lock.check()
 
     def start(self, config: TrainingConfig, first_step: int | None, tracker_run_id: str | None = None) -> None:
         """Open the record at `first_step`, forgetting what came after it; `None` replaces all that is there."""
         self.started = time.monotonic()
         self.tracker_run_id = tracker_run_id or uuid.uuid4().hex[:12]
         if self.accelerator.is_main_process:
-            make_folder(self.folder)
+            self.claim()
             if first_step is None:
                 self._clear(keeps_best=config.save_best and config.resume_from_checkpoint != "never")
             else:
@@ -80,6 +101,7 @@ class RunRecord:
             write_settings(config, self.folder / CONFIG)
             self.is_open = True
             self.set_status("running")
+            self._lock.start_beating(self._show_heartbeat)
             for name in choose_trackers(config.report_to):
                 samples = read_json_lines(self.folder / SAMPLES)
                 tracker = build_tracker(name, self.folder, config, self.tracker_run_id, samples)
@@ -121,7 +143,12 @@ class RunRecord:
             self.best_val_loss = best["val/loss"]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record numbers of the model after `step` updates."""
+        """Record numbers of the model after `step` updates.
+
+        Raises:
+            UserError: see `check_claim`.
+        """
+        self.check_claim()
         # JSON has no NaN; a number that is none is left out of the line.
         line = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
         self._append(METRICS, json.dumps(line) + "\n")
@@ -142,13 +169,23 @@ class RunRecord:
     def set_status(self, status: str, **details: Any) -> None:
         """Say in `status.json` how the run stands: `running` or `preempted` (see also `finish`).
 
-        Before the start it says nothing, and what an earlier run said stays.
+        A running one comes with what tells whether its process is alive: host, process id and a heartbeat, which is
+        renewed every `locks.HEARTBEAT_SECONDS`. Before the start it says nothing, and what an earlier run said stays.
         """
         if self.is_open:
-            write_json(self.folder / STATUS, {"status": status, **details})
+            if status == "running":
+                details |= self._lock.describe_holder()
+            with self._writes_status:
+                write_json(self.folder / STATUS, {"status": status, **details})
+
+    def _show_heartbeat(self) -> None:
+        with contextlib.suppress(OSError), self._writes_status:
+            status = read_json_object(self.folder / STATUS)
+            if status.get("status") == "running":  # and no other process of the run has said why it ended
+                write_json(self.folder / STATUS, status | self._lock.describe_holder())
 
     def set_failed(self, error: BaseException) -> None:
-        """Say in `status.json` why the run ended, in whichever process that was; a full disk keeps it to itself.
+        """Say in `status.json`, and on stderr in all processes but the first, why the run ended in this one.
 
         A run that did not come to its start leaves what an earlier one said, unless that waits to be gone on with.
         """
@@ -156,9 +193,11 @@ class RunRecord:
         if not self.accelerator.is_main_process:
             status["process"] = self.accelerator.process_index
         waiting = read_json_object(self.folder / STATUS).get("status") == "preempted"
-        if self.is_started or (waiting and self.accelerator.is_main_process):
-            with contextlib.suppress(OSError):
+        if self._may_write and (self.is_started or (waiting and self.accelerator.is_main_process)):
+            with contextlib.suppress(OSError), self._writes_status:  # of a full disk
                 write_json(self.folder / STATUS, status)
+        if self.is_started and not self.accelerator.is_main_process and not getattr(error, "is_everywhere", False):
+            write_line(f"process {self.accelerator.process_index}: {error}", sys.stderr)
 
     def get_finished_step(self) -> int:
         """Return the steps of the finished model; 0 where there is none, or its steps are not known."""
@@ -179,9 +218,12 @@ class RunRecord:
             prune_checkpoints(self.folder / CHECKPOINTS, config.keep_checkpoints, config.keep_weights_every)
 
     def close(self) -> None:
-        """Let the trackers finish."""
-        while self._feeds:
-            self._feeds.pop().close()
+        """Let the trackers finish, and others write to the folder."""
+        try:
+            while self._feeds:
+                self._feeds.pop().close()
+        finally:
+            self._lock.release()
 
     def _feed(self) -> None:
         for feed in self._feeds:

@@ -21,6 +21,12 @@ def record(tmp_path) -> RunRecord:
     return record
 
 
+def begin_again(record: RunRecord) -> RunRecord:
+    """Let a record's process end, and return that of the next one."""
+    record.close()
+    return RunRecord(record.folder, Accelerator())
+
+
 def test_log_has_the_original_format(record):
     assert (record.folder / "log.txt").read_text() == (
         "0 train 4.000000\n1 train 3.000000\n2 train 2.000000\n3 train 1.000000\n4 val 1.5000\n4 hella 0.2500\n"
@@ -30,7 +36,7 @@ def test_log_has_the_original_format(record):
 def test_resuming_forgets_later_steps_in_every_file(record, tmp_path):
     with open(record.folder / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 5, "train/lo')  # as a crash leaves it
-    again = RunRecord(tmp_path / "run", Accelerator())
+    again = begin_again(record)
     again.start(TrainingConfig(), first_step=2)
     again.log(3, {"train/loss": 9.0})
     assert [line["step"] for line in read_json_lines(record.folder / "metrics.jsonl")] == [1, 2, 3]
@@ -45,13 +51,13 @@ def test_numbers_that_are_none_are_left_out_of_a_line(record):
 
 def test_a_run_that_never_started_leaves_the_old_status(record, tmp_path):
     RunRecord(tmp_path / "run", Accelerator()).set_status("failed")
-    assert json.loads((record.folder / "status.json").read_text()) == {"status": "running"}
+    assert json.loads((record.folder / "status.json").read_text())["status"] == "running"
 
 
 def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
     record.log(5, {"train/elapsed_seconds": 500.0})
     record.log(6, {"train/elapsed_seconds": 9000.0})
-    again = RunRecord(tmp_path / "run", Accelerator())
+    again = begin_again(record)
     again.start(TrainingConfig(), first_step=5)
     assert 500 <= time.monotonic() - again.started < 9000
 
@@ -68,7 +74,7 @@ def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
 def test_a_model_stays_until_another_one_takes_its_place(record, tmp_path, first_step, resume_from, kept):
     for name in ("best", "final"):
         (record.folder / name).mkdir()
-    again = RunRecord(tmp_path / "run", Accelerator())
+    again = begin_again(record)
     again.start(TrainingConfig(save_best=True, resume_from_checkpoint=resume_from), first_step=first_step)
     assert [name for name in ("best", "final") if (record.folder / name).exists()] == kept
 
@@ -77,5 +83,5 @@ def test_checkpoints_may_lie_on_another_disk(record, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "step_0000002").mkdir(parents=True)
     (record.folder / "checkpoints").symlink_to(elsewhere)
-    RunRecord(tmp_path / "run", Accelerator()).start(TrainingConfig(), first_step=None)
+    begin_again(record).start(TrainingConfig(), first_step=None)
     assert (record.folder / "checkpoints").is_symlink() and not any(elsewhere.iterdir())
