@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
@@ -281,6 +282,21 @@ def test_two_processes_agree_where_to_stop(shards, tmp_path):
     step = status["step"]
     assert status["status"] == "preempted" and 3 <= step < 80
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_what_a_terminal_sends_to_torchrun_lets_its_processes_save(shards, tmp_path, number):
+    """torchrun passes it on to its workers, which have sessions of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    argv = flags(shards, tmp_path, **LONG | {"max_steps": 2000})
+    with subprocess.Popen([*command, str(REPOSITORY / "train.py"), *argv], stderr=subprocess.PIPE) as launcher:
+        wait_for_update(tmp_path / "run", 3)
+        launcher.send_signal(number)
+        launcher.communicate()
+    status = read_status(tmp_path / "run")
+    assert status["status"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:07d}").is_dir()
 
 
 @pytest.mark.slow
