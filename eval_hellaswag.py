@@ -20,7 +20,14 @@ from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
 from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
-from modeling_gpt2_repro.files import follow_links, identify_weights, open_atomically, write_json
+from modeling_gpt2_repro.files import (
+    check_place,
+    follow_links,
+    identify_weights,
+    make_folder,
+    open_atomically,
+    write_json,
+)
 
 
 @dataclass
@@ -87,10 +94,8 @@ def check_writable(path: str | None) -> None:
         return
     if Path(path).is_dir():
         raise UserError(f"cannot write {path}: it is a folder, and a file's name is needed")
-    try:
-        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder of {path}: {error}") from error
+    check_place(path)
+    make_folder(follow_links(path).parent)
 
 
 def check_different(*paths: str | None) -> None:

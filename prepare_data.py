@@ -36,7 +36,7 @@ from modeling_gpt2_repro.data.work_folder import (
 )
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
-from modeling_gpt2_repro.files import follow_links
+from modeling_gpt2_repro.files import check_place
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 from modeling_gpt2_repro.stop_signals import handled_stop_signals, raise_terminated
 
@@ -220,8 +220,7 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
     Raises:
         UserError: it was made with others and may not be overwritten, or it is not a folder of ours.
     """
-    if follow_links(folder).is_symlink():
-        raise UserError(f"--output_dir {folder} is a link that leads to itself: give another folder")
+    check_place(folder, is_folder=True)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not folder.is_dir():

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from modeling_gpt2_repro.errors import UserError
+
 TEMPORARY_SUFFIX = ".partial"
 # Of a folder whose name another one has taken. What has it is ours to restore or to delete, so nobody else may use it.
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
@@ -30,6 +32,44 @@ def follow_links(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def check_place(path: str | Path, is_folder: bool = False) -> None:
+    """Check, before the work, that its result can be written to `path`, or to where links lead from there.
+
+    Args:
+        is_folder: it will be a folder that takes the place of another, which a mounted disk's cannot.
+
+    Raises:
+        UserError: it cannot; the message names `path` and where it leads.
+    """
+    place = follow_links(path)
+    named = str(path) if place == Path(os.path.abspath(path)) else f"{path}, which leads to {place}"
+    if place.is_symlink():
+        raise UserError(f"{path} is a link that leads to itself: give another name, or remove the link")
+    if place.exists() and not place.is_file() and not place.is_dir():
+        return  # a device or a pipe
+    existing = next(parent for parent in place.parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write {named}: {existing} is no folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {named}: you may not write to {existing}")
+    if is_folder and place.is_mount():
+        raise UserError(f"cannot replace {named}: a disk is mounted there. Let it be a folder on that disk")
+
+
+def make_way(path: str | Path) -> Path:
+    """Return where `path` is written, links followed, and create the folder that a link there leads into.
+
+    Raises:
+        OSError: a link leads to itself, or nothing can be created where it leads.
+    """
+    place = follow_links(path)
+    if place.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if Path(path).is_symlink():
+        make_folder(place.parent)
+    return place
+
+
 @contextlib.contextmanager
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that takes its name only once it is complete and on disk.
@@ -37,12 +77,14 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     On an exception the temporary file is removed and whatever stood at `path` before stays as it was. A device or a
     pipe, such as `/dev/null`, is written to.
     """
-    path, encoding = follow_links(path), None if "b" in mode else "utf-8"
+    path, encoding = make_way(path), None if "b" in mode else "utf-8"
     if path.exists() and not path.is_file():
         with open(path, mode, encoding=encoding) as stream:
             yield stream
         return
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    if temporary.is_symlink():  # it would be written through
+        temporary.unlink()
     try:
         with open(temporary, mode, encoding=encoding) as stream:
             yield stream
@@ -62,7 +104,7 @@ def create_folder_atomically(path: str | Path) -> Iterator[Path]:
     All of it is synchronised to disk first. On an exception the temporary folder is removed, as is one that was there
     before.
     """
-    path = follow_links(path)  # a link stays one, and what it points at is replaced
+    path = make_way(path)  # a link stays one, and what it points at is replaced
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     clear_leftovers(path)
     make_folder(path.parent)
@@ -107,7 +149,7 @@ def set_aside(old: Path, path: Path) -> Path:
 
 
 def remove_folder(path: str | Path) -> None:
-    """Delete a folder, if it is there, so that no half of it is left under its name."""
+    """Delete a folder, if it is there, so that no half of it is left under its name; a link to it stays."""
     path = follow_links(path)
     clear_leftovers(path)
     if path.is_dir():
@@ -135,13 +177,16 @@ def clear_leftovers(path: str | Path) -> None:
 
 def _remove(leftover: Path) -> None:
     """Delete a folder, if it is there, once it is durable that another one has its name."""
-    if leftover.exists():
+    if leftover.is_symlink():  # where it leads is somebody else's
+        leftover.unlink()
+    elif leftover.exists():
         sync_folder(leftover.parent)
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and those above it that are missing, durably."""
+    """Create a folder, where links lead, and those above it that are missing, durably."""
+    path = follow_links(path)
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

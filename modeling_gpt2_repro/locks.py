@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import make_folder
+from modeling_gpt2_repro.files import follow_links, make_folder
 
 try:
     import fcntl
@@ -88,7 +88,7 @@ class FolderLock:
         is_shared: bool = False,
         say: Callable[[str], None] = print,
     ):
-        self.folder, self.path, self.what = folder, folder / name, what
+        self.folder, self.path, self.what = folder, follow_links(folder / name), what
         self.is_shared, self._say = is_shared, say
         self._holder: Holder | None = None
         self._descriptor: int | None = None
@@ -126,7 +126,8 @@ class FolderLock:
 
     def _try_to_take(self, waited: float) -> bool:
         """Take the lock if it is free, also of a holder on another machine that was silent while this one waited."""
-        make_folder(self.folder)
+        for folder in (self.folder, self.path.parent):  # not the same where the file is a link
+            make_folder(folder)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         # Others may share it, but whoever comes first has it alone for a while.
         state = _try_lock(descriptor, is_exclusive=not self.is_shared or next(self._turns))

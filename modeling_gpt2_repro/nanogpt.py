@@ -18,7 +18,7 @@ from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, load_tokenizer
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, create_folder_atomically, follow_links
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.checkpoint import save_published_model
 
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Turn a checkpoint of nanoGPT or build-nanogpt into a model folder that opens wherever GPT-2 does."""
     config = parse_arguments(NanoGPTConfig, argv, description=main.__doc__)
     silence_libraries()
+    check_place(config.output_dir, is_folder=True)
     output = follow_links(config.output_dir)
     for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
         if path.exists():

@@ -40,7 +40,14 @@ from modeling_gpt2_repro.training.plan import (
     Plan,
     count_flops_per_token,
 )
-from modeling_gpt2_repro.training.preflight import check_disk, check_duration, check_run_folder, measure_folder
+from modeling_gpt2_repro.training.preflight import (
+    check_disk,
+    check_duration,
+    check_links,
+    check_run_folder,
+    has_content,
+    measure_folder,
+)
 from modeling_gpt2_repro.training.schedule import is_same_so_far
 from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
@@ -177,7 +184,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     is_own = resume_from is not None and checkpoints.lies_in(resume_from, record.folder / CHECKPOINTS)
     if not is_own:
         check_run_folder(record.folder)
-    is_finished = (record.folder / FINAL).is_dir()
+    is_finished = has_content(record.folder / FINAL)
     if resume_from and first_step >= max_steps and record.get_finished_step() >= max_steps:
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
         record.clear_leftovers(config)
@@ -217,7 +224,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         hellaswag_tokens=inputs.hellaswag.encode("original").n_tokens if inputs.hellaswag else 0,
     )
     if accelerator.is_main_process:
-        check_disk(record.folder, plan.estimate_disk_bytes(config) - measure_folder(record.folder / CHECKPOINTS))
+        folder = record.folder / CHECKPOINTS  # may lie on another disk, and has by far the most of it
+        check_disk(folder, plan.estimate_disk_bytes(config) - measure_folder(folder))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     order = "shuffled" if inputs.train_set.is_shuffled else "in source order"
     console.say(f"run         {record.folder}, tracked by {' and '.join(trackers) or 'none'}")
@@ -273,10 +281,11 @@ def choose_together(
     """Choose the checkpoint to go on from in the first process, which reads all of it, and tell the others.
 
     Raises:
-        UserError: as `choose_checkpoint`, in every process.
+        UserError: as `choose_checkpoint`, or for links in the run folder, in every process.
     """
 
     def choose() -> Path | None:
+        check_links(record.folder, is_resumed=config.resume_from_checkpoint != "never")
         record.claim()
         return checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder / CHECKPOINTS, console.say)
 

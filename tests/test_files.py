@@ -42,6 +42,26 @@ def test_a_linked_file_is_replaced_where_it_lies(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file.txt").read_text() == "new"
 
 
+def test_a_link_in_the_place_of_a_temporary_name_is_not_written_through(tmp_path):
+    for name in ("file.txt", "folder"):
+        (tmp_path / f"{name}.partial").symlink_to(tmp_path / "theirs")
+    (tmp_path / "theirs").write_text("theirs")
+    with open_atomically(tmp_path / "file.txt") as stream:
+        stream.write("new")
+    with create_folder_atomically(tmp_path / "folder"):
+        pass
+    assert {path.name for path in tmp_path.iterdir() if not path.is_symlink()} == {"theirs", "file.txt", "folder"}
+    assert (tmp_path / "theirs").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_link_that_leads_to_itself_is_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    for create in (open_atomically, create_folder_atomically):
+        with pytest.raises(OSError, match="symbolic links"), create(tmp_path / "link"):
+            pass
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
     folder = tmp_path / "folder"
     for content in ("old", "new"):

@@ -21,6 +21,7 @@ from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import (
     TEMPORARY_SUFFIX,
     follow_links,
+    make_folder,
     restore_folder,
     set_aside,
     sync_folder,
@@ -100,9 +101,11 @@ class WorkFolder:
         Killed at any moment, it can be called again: the manifest says that everything is there, the plan whose it is.
         Once it has the final name, the plan there says that `finish_publishing` has something to do.
         """
-        shutil.rmtree(self.pieces)
+        _remove(self.pieces)
         sync_tree(self.path)
-        take_name(self.path, self.final)
+        old = take_name(self.path, self.final)
+        if old is not None and self.final.is_symlink():  # so was the work folder: no later run will look here
+            shutil.rmtree(old)
         finish_publishing(self.final)
 
 
@@ -166,13 +169,13 @@ def open_work_folder(
         if overwrite:
             for path in work.path.iterdir():
                 if path.is_dir():
-                    shutil.rmtree(path)
+                    _remove(path)
                 elif path.name != LOCK_NAME:
                     path.unlink()
         work.agree_on(plan)
         if not alone:
             work.lock.share()
-        work.pieces.mkdir(exist_ok=True)
+        make_folder(work.pieces)
         if alone:
             for path in work.pieces.glob(f"*.{'[0-9a-f]' * 32}"):  # half written by workers that were killed
                 path.unlink()
@@ -180,8 +183,15 @@ def open_work_folder(
             yield work
         except BaseException:
             if alone and not work.is_complete() and work.pieces.is_dir() and not list(work.pieces.glob("*.json")):
-                shutil.rmtree(work.path)
+                shutil.rmtree(follow_links(work.path))
             raise
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, and the link to it, if that is what it is."""
+    shutil.rmtree(follow_links(path))
+    if path.is_symlink():
+        path.unlink()
 
 
 def _check_is_free(work_path: Path) -> None:

@@ -9,6 +9,7 @@ again, and one that is complete asks the Hub and does nothing.
 import contextlib
 import fnmatch
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run_folder} has no final/: give the folder of a finished run")
     silence_libraries()
     try:
-        repo_id = open_repository(settings.repo_id or run_folder.resolve().name, settings.public, "--repo_id")
+        repo_id = open_repository(
+            settings.repo_id or Path(os.path.abspath(run_folder)).name, settings.public, "--repo_id"
+        )
         publish_final(repo_id, run_folder)
         if settings.checkpoints:
             publish_earlier(repo_id, list_models(run_folder / "checkpoints"), run_folder)

@@ -1,5 +1,6 @@
 """HellaSwag scores of a finished model, as they lie in its run's folder."""
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,7 +86,7 @@ def _find_fault(content: dict[str, Any], path: Path, run_folder: Path, repo_id: 
         is_same = content["weights"] == identify_weights(final)
         return None if is_same else f"it is of other weights than those in {final}, or of an earlier state of them"
     # Without a checksum, as of a model on the Hub: the model's name and the age have to do.
-    names = {(run_folder.resolve().name, "final"), tuple((repo_id or "").split("/"))}
+    names = {(Path(os.path.abspath(run_folder)).name, "final"), tuple((repo_id or "").split("/"))}
     if Path(str(content.get("model"))).absolute().parts[-2:] not in names:
         return f"it is of the model {content.get('model')}"
     if path.stat().st_mtime < (final / "config.json").stat().st_mtime:

@@ -27,6 +27,7 @@ from modeling_gpt2_repro.files import (
     clear_leftovers,
     compute_checksum,
     create_folder_atomically,
+    follow_links,
     remove_folder,
     sync_folder,
     write_json,
@@ -130,14 +131,15 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
         if keep_weights_every and read_step(old) % keep_weights_every == 0:
             (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first, so that no half counts as whole
             sync_folder(old / TRAINING_STATE)
-            shutil.rmtree(old / TRAINING_STATE)
+            shutil.rmtree(follow_links(old / TRAINING_STATE))
         else:
             remove_folder(old)
 
 
 def list_models(folder: Path) -> list[Path]:
     """Return the folders `step_N` in a run's checkpoint folder, oldest first: checkpoints, and models kept of them."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,15}", path.name)), key=read_step)
+    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,15}", path.name))
+    return sorted((path for path in found if path.is_dir()), key=read_step)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -152,7 +154,8 @@ def read_step(checkpoint: Path) -> int:
 
 def lies_in(checkpoint: str | Path, folder: Path) -> bool:
     """Tell whether a checkpoint is one of a run's own, given the run's checkpoint folder."""
-    return Path(checkpoint).resolve().parent == folder.resolve()
+    place = follow_links(checkpoint)
+    return place.parent == follow_links(folder) or place in map(follow_links, folder.glob("step_*"))
 
 
 def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -292,7 +295,8 @@ def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.opti
 
 
 def _list_files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    found = {*folder.rglob("*"), *(folder / TRAINING_STATE).rglob("*")}  # no glob enters a link, as the second may be
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

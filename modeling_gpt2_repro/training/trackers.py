@@ -13,6 +13,7 @@ import yaml
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import make_folder
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
 
 TENSORBOARD = "tensorboard"
@@ -52,7 +53,7 @@ class Wandb:
     name = "wandb"
 
     def __init__(self, folder: Path, config: TrainingConfig, run_id: str, samples: list[dict[str, Any]]):
-        self._config = config
+        self._folder, self._config = folder, config
         self._rows = [[line["step"], str(line.get("text"))] for line in samples]
         self._tracker = WandBTracker(
             config.wandb_project,
@@ -64,6 +65,7 @@ class Wandb:
         )
 
     def start(self, first_step: int) -> None:
+        make_folder(self._folder / self.name)  # where a link may lead, which wandb does not make
         self._tracker.start()
         self._tracker.store_init_configuration(asdict(self._config))
         # Its overview has the last value of every metric; which protocol a score is of belongs beside it.
@@ -109,6 +111,7 @@ class TensorBoard:
         self._open()
 
     def _open(self, **options: int) -> None:
+        make_folder(self._folder / self.name)  # where a link may lead, which TensorBoard does not make
         self._tracker = TensorBoardTracker(self.name, self._folder, **options)
         self._tracker.start()
 

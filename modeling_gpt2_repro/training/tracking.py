@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 import sys
 import threading
 import time
@@ -19,6 +18,9 @@ from modeling_gpt2_repro.devices import list_versions
 from modeling_gpt2_repro.errors import UserError, format_line
 from modeling_gpt2_repro.files import (
     clear_leftovers,
+    follow_links,
+    make_folder,
+    make_way,
     open_atomically,
     remove_folder,
     restore_folder,
@@ -33,6 +35,7 @@ from modeling_gpt2_repro.training.trackers import TENSORBOARD, Tracker, build_tr
 
 CONFIG, METRICS, LOG, SAMPLES, STATUS = "config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json"
 CURVES, LOCK = "curves.png", "lock"
+FILES = (CONFIG, METRICS, LOG, SAMPLES, STATUS, CURVES)
 CHECKPOINTS, FINAL, BEST, BEST_METRICS = "checkpoints", "final", "best", "metrics.json"
 # What a run that begins anew takes the place of.
 REPLACED_FILES, REPLACED_FOLDERS = (METRICS, LOG, SAMPLES, CURVES), (CHECKPOINTS, FINAL, BEST, TENSORBOARD)
@@ -93,6 +96,10 @@ class RunRecord:
         self.tracker_run_id = tracker_run_id or uuid.uuid4().hex[:12]
         if self.accelerator.is_main_process:
             self.claim()
+            for name in FILES:
+                make_way(self.folder / name)
+            if (self.folder / CHECKPOINTS).is_symlink():  # so that one that leads nowhere has lost what was there
+                make_folder(self.folder / CHECKPOINTS)
             if first_step is None:
                 self._clear(keeps_best=config.save_best and config.resume_from_checkpoint != "never")
             else:
@@ -110,13 +117,13 @@ class RunRecord:
 
     def _clear(self, keeps_best: bool) -> None:
         for name in REPLACED_FILES:
-            (self.folder / name).unlink(missing_ok=True)
+            follow_links(self.folder / name).unlink(missing_ok=True)
+        prune_checkpoints(self.folder / CHECKPOINTS, keep=0, keep_weights_every=0)  # which may restore one
         for model in list_models(self.folder / CHECKPOINTS):
             remove_folder(model)
         for name in REPLACED_FOLDERS:
-            if name == CHECKPOINTS:  # which may be a file system of its own, whose folder stays
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            elif not (name == BEST and keeps_best):
+            # The folder of the checkpoints stays: it may be a file system of its own.
+            if name != CHECKPOINTS and not (name == BEST and keeps_best):
                 remove_folder(self.folder / name)
 
     def _go_back(self, step: int) -> None:

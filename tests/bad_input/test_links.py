@@ -1,0 +1,273 @@
+"""Symbolic links anywhere in a run or a data folder: they stay, and what they lead to is written and replaced."""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TINY, Case, answer, open_case, to_flags
+from tiny_models import build_model
+
+import eval_hellaswag
+import prepare_data
+import train
+from modeling_gpt2_repro import nanogpt
+from modeling_gpt2_repro.training.tracking import CURVES, FILES, REPLACED_FOLDERS, read_metrics
+
+# A constant rate, so that a run may be prolonged; and all that a run can write, so that every place is written to.
+BEFORE = TINY | {"lr_schedule": "constant", "save_best": True, "report_to": "tensorboard"}
+RUNS = {
+    "new": BEFORE,
+    "resume": BEFORE | {"max_steps": 4, "keep_checkpoints": 1},
+    "never": BEFORE | {"max_steps": 1, "seed": 7, "resume_from_checkpoint": "never"},
+}
+# Where the links lie that a case has at once, in the folder of the runs.
+PLACES = {
+    # A picture is not drawn here.
+    "what is in the run folder": [f"run/{name}" for name in (*FILES, *REPLACED_FOLDERS) if name != CURVES],
+    "the run folder": ["run"],
+    "the folder of the runs": ["."],
+    "checkpoints": ["run/checkpoints/step_0000001", "run/checkpoints/step_0000002"],
+    "what is in checkpoints": [f"run/checkpoints/step_0000002/{name}" for name in ("training_state", "config.json")],
+}
+KINDS = ("another disk", "relative", "nowhere", "nowhere far")
+PREPARE = {
+    **{"files": "../given/corpus/a.jsonl", "tokenizer": "../given/tokenizer", "num_workers": 1},
+    **{"val_tokens": 200, "shard_size": 900, "output_dir": "data"},
+}
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A folder on another disk, where this machine has one."""
+    memory = Path("/dev/shm")
+    has_other = memory.is_dir() and memory.stat().st_dev != tmp_path.stat().st_dev
+    with tempfile.TemporaryDirectory(dir=memory if has_other else tmp_path) as name:
+        yield Path(name)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def put_link(path: Path, kind: str, case: Case, disk: Path) -> Path:
+    """Put a link of one of `KINDS` in the place of a file or folder, and return where it leads."""
+    folder = disk if kind == "another disk" else case.folder / "cwd" / "elsewhere"
+    target = folder / path.name / ("far/away" if kind == "nowhere far" else "") / "there"
+    leads_to = target.with_name("link") if kind == "relative" else target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind != "nowhere far":
+        target.parent.mkdir(parents=True)
+        (target.parent / "neighbour").write_text("somebody else's")
+    if kind.startswith("nowhere"):
+        remove(path)
+    elif path.exists():
+        shutil.move(path, target)
+    else:
+        target.mkdir() if path.suffix in ("", ".partial") else target.touch()
+    if kind == "relative":  # and by way of another one
+        leads_to.symlink_to("there")
+    path.symlink_to(os.path.relpath(leads_to, path.parent) if kind == "relative" else leads_to)
+    return target
+
+
+def check_links(links: dict[Path, Path]) -> None:
+    """Check that links lead where they led, and that nothing is gone there but what they lead to."""
+    for path, target in links.items():
+        assert path.is_symlink() and Path(os.path.realpath(path)) == target
+        assert "far" in target.parts or (target.parent / "neighbour").read_text() == "somebody else's"
+        assert {each.name for each in target.parent.glob("*")} <= {"neighbour", "link", "there"}
+
+
+def run(case: Case, operation: str) -> None:
+    given = answer(train.main, to_flags(RUNS[operation]), case)
+    assert given.code == 0, given.err
+
+
+def describe_run(folder: Path) -> dict:
+    """Return what a run folder holds that neither the clock nor a tracker's names decide."""
+    found = {}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        for path in (Path(parent, name) for name in (*folders, *files) if "events.out" not in name):
+            if path.exists():
+                is_weights = path.name == "model.safetensors"
+                found[str(path.relative_to(folder))] = path.read_bytes() if is_weights else None
+    lines = read_metrics(folder / "metrics.jsonl")
+    found |= {"losses": [(line["step"], line.get("train/loss"), line.get("val/loss")) for line in lines]}
+    found["log"] = (folder / "log.txt").read_text()
+    found["status"] = json.loads((folder / "status.json").read_text())["status"]
+    return found
+
+
+@functools.cache
+def build_finished_run() -> Path:
+    """Build the folder of a run of two steps."""
+    folder = Path(tempfile.mkdtemp(prefix="finished-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with open_case("data") as case:
+        run(case, "new")
+        return Path(shutil.copytree(case.folder / "cwd" / "runs", folder, dirs_exist_ok=True))
+
+
+@functools.cache
+def expect(operation: str, places: str, lacks: bool) -> dict:
+    """What a run folder without links holds after an operation, before which the places may be lost."""
+    with open_case("data") as case:
+        runs = case.folder / "cwd" / "runs"
+        if operation != "new":
+            shutil.copytree(build_finished_run(), runs)
+        for place in PLACES[places] if lacks else ():
+            if place != "run/checkpoints":
+                remove(runs / place)
+        run(case, operation)
+        return describe_run(runs / "run")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("operation", RUNS)
+def test_a_run(operation, places, kind, disk):
+    if "checkpoints" in places and (operation == "new" or (operation == "resume" and kind.startswith("nowhere"))):
+        pytest.skip("there are no checkpoints, or not whole ones")
+    with open_case("data") as case:
+        runs = case.folder / "cwd" / "runs"
+        if operation != "new":
+            shutil.copytree(build_finished_run(), runs)
+        lost = kind.startswith("nowhere") and operation == "resume"
+        links = {}
+        for place in PLACES[places]:
+            if not (lost and place == "run/checkpoints"):
+                links[runs / place] = put_link(runs / place, kind, case, disk)
+        run(case, operation)
+        if places != "what is in checkpoints":  # it goes when its checkpoint does
+            check_links(links)
+        have, want = describe_run(runs / "run"), expect(operation, places, lost)
+        assert have == want
+
+
+def test_a_linked_training_state_goes_and_its_model_stays(disk):
+    with open_case("data") as case:
+        runs = case.folder / "cwd" / "runs"
+        shutil.copytree(build_finished_run(), runs)
+        state = runs / "run" / "checkpoints" / "step_0000002" / "training_state"
+        target = put_link(state, "another disk", case, disk)
+        settings = RUNS["resume"] | {"keep_weights_every": 2}
+        assert answer(train.main, to_flags(settings), case).code == 0
+        assert (state.parent / "model.safetensors").exists() and not target.exists()
+
+
+def test_a_checkpoint_behind_a_link_is_the_runs_own(disk):
+    with open_case("data") as case:
+        runs = case.folder / "cwd" / "runs"
+        shutil.copytree(build_finished_run(), runs)
+        checkpoint = runs / "run" / "checkpoints" / "step_0000001"
+        target = put_link(checkpoint, "another disk", case, disk)
+        for path in (checkpoint, target):
+            assert answer(train.main, to_flags(BEFORE | {"resume_from_checkpoint": path}), case).code == 0
+            assert describe_run(runs / "run") == expect("new", "the run folder", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "leads_to", "said"),
+    [
+        ("run", "run", "leads to itself"),
+        ("run", "../../given/corpus/a.jsonl/runs", "is no folder"),
+        ("run/checkpoints", "../../../given/corpus/a.jsonl/there", "is no folder"),
+        ("run/checkpoints", "../../gone", "bring it back"),
+        ("run/checkpoints", "final", "lies too"),
+        ("run/checkpoints/step_0000009", "step_0000009", "leads to itself"),
+        ("run/metrics.jsonl", "metrics.jsonl", "leads to itself"),
+        ("run/status.json", "/dev/null/there", "is no folder"),
+        ("run/log.txt", "samples.jsonl", "lies too"),
+        ("run/best", "checkpoints/step_0000002", "lies too"),
+        ("run/final", ".", "lies too"),
+        ("run/final", "..", "lies too"),
+        ("run/final", "/dev/shm", "a disk is mounted there"),
+        ("run/tensorboard", "/dev/null/there", "is no folder"),
+    ],
+)
+def test_a_link_that_no_run_can_use(name, leads_to, said):
+    with open_case("data", "corpus") as case:
+        runs = case.folder / "cwd" / "runs"
+        shutil.copytree(build_finished_run(), runs)
+        remove(runs / name)
+        (runs / name).symlink_to(leads_to)
+        given = answer(train.main, to_flags(RUNS["resume"]), case, outputs=())
+        assert given.code == 2 and f"runs/{name}" in given.err and said in given.err
+        assert {path.name for path in runs.iterdir()} == {"run"}
+
+
+@functools.cache
+def build_shards() -> dict[str, bytes]:
+    """Return what a folder of shards without links holds."""
+    with open_case("corpus", "tokenizer") as case:
+        assert answer(prepare_data.main, to_flags(PREPARE), case).code == 0
+        return read_shards(case.folder / "cwd" / "data")
+
+
+def read_shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("place", "operation"),
+    [
+        *(("data", operation) for operation in ("new", "again", "overwrite", "go on")),
+        *(("data.partial", operation) for operation in ("new", "again", "overwrite", "go on")),
+        *((f"data.partial/{name}", "go on") for name in ("unfinished", "plan.json", "lock")),
+        *(("data/a_train_000001.npy", operation) for operation in ("again", "overwrite")),
+    ],
+)
+def test_a_data_folder(place, operation, kind, disk):
+    if kind.startswith("nowhere") and "/" in place and place != "data.partial/lock":
+        pytest.skip("what is lost makes the folder one of something else")
+    with open_case("corpus", "tokenizer") as case, contextlib.chdir(case.folder / "cwd"):
+        if operation == "go on":
+            assert prepare_data.main(to_flags(PREPARE | {"stage": "tokenize"})) == 0
+        elif operation != "new":
+            assert prepare_data.main(to_flags(PREPARE)) == 0
+        path = Path(place).absolute()
+        target = put_link(path, kind, case, disk)
+        settings = PREPARE | ({"overwrite": True} if operation == "overwrite" else {})
+        assert prepare_data.main(to_flags(settings)) == 0
+        assert read_shards(Path("data")) == build_shards()
+        if place == "data":
+            check_links({path: target})
+        assert prepare_data.main(to_flags(PREPARE | {"verify": True})) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "given"),
+    [
+        (eval_hellaswag, "output", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
+        (eval_hellaswag, "per_example", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
+        (nanogpt, "output_dir", {"checkpoint": "../given/ckpt.pt", "tokenizer": "../given/tokenizer"}),
+        (prepare_data, "output_dir", PREPARE),
+    ],
+)
+def test_a_result(script, flag, given, disk):
+    with open_case("corpus", "tokenizer", "model", "items.jsonl") as case:
+        torch.save(build_model(n_embd=64, n_head=1, vocab_size=257).state_dict(), case.given / "ckpt.pt")
+        is_folder = flag == "output_dir"
+        for number, kind in enumerate(KINDS):
+            path = case.folder / "cwd" / f"result{number}{'' if is_folder else '.json'}"
+            target = put_link(path, kind, case, disk)
+            if script is nanogpt and target.exists():
+                target.rmdir()  # it has to be new
+            ended = answer(script.main, to_flags(given | {flag: path}), case)
+            assert ended.code == 0, ended.err
+            check_links({path: target})
+            assert any(target.iterdir()) if is_folder else target.read_text()
+        for name, leads_to in {"a": "a", "b": "/dev/null/there", "c": "../given/items.jsonl/there"}.items():
+            path = case.folder / "cwd" / name
+            path.symlink_to(leads_to)
+            ended = answer(script.main, to_flags(given | {flag: path}), case)
+            assert ended.code == 2 and str(path) in ended.err
