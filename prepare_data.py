@@ -24,6 +24,7 @@ from modeling_gpt2_repro.data.corpora import (
     build_hub_corpus,
 )
 from modeling_gpt2_repro.data.inspection import inspect_folder
+from modeling_gpt2_repro.data.local_files import TEXT_SUFFIXES
 from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
 from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
@@ -62,7 +63,8 @@ class PrepareSettings:
         "file, or see --document_separator)",
     )
     document_separator: str | None = setting(
-        None, "cut .txt files into documents at this text (\\n and \\t are a line end and a tab)"
+        None,
+        "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
     )
     text_column: str = setting("text", "the column, or JSON key, that holds a document's text")
     output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards")
@@ -108,6 +110,9 @@ KNOWN_ELSEWHERE = {
     "tokenizer_name": "the tokenizer is --tokenizer",
     "overwrite_cache": "to start afresh is --overwrite",
 }
+
+# How a shell can be given what separates documents.
+SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
 
 # All workers are started at once: more than any machine has use for would bring it down.
 MOST_WORKERS = 1024
@@ -258,8 +263,8 @@ def build_corpus(settings: PrepareSettings, begun: dict[str, Any] | None = None)
     """
     if settings.files:
         separator = settings.document_separator
-        if separator is not None:
-            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+        for spelled, meant in (SPELLED if separator is not None else {}).items():
+            separator = separator.replace(spelled, meant)
         return build_file_corpus(settings.files, settings.text_column, separator)
     if settings.dataset_name == DOCSTRINGS:
         return build_docstring_corpus()
@@ -279,6 +284,8 @@ def report(manifest: Manifest, folder: Path, seconds: float) -> None:
         f"read {read.documents:,} documents: {read.tokens:,} tokens, {read.bytes / read.tokens:.2f} bytes a token, in "
         f"{seconds:.1f} s ({read.tokens / seconds:,.0f} tokens/s)"
     )
+    if doubt := doubt_separator(manifest):
+        print(doubt)
     if manifest.empty_documents:
         print(f"skipped {manifest.empty_documents:,} empty documents")
     if manifest.validation_copies.documents:
@@ -292,6 +299,20 @@ def report(manifest: Manifest, folder: Path, seconds: float) -> None:
         print(f"{split}: {totals.tokens:,} tokens, {totals.documents:,} documents, {shards} shards")
     order = f"shuffled with seed {manifest.seed}" if manifest.shuffled else "in source order"
     print(f"training documents {order}; everything is in {folder}")
+
+
+def doubt_separator(manifest: Manifest) -> str | None:
+    """Say that `--document_separator` has cut nothing, where that is certain."""
+    separator = manifest.settings["document_separator"]
+    files = [file["path"].lower().endswith(TEXT_SUFFIXES) for file in manifest.source.get("files", [])]
+    if separator is None:
+        return None
+    if not any(files):
+        return f"--document_separator {separator!r} cuts .txt files, and there are none"
+    is_read_whole = manifest.settings["max_tokens"] is None and all(files)
+    if is_read_whole and manifest.read.documents + manifest.empty_documents == len(files):
+        return f"--document_separator {separator!r} occurs nowhere: each file is one document"
+    return None
 
 
 def inspect(folder: Path, n_documents: int, seed: int) -> None:

@@ -5,6 +5,7 @@ which unit. Flags win over the file given by `--config`, and the file wins over 
 """
 
 import argparse
+import codecs
 import dataclasses
 import difflib
 import sys
@@ -132,8 +133,9 @@ class _TextLoader(yaml.BaseLoader):
 
 def _read_config_file(path: str, names: set[str], known_elsewhere: Mapping[str, str]) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as stream:
-            values = yaml.load(stream, Loader=_TextLoader) or {}
+        content = Path(path).read_bytes()
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as a shell of Windows's writes it
+        values = yaml.load(content.decode("utf-16" if is_wide else "utf-8"), Loader=_TextLoader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --config {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:

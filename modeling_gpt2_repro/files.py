@@ -4,6 +4,7 @@ Whatever system call is the last one of a process, or fails: a name refers to th
 all of the new one is on the disk before the old one is removed.
 """
 
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -23,6 +24,11 @@ TEMPORARY_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+# The longer marks first: one of UTF-16 begins as one of UTF-32 does.
+WIDE_MARKS = {
+    **{codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"},
+    **{codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"},
+}
 # What kernels and file systems say that cannot swap two names (NFS, some of overlayfs).
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
@@ -230,6 +236,19 @@ def compute_checksum(path: str | Path) -> str:
     """Return `sha256:<hex digest>` of a file's bytes."""
     with open(path, "rb") as stream:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def check_encoding(head: bytes, source: str | Path) -> None:
+    """Check that text that begins with the four bytes `head` is not in UTF-16 or UTF-32, as Windows writes it.
+
+    Raises:
+        UserError: it is, by its byte order mark, or by zeros in the place of every other byte of its first letters.
+    """
+    name = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+    if name is None and (head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0"):
+        name = "UTF-32" if head[:4].count(0) == 3 else "UTF-16"
+    if name is not None and head.strip(b"\0"):
+        raise UserError(f"{source} is {name}, not UTF-8: convert it first (iconv -f {name} -t UTF-8)")
 
 
 def identify_weights(folder: str | Path) -> str | None:

@@ -30,6 +30,19 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert settings == Settings(learning_rate=2.0, n_tokens=5000, push=True, files=["a", "b"])
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_may_come_from_windows(end, encoding, tmp_path):
+    (tmp_path / "s.yaml").write_bytes(end.join(["", "prompt: é", "", "files: [a, b]", "n_steps: 3"]).encode(encoding))
+    assert parse("--config", str(tmp_path / "s.yaml")) == Settings(prompt="é", files=["a", "b"], n_steps=3)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "s.yaml").write_bytes("prompt: é".encode("cp1252"))
+    with pytest.raises(UserError, match=r"cannot read --config .*s\.yaml: 'utf-8' codec can't decode byte 0xe9"):
+        parse("--config", str(tmp_path / "s.yaml"))
+
+
 def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
     (tmp_path / "s.yaml").write_text("mode: on\npush: yes\n")
     assert parse("--config", str(tmp_path / "s.yaml")) == Settings(mode="on", push=True)

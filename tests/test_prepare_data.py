@@ -507,3 +507,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, case, num_worke
     kept = ["out.partial"] if case in ("empty corpus", "too small", "only copies") else []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", *kept]
     assert ("finished pieces are kept" in err) == bool(kept)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_text_of_windows_is_cut_as_it_is_of_unix(run, tmp_path, texts, mark):
+    texts = [text.replace("\n", " ") for text in texts]
+    for name, end in (("unix", "\n"), ("windows", "\r\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_bytes(mark + (2 * end).join(texts).encode())
+        flags = ("--files", tmp_path / name / "a.txt", "--document_separator", "\\n\\n", "--val_tokens", 600)
+        code, out, _ = run(*flags, output_dir=tmp_path / f"{name}.out")
+        assert code == 0 and "read 300 documents" in out and "--document_separator" not in out
+    assert hash_shards(tmp_path / "unix.out") == hash_shards(tmp_path / "windows.out")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.txt": "a b\nc", "b.txt": ""}, "occurs nowhere"),
+        ({"a.txt": "a b\nc", "b.txt": "b\n\nc"}, None),
+        ({"a.txt": "a b\n\n"}, None),
+        ({"a.jsonl": '{"text": "a b"}'}, "there are none"),
+        ({"a.jsonl": '{"text": "a b"}', "b.txt": "a"}, None),
+    ],
+)
+def test_a_separator_that_cuts_nothing_is_told(run, tmp_path, files, said):
+    (tmp_path / "in").mkdir()
+    for name, text in files.items():
+        (tmp_path / "in" / name).write_text(text)
+    code, out, _ = run("--files", tmp_path / "in", "--document_separator", r"\n\n", "--val_tokens", 1)
+    assert code == 0
+    lines = [line for line in out.splitlines() if "--document_separator" in line]
+    assert len(lines) == (said is not None) and all(said in line for line in lines)

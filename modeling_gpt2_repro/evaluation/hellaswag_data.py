@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.files import check_encoding, compute_checksum
 
 DATASET_NAME = "Rowan/hellaswag"
 # The Hub repository's head since its conversion to parquet; the validation split has 10,042 rows there.
@@ -95,8 +95,9 @@ def _read_jsonl_rows(data_file: str | Path) -> list[tuple[str, Any]]:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read the HellaSwag file {data_file}: {error}") from error
+    check_encoding(content[:4], data_file)
     rows = []
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{data_file}, line {number}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.files import check_encoding
 from modeling_gpt2_repro.reporting.references import (
     Reference,
     identify_validation,
@@ -115,8 +116,10 @@ def _load_run(folder: Path) -> Curves:
 
 
 def _load_log(path: Path, tokens_per_step: int) -> Curves:
+    content = path.read_bytes()
+    check_encoding(content[:4], path)
     points = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in content.decode("utf-8-sig", errors="replace").splitlines():
         point = _parse_log_line(line)
         if point is not None:
             points.append(point)

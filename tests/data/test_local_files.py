@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +94,82 @@ def test_reads_text(tmp_path, monkeypatch, name):
     assert read(tmp_path / name, separator="---") == ["first\r\n\n", " second --\n", "third"]
 
 
+MARK = b"\xef\xbb\xbf"
+ENDS = {"unix": "\n", "windows": "\r\n", "old mac": "\r", "mixed": None}
+
+
+def write_text(path, content):
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\r\r", "\n---\n", "\n\n\n", "\n", "\t", "\f", "\x1a"])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_separator_matches_whatever_the_line_ends_are(tmp_path, monkeypatch, name, end, separator):
+    plain = separator.replace("\r\n", "\n").replace("\r", "\n")
+    # At the front, at the end, doubled; and line ends that separate nothing, with zeros and old controls among them.
+    content = (
+        plain.join(["", "a b\0", "", "c\fd" if separator != "\f" else "c", "-\n-", "\u2028é", "", "last"]) + plain
+    )
+    generator = np.random.default_rng(0)
+    # Without the lone \\r, which before a \\n would be part of one line end.
+    written = re.sub("\n", lambda _: ENDS[end] or ("\n", "\r\n")[generator.integers(2)], content)
+    path = write_text(tmp_path / name, MARK + written.encode())
+    for batch_bytes in (1, 2, 3, 4, 5, 7, 4096):
+        monkeypatch.setattr(local_files, "BATCH_BYTES", batch_bytes)
+        documents = read(path, separator=separator)
+        assert [text.replace("\r\n", "\n").replace("\r", "\n") for text in documents] == content.split(plain)
+        # Nothing but separators is gone, and no line end is another one.
+        position = 0
+        for text in documents:
+            position = written.index(text, position) + len(text)
+
+
+def test_a_windows_line_end_is_not_two(tmp_path):
+    path = write_text(tmp_path / "a.txt", b"a\r\nb\r\n\r\nc\n\r\nd\r\re\r\nf")
+    assert read(path, separator="\n\n") == ["a\r\nb", "c", "d", "e\r\nf"]
+    assert read(path) == [path.read_bytes().decode()]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("separator", [None, "x"])
+def test_a_mark_at_the_front_of_a_text_is_no_text(tmp_path, monkeypatch, name, separator):
+    monkeypatch.setattr(local_files, "BATCH_BYTES", 1)
+    assert read(write_text(tmp_path / name, MARK + b"a" + MARK), separator=separator) == ["a\ufeff"]
+    assert read(write_text(tmp_path / name, MARK), separator=separator) == [""]
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "cp1252"]
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("separator", [None, "\n\n"])
+def test_another_encoding_is_called_by_its_name(tmp_path, name, encoding, separator):
+    content = '{"text": "café"}\r\n\r\n{"text": "b"}\r\n'.encode(encoding)
+    expected = "CP1252" if encoding == "cp1252" else encoding[:6].upper()
+    with pytest.raises(UserError, match=rf"{name}.* UTF-8.*iconv -f {expected} -t UTF-8"):
+        read(write_text(tmp_path / name, content), separator=separator)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\n\r\n \r\n"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_jsonl_of_windows_and_old_macs(tmp_path, monkeypatch, name, end):
+    path = write_jsonl(tmp_path / name, [])
+    lines = [json.dumps({"text": text}) for text in TEXTS] + ['{"text": "cut \\ud83d"}']
+    content = MARK + end.join(["", *lines, ""]).encode()
+    for batch_bytes in (1, 3, 64, 4096):
+        monkeypatch.setattr(local_files, "BATCH_BYTES", batch_bytes)
+        if name.endswith(".zst"):
+            with pa.OSFile(str(path), "wb") as file, pa.CompressedOutputStream(file, "zstd") as stream:
+                stream.write(content)
+        else:
+            write_text(path, content)
+        assert read(path) == [*TEXTS, "cut \ufffd"]
+        with pytest.raises(UserError, match="no column 'story'"):
+            read(path, column="story")
+
+
 def test_small_texts_share_a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(local_files, "TASK_BYTES", 12)
     names = ["a.txt", "b.txt", "c.txt.gz", "d.jsonl", "e.TXT"]
@@ -142,7 +219,7 @@ def test_finds_files_sorted_and_once(tmp_path):
         (b'{"text": "b"', "line 3: "),
         (b'{"text": 3}', "line 3: 'text' is a int"),
         (b'["b"]', "line 3: not a JSON object"),
-        (b'{"text": "\xff"}', "line 3: .*utf-8"),
+        (b'{"text": "\xff"}', "line 3: not valid UTF-8.* iconv -f CP1252"),
         (b'{"text": "b"} {"text": "c"', "line 3: "),
     ],
 )

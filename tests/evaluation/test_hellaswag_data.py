@@ -42,6 +42,18 @@ def test_rows_become_items_with_number_or_text_labels(tmp_path):
     assert load_hellaswag(path, limit=1) == [first]
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\r\n\r\n"])
+def test_a_file_of_windows_or_an_old_mac(tmp_path, end):
+    path = tmp_path / "items.jsonl"
+    lines = [json.dumps({**GOOD_ROW, "ind": ind}) for ind in range(3)]
+    path.write_bytes(codecs.BOM_UTF8 + end.join([*lines, ""]).encode())
+    assert [item.ind for item in load_hellaswag(path)] == [0, 1, 2]
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        path.write_bytes(end.join(lines).encode(encoding))
+        with pytest.raises(UserError, match=f"is {encoding[:6].upper()}, not UTF-8"):
+            load_hellaswag(path)
+
+
 def without(field):
     return {name: value for name, value in GOOD_ROW.items() if name != field}
 

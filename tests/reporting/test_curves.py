@@ -44,6 +44,16 @@ def test_numbers_that_are_none_and_half_a_line_are_passed_over(run_folder):
     }
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_log_may_come_from_windows(tmp_path, end):
+    log = tmp_path / "mine.log.txt"
+    log.write_bytes(end.join(["0 val 10.9", "1 val 9.5", ""]).encode("utf-8-sig"))
+    assert load_curves(log).get("val/loss").values.tolist() == [10.9, 9.5]
+    log.write_bytes("0 val 10.9\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16"):
+        load_curves(log)
+
+
 def test_lines_in_disorder_are_put_in_order(run_folder):
     write_metrics(run_folder, [json.dumps({"step": step, "train/loss": step / 2}) for step in (3, 1, 2)])
     assert load_curves(run_folder).get("train/loss").steps.tolist() == [1, 2, 3]
