@@ -32,9 +32,11 @@ from modeling_gpt2_repro.files import (
 
 @dataclass
 class EvaluationSettings:
-    model: str = setting(MISSING, "folder or Hub id of a causal language model with its tokenizer")
+    model: str = setting(MISSING, "folder or Hub id of a causal language model with its tokenizer", path=True)
     data_file: str | None = setting(
-        None, f"HellaSwag items as .jsonl, in the dataset's field names; None: {DATASET_NAME}'s validation split"
+        None,
+        f"HellaSwag items as .jsonl, in the dataset's field names; None: {DATASET_NAME}'s validation split",
+        path=True,
     )
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")
     limit: int | None = setting(None, "score only the first so many items; None: all")
@@ -42,8 +44,8 @@ class EvaluationSettings:
     batch_tokens: int | None = setting(
         None, "tokens that a forward pass reads at most, padding included; None: as many as free memory holds"
     )
-    output: str | None = setting(None, "write the scores to this .json file; None: print only")
-    per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't")
+    output: str | None = setting(None, "write the scores to this .json file; None: print only", path=True)
+    per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't", path=True)
     trust_remote_code: bool = setting(False, "run the model code that comes with --model")
 
 

@@ -51,6 +51,7 @@ class PrepareSettings:
         f"a dataset on the Hub, a folder that `datasets` can load, or {DOCSTRINGS}: the built-in offline corpus, the "
         "documentation of the Python packages installed here",
         aliases=["--dataset"],
+        path=True,
     )
     dataset_config_name: str | None = setting(
         None, f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
@@ -61,14 +62,17 @@ class PrepareSettings:
         [],
         "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document a "
         "file, or see --document_separator)",
+        path=True,
     )
     document_separator: str | None = setting(
         None,
         "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
     )
     text_column: str = setting("text", "the column, or JSON key, that holds a document's text")
-    output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards")
-    tokenizer: str = setting(GPT2_TOKENIZER, "Hub id or local folder of a tokenizer with at most 65,536 ids")
+    output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards", path=True)
+    tokenizer: str = setting(
+        GPT2_TOKENIZER, "Hub id or local folder of a tokenizer with at most 65,536 ids", path=True
+    )
     shard_size: int = setting(100_000_000, "tokens a shard")
     val_tokens: int | None = setting(
         None,

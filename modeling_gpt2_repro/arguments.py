@@ -8,6 +8,7 @@ import argparse
 import codecs
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,17 @@ from modeling_gpt2_repro.files import open_atomically
 Settings = TypeVar("Settings")
 
 
-def setting(default: Any, help: str, **kwargs) -> Any:
-    """Declare a field of a settings dataclass with its default and the text that `--help` shows."""
+PATH = "PATH"  # what `--help` calls the value of a setting that is one
+
+
+def setting(default: Any, help: str, path: bool = False, **kwargs) -> Any:
+    """Declare a field of a settings dataclass with its default and the text that `--help` shows.
+
+    Args:
+        path: the value is one, or may be one; a `~` at its front then stands for the home folder.
+    """
+    if path:
+        kwargs["metavar"] = PATH
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
     return dataclasses.field(default=default, metadata={"help": help, **kwargs})
@@ -66,7 +76,7 @@ def parse_arguments(
     config_file = config_parser.parse_known_args(argv)[0].config
     flags = list(argv)
     if config_file is not None:
-        flags = _read_config_file(config_file, names | aliases, known_elsewhere) + flags
+        flags = _read_config_file(expand_home(config_file), names | aliases, known_elsewhere) + flags
     namespace, unknown = parser.parse_known_args(flags)
     for argument in unknown:
         if argument.startswith("--"):
@@ -74,8 +84,30 @@ def parse_arguments(
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}: every setting is given as --name value (see --help)")
     for field in fields:
-        _check_value(field, getattr(namespace, field.name))
+        value = getattr(namespace, field.name)
+        _check_value(field, value)
+        if field.metadata.get("metavar") == PATH and value is not None:
+            expanded = [expand_home(each) for each in value] if isinstance(value, list) else expand_home(value)
+            setattr(namespace, field.name, expanded)
     return settings_type(**{name: getattr(namespace, name) for name in names})
+
+
+def expand_home(path: str) -> str:
+    """Return a path with the folder that `~` or `~user` at its front stands for, which shells expand in some places.
+
+    Raises:
+        UserError: there is no such user, or nobody has told where this one's home folder is.
+    """
+    try:
+        expanded = os.path.expanduser(path)
+    except ValueError:  # of a null character
+        expanded = path
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise UserError(
+            f"{path}: the home folder {user} is not known. Write it out, or ./{user} for a folder so called"
+        )
+    return expanded
 
 
 def write_settings(settings: Any, path: str | Path) -> None:

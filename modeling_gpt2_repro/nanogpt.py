@@ -197,11 +197,14 @@ def _guess_activation(content: dict[str, Any], weights: dict[str, torch.Tensor])
 class NanoGPTConfig:
     """Flags of the command."""
 
-    checkpoint: str = setting(MISSING, "a .pt file of nanoGPT or build-nanogpt, or of a model's state dict alone")
-    output_dir: str = setting(MISSING, "model folder to write; must not exist")
+    checkpoint: str = setting(
+        MISSING, "a .pt file of nanoGPT or build-nanogpt, or of a model's state dict alone", path=True
+    )
+    output_dir: str = setting(MISSING, "model folder to write; must not exist", path=True)
     tokenizer: str = setting(
         GPT2_TOKENIZER,
         "Hub id or folder; embedding rows beyond its ids are dropped; none: drop none, and write no tokenizer",
+        path=True,
     )
     activation_function: Activation = setting(
         "auto", "gelu is exact; gelu_new is the tanh form of build-nanogpt, and of nanoGPT before 17 May 2023"

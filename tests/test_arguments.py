@@ -1,12 +1,20 @@
 """Settings from YAML files and flags."""
 
+import dataclasses
+import pwd
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from modeling_gpt2_repro.arguments import parse_arguments, setting, write_settings
+from eval_hellaswag import EvaluationSettings
+from modeling_gpt2_repro.arguments import PATH, parse_arguments, setting, write_settings
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.evaluation.sampling import SamplingConfig
+from modeling_gpt2_repro.nanogpt import NanoGPTConfig
+from modeling_gpt2_repro.reporting.hub import UploadSettings
+from modeling_gpt2_repro.training.config import TrainingConfig
+from prepare_data import PrepareSettings
 
 
 @dataclass
@@ -18,6 +26,9 @@ class Settings:
     prompt: str = setting("Hello", "text")
     files: list[str] = setting([], "paths")
     push: bool = setting(False, "whether")
+    folder: str = setting("runs", "where", path=True)
+    file: str | None = setting(None, "which", path=True)
+    inputs: list[str] = setting([], "from where", path=True)
 
 
 def parse(*argv: str) -> Settings:
@@ -64,6 +75,59 @@ def test_written_settings_come_back(tmp_path):
 def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
     write_settings(parse(argv), tmp_path / "s.yaml")
     assert parse(f"--config={tmp_path / 's.yaml'}") == parse(argv)
+
+
+@pytest.mark.parametrize(
+    "path, expanded",
+    [
+        *(("~/x", "HOME/x"), ("~", "HOME"), ("~/", "HOME/"), ("~/a b/~", "HOME/a b/~"), ("~root/x", "/root/x")),
+        *((each, each) for each in ("./~/x", "a/~/x", "gpt2", "openai-community/gpt2", "auto", "", "a~")),
+    ],
+)
+def test_a_path_may_begin_at_home(path, expanded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expanded = expanded.replace("HOME", str(tmp_path))
+    wanted = Settings(folder=expanded, file=expanded, inputs=[expanded, expanded], prompt=path, files=[path])
+    flags = [f"--folder={path}", "--file", path, "--inputs", path, path, f"--prompt={path}", "--files", path]
+    assert parse(*flags) == wanted
+    (tmp_path / "s.yaml").write_text(
+        "".join(f"{name}: '{path}'\n" for name in ("folder", "file", "prompt"))
+        + "".join(f"{name}: {values}\n" for name, values in (("inputs", [path, path]), ("files", [path])))
+    )
+    assert parse("--config", "~/s.yaml") == parse("--config=~/s.yaml") == wanted
+    write_settings(wanted, tmp_path / "t.yaml")
+    assert parse("--config=~/t.yaml") == wanted
+
+
+def test_a_bare_tilde_in_a_file_is_nothing(tmp_path):
+    (tmp_path / "s.yaml").write_text("folder: ~\nfile: ~\n")
+    assert parse("--config", str(tmp_path / "s.yaml")) == Settings()
+
+
+def test_a_home_that_nobody_knows_is_told(monkeypatch):
+    def has_no_entry(_):
+        raise KeyError
+
+    for argv in (["--folder=~nobody-of-this-name/x"], ["--config", "~nobody-of-this-name"], ["--folder=~\0"]):
+        with pytest.raises(UserError, match=r"~nobody-of-this-name|null"):
+            parse(*argv)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", has_no_entry)  # as in a container whose user is a number
+    with pytest.raises(UserError, match="~/x: the home folder ~ is not known"):
+        parse("--inputs", "a", "~/x")
+
+
+SCRIPTS = [TrainingConfig, PrepareSettings, EvaluationSettings, NanoGPTConfig, SamplingConfig, UploadSettings]
+NO_PATHS = {"run_name", "hub_model_id", "repo_id", "wandb_project", "document_separator", "text_column", "revision"}
+NO_PATHS |= {"prompt", "sample_prompt", "report_to", "model_size", "micro_batch_size", "skip_steps", "split", "task"}
+NO_PATHS |= {"dataset_config_name"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_text_of_a_script_is_a_path_or_known_to_be_none(script):
+    texts = [field for field in dataclasses.fields(script) if field.type in (str, str | None, list[str])]
+    assert {field.name for field in texts if field.metadata.get("metavar") != PATH} <= NO_PATHS
+    assert not {field.name for field in texts if field.metadata.get("metavar") == PATH} & NO_PATHS
 
 
 @pytest.mark.parametrize(

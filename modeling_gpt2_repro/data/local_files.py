@@ -46,7 +46,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
         if not matches and Path(pattern).exists():  # a name with brackets in it
             matches = [Path(pattern)]
         files = {path for path in matches if path.is_file()}

@@ -96,7 +96,7 @@ def encode_prompt(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
 class SamplingConfig:
     """Flags of the command."""
 
-    model: str = setting(MISSING, "folder or Hub id of a causal language model and its tokenizer")
+    model: str = setting(MISSING, "folder or Hub id of a causal language model and its tokenizer", path=True)
     prompt: str = setting("Hello, I'm a language model,", "text to continue")
     n_samples: int = setting(4, "samples to draw")
     n_tokens: int = setting(32, "tokens of a sample, the prompt's included")

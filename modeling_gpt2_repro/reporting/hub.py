@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils import get_session
 from transformers import AutoConfig
 
-from modeling_gpt2_repro.arguments import parse_arguments, setting
+from modeling_gpt2_repro.arguments import expand_home, parse_arguments, setting
 from modeling_gpt2_repro.data.hub import HubUnreachableError, ask_hub, describe_hub_failure
 from modeling_gpt2_repro.errors import UserError, format_line, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
@@ -197,7 +197,7 @@ class UploadSettings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Upload a finished run to the Hugging Face Hub: python -m modeling_gpt2_repro.reporting.hub runs/NAME [flags]"""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    run_folder = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
+    run_folder = Path(expand_home(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else None
     if run_folder is None and not {"-h", "--help"} & set(arguments):
         raise UserError("give a run folder first: python -m modeling_gpt2_repro.reporting.hub runs/NAME --repo_id ...")
     settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)

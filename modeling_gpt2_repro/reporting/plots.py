@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from modeling_gpt2_repro.arguments import Parser, whole_number
+from modeling_gpt2_repro.arguments import Parser, expand_home, whole_number
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.reporting.curves import LOGGED_TOKENS_PER_STEP, Curves, load_curves
 from modeling_gpt2_repro.reporting.figures import build_figure, format_count, make_drawable, save_figure
@@ -133,15 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     if arguments.tokens_per_step < 1:
         raise UserError(f"--tokens_per_step has to be 1 or more, not {arguments.tokens_per_step}")
-    runs = [load_curves(path, arguments.tokens_per_step) for path in arguments.runs]
-    runs = name_apart(runs, arguments.runs)
+    paths = [expand_home(path) for path in arguments.runs]
+    runs = name_apart([load_curves(path, arguments.tokens_per_step) for path in paths], paths)
     if arguments.spectrum:
         name, figure, lines = SPECTRUM, build_spectrum_figure(runs), [describe_spectrum(run) for run in runs]
     else:
         name, figure = CURVES if len(runs) == 1 else COMPARISON, build_curves_figure(runs, arguments.hours)
         lines = [describe_end(run) for run in runs]
-    folder = Path(arguments.runs[0]) if len(runs) == 1 and Path(arguments.runs[0]).is_dir() else Path()
-    path = Path(arguments.output or folder / name)
+    folder = Path(paths[0]) if len(runs) == 1 and Path(paths[0]).is_dir() else Path()
+    path = Path(expand_home(arguments.output)) if arguments.output else folder / name
     save_figure(figure, path)
     print("\n".join([*lines, f"drawn as {path}"]))
     return 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modeling_gpt2_repro.arguments import expand_home
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.reporting.plots import CURVES
 from modeling_gpt2_repro.reporting.run_folder import describe_validation, find_last_validation, merge_lines, read_lines
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
         raise UserError("give one run folder: python -m modeling_gpt2_repro.reporting.summary runs/NAME")
-    print("\n".join(describe_run(Path(arguments[0]))))
+    print("\n".join(describe_run(Path(expand_home(arguments[0])))))
     return 0
 
 

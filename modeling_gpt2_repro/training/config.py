@@ -85,8 +85,8 @@ LARGEST = {
 class TrainingConfig:
     """Every knob of `train.py`. The defaults are the reproduction of GPT-2 124M on 10 B tokens of FineWeb-Edu."""
 
-    data_dir: str = setting("data/edu_fineweb10B", "folder of token shards, as prepare_data.py writes it")
-    output_dir: str = setting("runs", "folder of all runs")
+    data_dir: str = setting("data/edu_fineweb10B", "folder of token shards, as prepare_data.py writes it", path=True)
+    output_dir: str = setting("runs", "folder of all runs", path=True)
     run_name: str = setting("gpt2_124M", "name of this run; its folder is output_dir/run_name")
 
     model_size: str | None = setting(
@@ -99,6 +99,7 @@ class TrainingConfig:
         "scratch",
         "scratch, or a GPT-2-shaped model to start from (with eval_only any causal language model): a Hub id or a "
         "folder",
+        path=True,
     )
 
     sequence_length: int = setting(1024, "tokens in a sequence; also the positions of a model from scratch")
@@ -148,7 +149,9 @@ class TrainingConfig:
     eval_every: int = setting(250, "steps between validations; 0: never")
     eval_tokens: int = setting(10_485_760, "validation tokens, from the front of the split; the same on any hardware")
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")
-    hellaswag_file: str | None = setting(None, "HellaSwag items as .jsonl; not given: the Hub's validation set")
+    hellaswag_file: str | None = setting(
+        None, "HellaSwag items as .jsonl; not given: the Hub's validation set", path=True
+    )
     hellaswag_limit: int | None = setting(None, "score the first items only; not given: all")
     eval_only: bool = setting(
         False,
@@ -171,6 +174,7 @@ class TrainingConfig:
         "auto: the newest checkpoint of the run folder, if any; never: replace what is in the run folder; or a path, "
         "which may be of another run's checkpoint until this run has a newer one",
         aliases=["--resume"],
+        path=True,
     )
 
     skip_steps: list[str] = setting(

@@ -19,6 +19,8 @@ import eval_hellaswag
 import prepare_data
 import train
 from modeling_gpt2_repro import nanogpt
+from modeling_gpt2_repro.evaluation import sampling
+from modeling_gpt2_repro.reporting import plots, summary
 from modeling_gpt2_repro.training.tracking import CURVES, FILES, REPLACED_FOLDERS, read_metrics
 
 # A constant rate, so that a run may be prolonged; and all that a run can write, so that every place is written to.
@@ -271,3 +273,33 @@ def test_a_result(script, flag, given, disk):
             path.symlink_to(leads_to)
             ended = answer(script.main, to_flags(given | {flag: path}), case)
             assert ended.code == 2 and str(path) in ended.err
+
+
+def test_no_command_makes_a_folder_called_tilde(monkeypatch):
+    with open_case("corpus", "tokenizer", "model", "items.jsonl") as case:
+        monkeypatch.setenv("HOME", str(case.folder / "cwd"))
+        for name in ("corpus", "tokenizer", "model", "items.jsonl"):
+            (case.folder / "cwd" / name).symlink_to(case.given / name)
+        prepare = PREPARE | {"files": "~/corpus/a.jsonl", "tokenizer": "~/tokenizer", "output_dir": "~/data"}
+        training = BEFORE | {"data_dir": "~/data", "output_dir": "~/runs", "sequence_length": 64}
+        training |= {
+            "tokens_per_step": 128,
+            "eval_tokens": 64,
+            "hellaswag_every": 1,
+            "hellaswag_file": "~/items.jsonl",
+        }
+        evaluation = {"model": "~/runs/run/final", "data_file": "~/items.jsonl", "output": "~/scores.json"}
+        for main, argv in (
+            (prepare_data.main, to_flags(prepare)),
+            (train.main, to_flags(training)),
+            (train.main, to_flags(training | {"resume": "~/runs/run/checkpoints/step_0000001", "run_name": "fork"})),
+            (eval_hellaswag.main, to_flags(evaluation | {"per_example": "~/answers.jsonl"})),
+            (plots.main, ["~/runs/run", "~/runs/fork", "--output=~/curves.png"]),
+            (summary.main, ["~/runs/run"]),
+            (sampling.main, to_flags({"model": "~/runs/run/final", "prompt": "~", "n_tokens": 4})),
+        ):
+            given = answer(main, argv, case)
+            assert given.code == 0, given.err
+        made = {path.name for path in (case.folder / "cwd").iterdir() if not path.is_symlink()}
+        assert made == {"data", "runs", "scores.json", "answers.jsonl", "curves.png"}
+        assert answer(train.main, ["--config=~/runs/run/config.yaml"], case).code == 0
