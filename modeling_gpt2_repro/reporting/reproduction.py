@@ -1,5 +1,6 @@
 """How a run is made again: the commands, and the versions it ran with."""
 
+import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -20,14 +21,16 @@ PATHS = {"data_dir", "dataset_name", "files", "hellaswag_file", "init_from", "ou
 
 
 def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
-    """Return the command lines that make the data, of the same commit, and the run again."""
-    commands = []
+    """Return the command lines that make the data, of the same commit, and the run on them again."""
+    commands, defaults = [], asdict(TrainingConfig())
     if manifest is not None:
         recorded = manifest.settings | {"revision": manifest.source.get("revision")}
         unset = {name: value for name, value in recorded.items() if value is None or value is False or value == []}
-        commands.append("python prepare_data.py" + _format_flags(recorded, unset))
+        # Unless told, one script writes to where the other reads.
+        folder = {"output_dir": settings["data_dir"]} if settings["data_dir"] != defaults["data_dir"] else {}
+        commands.append("python prepare_data.py" + _format_flags(recorded | folder, unset))
     changed = {name: value for name, value in settings.items() if name not in PERSONAL}
-    commands.append("python train.py" + _format_flags(changed, asdict(TrainingConfig())))
+    commands.append("python train.py" + _format_flags(changed, defaults))
     return "\n".join(commands)
 
 
@@ -40,8 +43,16 @@ def _format_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
         if name in PATHS:
             values = [shorten(each) for each in values]
         separator = " " if isinstance(value, list) else "="
-        flags += f" --{name}{separator}{' '.join(map(shlex.quote, values))}"
+        flags += f" --{name}{separator}{' '.join(map(_quote, values))}"
     return flags
+
+
+def _quote(text: str) -> str:
+    """Quote a value for bash, on one line: a line of its own could end the block in which the commands stand."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = re.sub(r"[\\']", r"\\\g<0>", text)
+    return "$'" + "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in escaped) + "'"
 
 
 def read_versions(run_folder: Path) -> dict[str, str]:

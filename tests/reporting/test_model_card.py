@@ -112,6 +112,7 @@ def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
     assert prepare.startswith("python prepare_data.py ") and training.startswith("python train.py ")
     settings = parse_arguments(prepare_data.PrepareSettings, shlex.split(prepare)[2:], description="")
     assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["PATH/TO/secret_place.jsonl"])
+    assert settings.output_dir == f"PATH/TO/{data_folder.name}"
     config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")
     assert (config.max_steps, config.tf32, config.sample_prompt) == (4, False, 'Say "hello" to')
     assert (config.data_dir, config.push_to_hub) == (f"PATH/TO/{data_folder.name}", False)

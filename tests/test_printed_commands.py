@@ -1,0 +1,291 @@
+"""Every command that the project prints, or writes down, is one that its programs take.
+
+The commands in README.md and docs/ are read as a shell reads them and given to the parsers of their programs, and what
+one of them reads is what an earlier one writes. What only the Hub or other people's programs could run is listed here,
+with the reason. Those of a model card are run.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import itertools
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import REPOSITORY
+from printed_commands import list_blocks, read_commands
+from small_runs import flags
+
+import prepare_data
+import train
+from eval_hellaswag import EvaluationSettings
+from modeling_gpt2_repro.arguments import parse_arguments
+from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
+from modeling_gpt2_repro.evaluation.sampling import SamplingConfig
+from modeling_gpt2_repro.nanogpt import NanoGPTConfig
+from modeling_gpt2_repro.reporting import plots
+from modeling_gpt2_repro.reporting.hub import UploadSettings
+from modeling_gpt2_repro.reporting.run_folder import read_settings
+from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.throughput import Peak
+from prepare_data import PrepareSettings
+
+DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
+SETTINGS = {
+    "train.py": TrainingConfig,
+    "prepare_data.py": PrepareSettings,
+    "eval_hellaswag.py": EvaluationSettings,
+    "modeling_gpt2_repro.nanogpt": NanoGPTConfig,
+    "modeling_gpt2_repro.evaluation.sampling": SamplingConfig,
+    "modeling_gpt2_repro.reporting.hub": UploadSettings,
+}
+# What stands for the reader's own, or is there before the first command.
+GIVEN = {
+    "runs/a", "runs/b",  # any two runs
+    "log/log.txt",  # of the original script
+    "openai-community/gpt2",  # on the Hub
+}  # fmt: skip
+# Programs of other people: not installed here, or they need a login, a batch system or the Hub.
+FOREIGN = {
+    "source": "the environment that `make demo` makes",
+    "hf": "a login at the Hub",
+    "srun": "a batch system",
+    "scontrol": "a batch system",
+    "head": "part of a batch script",
+    "lm_eval": "its data are on the Hub; tests/ecosystem runs the program",
+}
+# Flags in the project's texts that are of other programs: accelerate, pip, pytest, torchrun, Slurm, benchmarks.
+FOREIGN_FLAGS = {
+    *("config_file", "num_processes", "nodes", "ntasks_per_node", "nnodes", "nproc_per_node", "rdzv_backend"),
+    *("rdzv_endpoint", "standalone", "model_args", "tasks", "batch_size", "logdir", "only", "toy", "hypothesis_seed"),
+    *("extra_index_url", "name", "rounds", "check"),
+}
+
+
+def parse(program: str, argv: list[str]) -> object:
+    """Parse a program's arguments as it does itself, and do nothing else."""
+    return parse_arguments(SETTINGS[program], argv, description="")
+
+
+def find_targets() -> set[str]:
+    """Return the names of what `make` makes."""
+    return set(re.search(r"^\.PHONY: (.*)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)[1].split())
+
+
+def follow(command: list[str], made: set[str]) -> None:
+    """Check a command, given what the ones before it made, and add what it makes."""
+    program, *argv = [each for each in command if each != "..."]
+    if program in FOREIGN:
+        return
+    if program == "make":
+        targets = [each for each in argv if "=" not in each]
+        assert set(targets) <= find_targets()
+        made |= {"data/demo", "runs/demo"} if "demo" in targets else set()
+        return
+    if program in ("accelerate", "torchrun"):
+        script = next(each for each in argv if each.endswith(".py"))
+        launcher, argv = argv[: argv.index(script)], argv[argv.index(script) :]
+        for flag, value in itertools.pairwise(launcher):
+            assert flag != "--config_file" or (REPOSITORY / value).is_file()
+    else:
+        assert program == "python"
+    name, argv = (argv[1], argv[2:]) if argv[0] == "-m" else (argv[0], argv[1:])
+    if not name.endswith(".py"):
+        assert callable(importlib.import_module(name).main)
+    else:
+        assert (REPOSITORY / name).is_file()
+    read_files(name, argv, made)
+
+
+def read_files(name: str, argv: list[str], made: set[str]) -> None:
+    """Parse a program's arguments, check that what it reads was made, and add what it makes."""
+    read: list[str] = []
+    if name == "modeling_gpt2_repro.reporting.plots":
+        read = plots.build_parser().parse_args(argv).runs
+    elif name == "modeling_gpt2_repro.reporting.summary":
+        (path,) = argv
+        read = [path]
+    elif name == "modeling_gpt2_repro.reporting.hub":
+        read = argv[:1]
+        parse(name, argv[1:])
+    elif name == "benchmarks/gpu.py":
+        parts = importlib.import_module("benchmarks.gpu").PARTS
+        assert argv[0] in parts
+        read = argv[argv.index("--data_dir") + 1 :] if "--data_dir" in argv else []
+    elif name.startswith("benchmarks/"):
+        assert not argv
+    else:
+        settings = parse(name, argv)
+        if name == "train.py":
+            read = [settings.data_dir]
+            made.add(f"{settings.output_dir}/{settings.run_name}")
+        elif name == "prepare_data.py":
+            made.add(settings.output_dir)
+        else:
+            read = [settings.model]
+    for path in read:
+        assert path.removesuffix("/final") in made | GIVEN, f"nobody makes the {path} that {name} reads"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_a_document_fit_each_other(document):
+    made: set[str] = set()
+    blocks = list_blocks(Path(document).read_text())
+    assert blocks
+    for block in blocks:
+        commands = read_commands(block)
+        assert commands
+        for command in commands:
+            follow(command, made)
+
+
+def test_a_wrong_command_is_found():
+    for script in (
+        "python train.py --dat_dir x",
+        "python train.py --data_dir nobody/made/it",
+        "python trains.py",
+        "make demos",
+        "python -m modeling_gpt2_repro.reporting.none x",
+        "accelerate launch --config_file none.yaml prepare_data.py",
+    ):
+        with pytest.raises((ValueError, AssertionError, ImportError)):
+            for command in read_commands(script):
+                follow(command, set())
+    made = {"a b"}
+    for command in read_commands("python prepare_data.py --output_dir 'c d'; python train.py --data_dir='c d'"):
+        follow(command, made)
+    assert made == {"a b", "c d", "runs/gpt2_124M"}
+
+
+@functools.cache
+def list_texts() -> dict[str, str]:
+    """Return what the project says of itself anywhere: documents, configurations, strings and comments of its code."""
+    names = [*DOCUMENTS, "Makefile", "accelerate_config.yaml", "examples/results.ipynb"]
+    paths = [*(REPOSITORY / name for name in names), *(REPOSITORY / "configs").glob("*.yaml")]
+    paths += [*REPOSITORY.glob("*.py"), *(REPOSITORY / "modeling_gpt2_repro").rglob("*.py")]
+    paths += (REPOSITORY / "benchmarks").glob("*.py")
+    # A line that is broken in a string, or between two, is one.
+    return {str(path.relative_to(REPOSITORY)): re.sub(r'"?\n\s*(#\s|f?")?', " ", path.read_text()) for path in paths}
+
+
+@pytest.mark.parametrize("name", sorted(list_texts()))
+def test_what_a_text_calls_a_program_is_there(name):
+    text = list_texts()[name]
+    for script in re.findall(r"\bpython3? (?:-\S+ )*([\w/]+\.py)", text):
+        assert Path(script).is_file() or script == "x.py"
+    for module in re.findall(r"\bpython3? -m\s+([\w.]+)", text):
+        assert importlib.util.find_spec(module) is not None
+        assert not module.startswith("modeling_gpt2_repro") or callable(importlib.import_module(module).main)
+    for target in re.findall(r"[`(]make ([a-z-]+)", text):
+        assert target in find_targets()
+    for path in re.findall(r"\b((?:configs|docs|examples|benchmarks|tests)/[\w/.]+\.(?:yaml|md|ipynb|py|json))", text):
+        assert Path(path).exists() or "DEVICE" in path
+
+
+@functools.cache
+def list_flags(program: str) -> set[str]:
+    """Return the names of a program's flags."""
+    fields = dataclasses.fields(SETTINGS[program])
+    aliases = {alias.removeprefix("--") for field in fields for alias in field.metadata.get("aliases", ())}
+    return {field.name for field in fields} | aliases | {"config", "help"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in list_texts() if not name.startswith("benchmarks")))
+def test_flags_in_a_text_exist(name):
+    """Behind a script's name they are the script's; elsewhere they are anybody's."""
+    text = list_texts()[name]
+    for script in ("train.py", "prepare_data.py", "eval_hellaswag.py"):
+        for given in re.findall(rf"{re.escape(script)}((?: +--[a-z_]+(?:[ =][^\s`\"-][^\s`\"]*)?)+)", text):
+            assert set(re.findall(r"--([a-z_]+)", given)) <= list_flags(script)
+    if name != "Makefile":
+        known = set().union(*map(list_flags, SETTINGS), FOREIGN_FLAGS, {"hours", "spectrum", "output"})
+        found = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z_-]*[a-z])\b", text)}
+        assert found <= known
+
+
+def test_what_examples_stand_at_the_front_of_scripts_is_taken():
+    for path in REPOSITORY.glob("*.py"):
+        lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+        for line in lines:
+            if line.startswith(("python ", "accelerate ")):
+                follow(read_commands(line)[0], {"runs/gpt2_124M"})
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_read_by_its_script(path):
+    parse("prepare_data.py" if path.stem.endswith("_data") else "train.py", [f"--config={path}"])
+    comments = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line[:1] == "#")
+    for command in re.findall(r"((?:prepare_data|train)\.py (?:--\S+ ?(?:'[^']*'|[^\s-]\S*)? ?)+)", comments):
+        program, *argv = read_commands(f"python {command.rstrip('., ')}")[0][1:]
+        made = parse(program, argv)
+        assert program != "prepare_data.py" or made.output_dir == parse("train.py", [f"--config={path}"]).data_dir
+
+
+# What a run is told, in a folder that has `my books/` and `items.jsonl`.
+ODD = 'it\'s "a"\n```\n~ $HOME `x` \\\\n'
+CARDS = {
+    "spaces, quotes and globs": (["my books/*.txt", "it's [1].txt"], "my data/$x", "my runs", ODD),
+    "the default folder": (["my books"], "data/edu_fineweb10B", "runs", "Hello"),
+    "from anywhere": (["{here}/my books"], "{here}/data", "{here}/runs", "~"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
+    files, data_dir, output_dir, prompt = (
+        [each.format(here=tmp_path / "first") for each in value] if isinstance(value, list) else value
+        for value in CARDS[case]
+    )
+    data_dir, output_dir = (path.format(here=tmp_path / "first") for path in (data_dir, output_dir))
+    names = ("my books/a.txt", "my books/b 2.txt", "it's [1].txt")
+    for folder in (tmp_path / "first", tmp_path / "second", tmp_path / "second" / "PATH" / "TO"):
+        for number, name in enumerate(names):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            texts = [f"{number} {each} ships passed the lighthouse on the coast." for each in range(80)]
+            (folder / name).write_text("\n-\n".join(texts))
+        shutil.copy(SAMPLE_FILE, folder / "items.jsonl")
+
+    monkeypatch.chdir(tmp_path / "first")
+    argv = ["--files", *files, f"--output_dir={data_dir}", "--document_separator=\n-\n", "--val_tokens=300"]
+    assert prepare_data.main([*argv, "--num_workers=1"]) == 0
+    monkeypatch.setattr("modeling_gpt2_repro.run.choose_peak", lambda *_: Peak(1e9, "a test"))  # takes a second
+    monkeypatch.setattr("train.CurveDrawer", mock.MagicMock())
+    small = {
+        "max_steps": 2,
+        "hellaswag_every": 0,
+        "sample_every": 0,
+        "save_every": 0,
+        "hellaswag_file": "items.jsonl",
+        "sample_prompt": prompt,
+        "sample_tokens": 32,
+    }
+    assert train.main(flags(data_dir, output_dir, "a run", **small)) == 0
+    final = Path(output_dir, "a run", "final").absolute()
+    config, data = read_settings(final.parent), read_tree(Path(data_dir))
+
+    monkeypatch.chdir(tmp_path / "second")
+    (commands,) = (block for block in list_blocks((final / "README.md").read_text()) if "prepare_data.py" in block)
+    mains = {"prepare_data.py": prepare_data.main, "train.py": train.main}
+    for program, script, *argv in read_commands(commands):
+        assert program == "python" and mains.pop(script)(argv) == 0
+    again = Path("runs/a run")
+    assert not mains and read_tree(Path(read_settings(again)["data_dir"])).keys() == data.keys()
+    apart = {"data_dir", "output_dir", "report_to"} if "PATH/TO" in commands else {"output_dir", "report_to"}
+    changes = {name for name, value in read_settings(again).items() if value != config[name]}
+    assert changes <= apart
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (final, again / "final")]
+    assert weights[0] == weights[1]
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
