@@ -25,11 +25,13 @@ import prepare_data
 import train
 from eval_hellaswag import EvaluationSettings
 from modeling_gpt2_repro.arguments import parse_arguments
+from modeling_gpt2_repro.data.shards import open_split
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.evaluation.sampling import SamplingConfig
 from modeling_gpt2_repro.nanogpt import NanoGPTConfig
 from modeling_gpt2_repro.reporting import plots
 from modeling_gpt2_repro.reporting.hub import UploadSettings
+from modeling_gpt2_repro.reporting.publisher import Publisher
 from modeling_gpt2_repro.reporting.run_folder import read_settings
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.throughput import Peak
@@ -289,3 +291,21 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
 
 def read_tree(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("modeling_gpt2_repro.reporting.publisher.open_repository", refuse)
+    said: list[str] = []
+    config = TrainingConfig(run_name="it's", hub_model_id="me/mine", hub_public=True)
+    Publisher(Path("my runs/it's"), config, is_enabled=True, say=said.append).finish()
+    (command,) = read_commands(re.search(r"python .*(?=, tries again)", said[-1])[0])
+    assert command[3] == "my runs/it's"
+    settings = parse(command[2], command[4:])
+    assert (settings.repo_id, settings.public) == ("me/mine", True)
+    with pytest.raises(ValueError) as error:
+        open_split("it's not here", "train")
+    (command,) = read_commands(re.search(r"python .*", str(error.value))[0])
+    assert parse(command[1], command[2:]).output_dir == "it's not here"

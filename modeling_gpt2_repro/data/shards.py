@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,7 +179,8 @@ def load_manifest(folder: str | Path) -> Manifest | None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no data folder {folder}: make it with prepare_data.py --output_dir {folder}")
+        command = f"python prepare_data.py --output_dir {shlex.quote(str(folder))}"
+        raise UserError(f"there is no data folder {folder}: make it with {command}")
     path = folder / MANIFEST_NAME
     if not path.exists():
         return None

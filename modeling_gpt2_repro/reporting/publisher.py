@@ -5,6 +5,7 @@ it is on the Hub. What waits when a run is stopped or killed is there when it go
 """
 
 import os
+import shlex
 import shutil
 import threading
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Publisher:
             if not is_resumed:
                 raise UserError(
                     f"--push_to_hub cannot reach the Hub ({error}): check the connection, or leave it out and publish "
-                    "the finished run with python -m modeling_gpt2_repro.reporting.hub"
+                    f"the finished run with {self._describe_command()}"
                 ) from error
             self._warn(error)
 
@@ -104,11 +105,16 @@ class Publisher:
             shutil.rmtree(self.waiting, ignore_errors=True)
         except Exception as error:
             self.say(
-                f"the run is finished and not published: {explain_failure(error)}. The same command, or python -m "
-                f"modeling_gpt2_repro.reporting.hub {self.run_folder}, tries again"
+                f"the run is finished and not published: {explain_failure(error)}. The same command, or "
+                f"{self._describe_command()}, tries again"
             )
         else:
             self.say(f"published   {name_address(repo_id)}")
+
+    def _describe_command(self) -> str:
+        argv = ["python", "-m", "modeling_gpt2_repro.reporting.hub", str(self.run_folder)]
+        argv += ["--repo_id", self.config.hub_model_id] if self.config.hub_model_id else []
+        return shlex.join([*argv, *(["--public"] if self.config.hub_public else [])])
 
     def _open(self) -> str:
         if self._repo_id is None:

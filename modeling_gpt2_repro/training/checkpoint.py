@@ -13,6 +13,7 @@ follows from the seed and the step.
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -260,7 +261,7 @@ def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[s
         why = "Another length changes a cosine from its start, but not --lr_schedule constant or wsd. "
         raise UserError(
             f"{checkpoint} is of another experiment: {', '.join(different)}. {why if other_length else ''}Give "
-            f"another --run_name, with --init_from {checkpoint} to start from these weights, or "
+            f"another --run_name, with --init_from {shlex.quote(str(checkpoint))} to start from these weights, or "
             "--resume_from_checkpoint never to replace that run"
         )
 
