@@ -307,5 +307,5 @@ def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
     assert (settings.repo_id, settings.public) == ("me/mine", True)
     with pytest.raises(ValueError) as error:
         open_split("it's not here", "train")
-    (command,) = read_commands(re.search(r"python .*", str(error.value))[0])
-    assert parse(command[1], command[2:]).output_dir == "it's not here"
+    (command,) = read_commands(re.search(r"prepare_data.py .*", str(error.value))[0])
+    assert parse(command[0], command[1:]).output_dir == "it's not here"

@@ -179,7 +179,7 @@ def load_manifest(folder: str | Path) -> Manifest | None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        command = f"python prepare_data.py --output_dir {shlex.quote(str(folder))}"
+        command = f"prepare_data.py --output_dir {shlex.quote(str(folder))}"
         raise UserError(f"there is no data folder {folder}: make it with {command}")
     path = folder / MANIFEST_NAME
     if not path.exists():
