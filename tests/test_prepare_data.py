@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tiny_tokenizers import FAMILIES
 from tokenizers import pre_tokenizers
 from transformers import GPT2TokenizerFast
 
@@ -254,6 +255,21 @@ def test_one_long_document_is_cut(run, tokenizer, tmp_path):
     manifest = load_manifest(tmp_path / "out")
     assert manifest.val.bytes == 500
     assert manifest.val.bytes + manifest.train.bytes == len(text.encode())
+    assert run("--verify")[0] == 0
+
+
+@pytest.mark.parametrize("family", ["t5", "word_level", "llama", "merged_end"])
+def test_no_document_forges_another_one(run, tmp_path, family):
+    FAMILIES[family]().save_pretrained(tmp_path / "tokenizer")
+    texts = [*(f"the </s> of </s></s> text {i}" for i in range(50)), "</s>", " \n", "</s> "]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    code, _, err = run("--files", path, "--tokenizer", tmp_path / "tokenizer", "--val_tokens", 100)
+    assert (code, err) == (0, "")
+    manifest = load_manifest(tmp_path / "out")
+    tokens = np.concatenate([*open_split(tmp_path / "out", "val"), *open_split(tmp_path / "out", "train")])
+    assert manifest.read.documents + manifest.empty_documents == len(texts)
+    assert np.count_nonzero(tokens == manifest.eot_id) == manifest.train.documents + manifest.val.documents >= 50
     assert run("--verify")[0] == 0
 
 

@@ -74,7 +74,7 @@ class Manifest:
         read: all documents that were read; `train`, `val` and `validation_copies` add up to it.
         validation_copies: training documents with the text of a validation document, which were left out.
         duplicates: training documents whose text an earlier training document has; they are kept.
-        empty_documents: null or empty texts, which were skipped.
+        empty_documents: texts that are null, empty, or nothing to the tokenizer, which were skipped.
         validation_ends_inside_document: the last validation document goes on in the training split.
     """
 

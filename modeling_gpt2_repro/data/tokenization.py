@@ -1,18 +1,20 @@
 """Tokenizers: loading one, telling two apart, and encoding documents at full speed.
 
 Documents are encoded as ordinary text: a document that spells `<|endoftext|>` gets the ids of those letters, because
-it could otherwise forge a document boundary.
+it could otherwise forge a document boundary. That holds for every tokenizer, also where special tokens are among the
+words of its model.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import gigatoken
 import huggingface_hub
@@ -38,6 +40,9 @@ MAX_VOCAB_SIZE = 2**16
 ENGINE_BYTES = 96 * 2**20
 # Where a process cannot see its own memory: what a byte of text costs, were all its words new.
 ENGINE_BYTES_PER_TEXT_BYTE = 6
+
+# What models that know bytes call them.
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 # What engines are known to treat differently: contractions, runs of spaces, newlines, digits, marks, emoji, scripts
 # without spaces, control characters, and the text of special tokens.
@@ -87,8 +92,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     Two tokenizers with one fingerprint give a shard's ids the same meaning, wherever they were loaded from.
     """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    # tokenizers has written merges as "a b" and as ["a", "b"].
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    merges = _list_merges(model)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     content = json.dumps([vocabulary, merges, tokenizer.eos_token_id])
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
@@ -108,8 +112,8 @@ def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list
             return added[index].content.encode()
         if byte_level:
             return b"".join(byte_of_symbol.get(symbol, symbol.encode()) for symbol in piece)
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-            return bytes.fromhex(piece[3:5])
+        if byte := BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
 
     ids = [int(index) for index in ids]
@@ -136,7 +140,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> "DocumentEnc
     """Check that `tokenizer` can make shards and choose the engine: gigatoken, or tokenizers for what it cannot load.
 
     Raises:
-        UserError: more ids than 16 bits hold, no end-of-text token, or an engine that disagrees with the reference.
+        UserError: more ids than 16 bits hold, no end-of-text token, one that text can make, or an engine that
+            disagrees with the reference.
     """
     if len(tokenizer) > MAX_VOCAB_SIZE:
         raise UserError(
@@ -144,32 +149,92 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> "DocumentEnc
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name} has no end-of-text token (eos_token) to put in front of each document")
-    reference = tokenizer.backend_tokenizer.to_str()
-    definition = json.loads(reference)
-    # Nothing may be cut, padded or put around a document.
-    definition.update(truncation=None, padding=None, post_processor=None)
-    # gigatoken has no switch for special tokens: without their entries it takes their text as text.
-    definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        raise UserError(
+            f"the tokenizer {name} leaves ids out: shards need {len(tokenizer):,} tokens to have the ids from 0 up"
+        )
+    definition = json.dumps(define_text_encoding(tokenizer))
+    spec = EncoderSpec(definition, tokenizer.eos_token_id, uses_gigatoken=True)
     try:
-        encoder = DocumentEncoder(EncoderSpec(json.dumps(definition), tokenizer.eos_token_id, uses_gigatoken=True))
+        encoder = DocumentEncoder(spec)
     except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:  # what gigatoken says to what it lacks
         reason = format_line(str(error))
         print(f"gigatoken cannot take the tokenizer {name}, the far slower tokenizers does: {reason}", flush=True)
-        return DocumentEncoder(EncoderSpec(reference, tokenizer.eos_token_id, uses_gigatoken=False))
-    check_engines_agree(encoder, tokenizer, name)
+        encoder = DocumentEncoder(dataclasses.replace(spec, uses_gigatoken=False))
+    else:
+        check_engines_agree(encoder, name)
+    check_boundaries(encoder, tokenizer.eos_token, name)
     return encoder
 
 
-def check_engines_agree(encoder: "DocumentEncoder", tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Raise a `UserError` when `encoder` gives other ids than `tokenizer` itself for a sample of odd texts."""
-    tokens, offsets = encoder.encode(pa.array(ODD_SAMPLE, pa.large_string()))
-    for text, (start, end) in zip(ODD_SAMPLE, itertools.pairwise(offsets), strict=True):
-        encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, truncation=False, padding=False)
-        if tokens[start:end].tolist() != encoded["input_ids"]:
+def define_text_encoding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return `tokenizer`, as in its `tokenizer.json`, for text alone: no text makes a special token or the end-of-text
+    id, and nothing is cut, padded or put around a text. What spells no special token keeps its ids.
+
+    Special tokens are no longer looked for in a text, and a model that has them among its words knows them by names
+    that nobody can write.
+    """
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition.update(truncation=None, padding=None, post_processor=None)
+    # An end-of-text token may also be an added one that is not marked as special.
+    special = {token["id"] for token in definition["added_tokens"] if token["special"]} | {tokenizer.eos_token_id}
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] not in special]
+    model = definition["model"]
+    is_list = isinstance(model["vocab"], list)  # Unigram's words with their scores, in the order of the ids
+    words = (
+        enumerate(word for word, _ in model["vocab"]) if is_list else ((i, word) for word, i in model["vocab"].items())
+    )
+    hidden = {
+        word: f"{word} {secrets.token_hex(16)}"
+        for index, word in words
+        # Bytes and single characters are what other texts are made of.
+        if index == tokenizer.eos_token_id or (index in special and len(word) > 1 and not BYTE_TOKEN.fullmatch(word))
+    }
+    if is_list:
+        model["vocab"] = [[hidden.get(word, word), score] for word, score in model["vocab"]]
+    else:
+        model["vocab"] = {hidden.get(word, word): index for word, index in model["vocab"].items()}
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = hidden[model["unk_token"]]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            (left, right)
+            for left, right in _list_merges(model)
+            if hidden.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
+        ]
+    return definition
+
+
+def check_engines_agree(encoder: "DocumentEncoder", name: str) -> None:
+    """Raise a `UserError` when gigatoken and tokenizers give a sample of odd texts different ids."""
+    reference = DocumentEncoder(dataclasses.replace(encoder.spec, uses_gigatoken=False))
+    for text in ODD_SAMPLE:
+        if not np.array_equal(encoder.encode_text(text), reference.encode_text(text)):
             raise UserError(
                 f"gigatoken {importlib.metadata.version('gigatoken')} and tokenizers {tokenizers.__version__} encode "
                 f"{text!r} differently with the tokenizer {name}: install the versions of constraints.txt"
             )
+
+
+def check_boundaries(encoder: "DocumentEncoder", eos_token: str, name: str) -> None:
+    """Raise a `UserError` when text can make the end-of-text id, or would be lost where it spells that token."""
+    for text in (eos_token, *ODD_SAMPLE):
+        try:
+            ids = encoder.encode_text(text)
+        except UnknownTextError:  # of a tokenizer for some texts only
+            continue
+        except UserError as error:
+            raise UserError(f"the tokenizer {name} cannot make shards: {error}") from error
+        if text == eos_token and not len(ids):
+            raise UserError(
+                f"the tokenizer {name} cannot make shards: it has no other tokens for a text that spells "
+                f"{eos_token!r}, its end-of-text token (eos_token)"
+            )
+
+
+class UnknownTextError(UserError):
+    """A text has something in it that a tokenizer knows no token for."""
 
 
 class DocumentEncoder:
@@ -190,14 +255,35 @@ class DocumentEncoder:
 
         Returns:
             The ids of all documents after each other, uint16 of shape `(tokens,)`, and where each document begins
-            and the last one ends, int64 of shape `(documents + 1,)`. No end-of-text id is added.
+            and the last one ends, int64 of shape `(documents + 1,)`. No end-of-text id is added, and none occurs.
+
+        Raises:
+            UnknownTextError: the tokenizer has no token for a text, not even an unknown one.
+            UserError: the tokenizer makes the end-of-text id of a text.
         """
-        if not self.spec.uses_gigatoken:
-            encodings = [
-                self._engine.encode(text, add_special_tokens=False).ids for text in documents.to_pylist()
-            ]  # one by one: a batch would start threads, which a forked worker must not
-            offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
-            return np.fromiter((i for ids in encodings for i in ids), np.uint16, count=offsets[-1]), offsets
+        encode = self._encode_fast if self.spec.uses_gigatoken else self._encode_slowly
+        tokens, offsets = encode(documents)
+        if (tokens == self.spec.eot_id).any():
+            raise UserError(
+                "the tokenizer gives text that it does not know its end-of-text id, which would end the document "
+                "there: choose one whose unk_token is not its eos_token"
+            )
+        return tokens, offsets
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """Encode one document (see `encode`)."""
+        return self.encode(pa.array([text], pa.large_string()))[0]
+
+    def _encode_slowly(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            # One by one: a batch would start threads, which a forked worker must not.
+            encodings = [self._engine.encode(text).ids for text in documents.to_pylist()]
+        except Exception as error:  # tokenizers raises nothing more special
+            raise UnknownTextError(f"the tokenizer has no tokens for a text: {format_line(str(error))}") from error
+        offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
+        return np.fromiter((i for ids in encodings for i in ids), np.uint16, count=offsets[-1]), offsets
+
+    def _encode_fast(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         text_offsets, text = get_text_buffers(documents)
         if self._engine_bytes > ENGINE_BYTES:
             self._build_engine()
@@ -221,9 +307,6 @@ class DocumentEncoder:
             self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.spec.tokenizer_json))
         else:
             self._engine = tokenizers.Tokenizer.from_str(self.spec.tokenizer_json)
-            self._engine.encode_special_tokens = True
-            self._engine.no_truncation()
-            self._engine.no_padding()
 
 
 def get_text_buffers(documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,6 +327,11 @@ def _view_as_awkward(offsets: np.ndarray, text: np.ndarray):
         awkward.index.Index64(offsets), characters, parameters={"__array__": "string"}
     )
     return awkward.Array(strings)
+
+
+def _list_merges(model: dict[str, Any]) -> list[list[str]]:
+    """Return a model's merges, which tokenizers has written as "a b" and as ["a", "b"]."""
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
 
 
 def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:

@@ -37,7 +37,7 @@ class TaskSummary:
 
     Attributes:
         task: its number in source order.
-        empty: null or empty documents, which are skipped.
+        empty: documents that are null, empty, or nothing to the tokenizer (as spaces are to some); they are skipped.
         run_ends: the row after the last document of each run.
         digest: XXH3-128 of the tokens and the rows, by which a later process knows that they are whole.
     """
@@ -95,11 +95,10 @@ def tokenize_task(
 
     with create_piece(folder / f"{_name(number)}.tokens.bin") as stream:
         for batch in task.read_batches():
-            texts = drop_empty(batch)
+            texts, ids, offsets = encode_documents(encoder, batch)
             empty += len(batch) - len(texts)
             if len(texts) == 0:
                 continue
-            ids, offsets = encoder.encode(texts)
             text_offsets, text = get_text_buffers(texts)
             keys = hash_documents(text_offsets, text, seed)
             run.append(ids, offsets, keys, np.diff(text_offsets), first_position=documents)
@@ -208,6 +207,20 @@ def sync_pieces(folder: Path, numbers: Iterable[int]) -> None:
         for suffix in (".tokens.bin", ".documents.npy", ".json"):
             sync_file(folder / f"{_name(number)}{suffix}")
     sync_folder(folder)
+
+
+def encode_documents(
+    encoder: DocumentEncoder, batch: pa.LargeStringArray
+) -> tuple[pa.LargeStringArray, np.ndarray, np.ndarray]:
+    """Return the texts of a batch that have any tokens, and what `encoder.encode` gives for them."""
+    texts = drop_empty(batch)
+    if len(texts) == 0:
+        return texts, np.empty(0, np.uint16), np.zeros(1, np.int64)
+    ids, offsets = encoder.encode(texts)
+    has_tokens = np.diff(offsets) > 0
+    if not has_tokens.all():
+        texts, offsets = texts.filter(pa.array(has_tokens)), np.append(0, offsets[1:][has_tokens])
+    return texts, ids, offsets
 
 
 def drop_empty(texts: pa.LargeStringArray) -> pa.LargeStringArray:

@@ -1,5 +1,6 @@
 """Tokenizers: the published ids, ordinary text, one engine as good as the other."""
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -8,15 +9,18 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-from tokenizers import Tokenizer, decoders, models, processors
+from tiny_tokenizers import FAMILIES, LINES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data import tokenization
 from modeling_gpt2_repro.data.tokenization import (
     DocumentEncoder,
     EncoderSpec,
+    UnknownTextError,
     build_encoder,
     check_engines_agree,
+    define_text_encoding,
     fingerprint_tokenizer,
     load_tokenizer,
     spell_tokens,
@@ -34,8 +38,8 @@ def gigatoken_spec(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def reference_spec(tokenizer):
-    return EncoderSpec(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, uses_gigatoken=False)
+def reference_spec(gigatoken_spec):
+    return dataclasses.replace(gigatoken_spec, uses_gigatoken=False)
 
 
 def encode(spec, texts):
@@ -136,15 +140,111 @@ def test_an_encoder_travels_to_another_process(gigatoken_spec):
     assert encoder.encode(pa.array(["Hello world"], pa.large_string()))[0].tolist() == PUBLISHED["Hello world"]
 
 
-def test_different_engines_stop_the_run(tokenizer, reference_spec):
-    with_special_tokens = EncoderSpec(reference_spec.tokenizer_json, reference_spec.eot_id, uses_gigatoken=True)
+def test_different_engines_stop_the_run(gigatoken_spec, monkeypatch):
+    monkeypatch.setattr(DocumentEncoder, "_encode_slowly", lambda self, documents: (np.array([64]), np.array([0, 1])))
     with pytest.raises(UserError, match="differently"):
-        check_engines_agree(DocumentEncoder(with_special_tokens), tokenizer, "gpt2")
+        check_engines_agree(DocumentEncoder(gigatoken_spec), "gpt2")
 
 
-def test_the_check_leaves_the_tokenizer_as_it_was(gigatoken_spec, tokenizer):
-    check_engines_agree(DocumentEncoder(gigatoken_spec), tokenizer, "gpt2")
+def test_an_encoder_leaves_the_tokenizer_as_it_was(tokenizer):
+    build_encoder(tokenizer, "gpt2")
     assert tokenizer("a<|endoftext|>")["input_ids"] == [64, 50256]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> PreTrainedTokenizerFast:
+    return FAMILIES[request.param]()
+
+
+def list_forgeries(tokenizer) -> list[str]:
+    """Texts that spell special tokens: alone, in a text, glued to it, broken up, and as a normalizer makes them."""
+    tokens = [str(token) for token in tokenizer.added_tokens_encoder] + [tokenizer.eos_token]
+    spellings = [
+        *tokens,
+        "\uff1c\uff0f\uff53\uff1e",
+        "</S>",
+        "</s\u0301>",
+        "@END@",
+        *(token.upper() for token in tokens),
+    ]
+    generator = np.random.default_rng(0)
+    alphabet = [*spellings, *"".join(tokens), *" \n▁", "the text", "##", "Ġ", "</w>"]
+    drawn = ["".join(generator.choice(alphabet, generator.integers(2, 9))) for _ in range(300)]
+    return [*spellings, *(f"the {spelling} of{spelling}{spelling}" for spelling in spellings), *drawn]
+
+
+def test_no_text_makes_a_special_token(family):
+    forgeries = list_forgeries(family)
+    special = {index for index, token in family.added_tokens_decoder.items() if token.special}
+    assert family.eos_token_id in {*family(f"the {family.eos_token} of")["input_ids"]}  # where nobody sees to it
+    for text, ids in zip(forgeries, encode(build_encoder(family, "tiny").spec, forgeries), strict=True):
+        assert family.eos_token_id not in ids, text
+        assert special.isdisjoint({*ids} - {family.unk_token_id}), text
+
+
+def test_what_spells_no_special_token_keeps_its_ids(family):
+    tokens = [token.lower() for token in {*family.added_tokens_encoder, family.eos_token} - {"  "}]
+    texts = [*LINES, *tokenization.ODD_SAMPLE, "the text ends", "s> </", "<s <un", "  ", "a  b"]
+    texts = [text for text in texts if not any(token in text.lower() for token in tokens)]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "padding": False}
+    expected = [family(text, **options)["input_ids"] for text in texts]
+    assert encode(build_encoder(family, "tiny").spec, texts) == expected
+
+
+def build_unknown_ends() -> list[Tokenizer]:
+    words = {"<end>": 0, "a": 1}
+    pieces = [("<end>", 0.0), ("a", -1.0)]
+    return [
+        Tokenizer(models.WordLevel(words, unk_token="<end>")),
+        Tokenizer(models.WordPiece(words, unk_token="<end>")),
+        Tokenizer(models.BPE(words, [], unk_token="<end>")),
+        Tokenizer(models.Unigram(pieces, unk_id=0)),
+    ]
+
+
+@pytest.mark.parametrize("backend", build_unknown_ends(), ids=lambda backend: type(backend.model).__name__)
+def test_an_end_of_text_token_for_unknown_text_is_refused(backend):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    with pytest.raises(UserError, match="unk_token"):
+        build_encoder(tokenizer, "words")
+    definition = json.dumps(define_text_encoding(tokenizer))
+    with pytest.raises(UserError, match="unk_token"):  # nor do shards get the id if a text has it all the same
+        encode(EncoderSpec(definition, 0, uses_gigatoken=False), ["a", "b"])
+
+
+def test_an_end_of_text_token_that_text_cannot_do_without_is_refused(tokenizer):
+    exclaiming = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="!")
+    with pytest.raises(UserError, match="'!'"):
+        build_encoder(exclaiming, "exclaiming")
+
+
+def test_ids_with_gaps_are_refused():
+    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1, "b": 65_537}, unk_token="a"))
+    with pytest.raises(UserError, match="leaves ids out"):
+        build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words")
+
+
+def test_all_words_with_the_end_of_text_id_are_hidden():
+    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1, "fin": 1, "b": 2, "c": 3}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spec = build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words").spec
+    assert encode(spec, ["b <end> c fin"]) == [[2, 0, 3, 0]]
+
+
+def test_a_text_without_tokens_for_it_is_explained():
+    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="none"))
+    spec = build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words").spec
+    assert encode(spec, ["a"]) == [[0]]
+    with pytest.raises(UnknownTextError, match="no tokens"):
+        encode(spec, ["b"])
+
+
+def test_single_characters_and_bytes_stay_what_they_are_if_they_are_special():
+    vocabulary = {"<end>": 0, "a": 1, "\n": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    backend.add_special_tokens(["\n", "<0x0D>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    assert encode(build_encoder(tokenizer, "bytes").spec, ["a\n\r"]) == [[1, 2, 3 + 13]]
 
 
 def test_byte_lengths_add_up_to_the_text(tokenizer):
@@ -183,7 +283,7 @@ def test_nothing_is_cut_or_put_around_a_document(tokenizer):
     framing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     spec = build_encoder(framing, "framing").spec
     assert spec.uses_gigatoken
-    reference = EncoderSpec(backend.to_str(), 50256, uses_gigatoken=False)
+    reference = dataclasses.replace(spec, uses_gigatoken=False)
     expected = [PUBLISHED["Hello, I'm a language model,"]]
     assert encode(spec, ["Hello, I'm a language model,"]) == expected
     assert encode(reference, ["Hello, I'm a language model,"]) == expected
