@@ -23,10 +23,11 @@ from modeling_gpt2_repro.data.corpora import (
     build_file_corpus,
     build_hub_corpus,
 )
+from modeling_gpt2_repro.data.dataset import load_data_tokenizer
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.local_files import TEXT_SUFFIXES
 from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
-from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
+from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.data.work_folder import (
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect(folder, settings.inspect, settings.seed)
     if settings.verify or settings.inspect is not None:
         return 0
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_asked_tokenizer(folder, settings)
     finish_publishing(folder)
     if is_already_there(folder, settings, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     recorded = list_recorded(settings)
     begun = None if settings.overwrite else load_begun_source(folder, recorded)
-    request = Request(build_corpus(settings, begun), tokenizer, settings.tokenizer, options, recorded)
+    request = Request(build_corpus(settings, begun), tokenizer, name_tokenizer(settings.tokenizer), options, recorded)
     with explained_errors(folder):
         if settings.stage != "all":
             pieces = run_stage(folder, request, settings.stage, parse_share(settings.task))
@@ -223,6 +224,24 @@ def parse_share(task: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def load_asked_tokenizer(folder: Path, settings: PrepareSettings) -> PreTrainedTokenizerFast:
+    """Load `--tokenizer`; where that is out of reach, it is what `folder` carries if it was made with the same."""
+    try:
+        return load_tokenizer(settings.tokenizer)
+    except UserError:
+        manifest = load_manifest(folder) if folder.is_dir() and not settings.overwrite else None
+        is_same = manifest is not None and manifest.settings.get("tokenizer") == settings.tokenizer
+        if not is_same or not (folder / TOKENIZER_FOLDER).is_dir():
+            raise
+    return load_data_tokenizer(str(folder))
+
+
+def name_tokenizer(name_or_path: str) -> str:
+    """Return a Hub id as it is, and a folder's path so that it does not look like one."""
+    is_relative = Path(name_or_path).is_dir() and not name_or_path.startswith((".", "/", "~"))
+    return f"./{name_or_path}" if is_relative else name_or_path
+
+
 def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Tell whether `folder` was made with the same settings.
 
@@ -242,13 +261,16 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
     if manifest is None:
         raise UserError(f"{folder} holds shards without a manifest: give another --output_dir, or --overwrite them")
     wanted = list_recorded(settings)
+    is_same_tokenizer = fingerprint_tokenizer(tokenizer) == manifest.tokenizer_fingerprint
     different = [name for name in wanted if wanted[name] != manifest.settings.get(name)]
+    if is_same_tokenizer and "tokenizer" in different:  # it has moved, or is seen from another folder
+        different.remove("tokenizer")
     if settings.files and not different and build_corpus(settings).source != manifest.source:
         raise UserError(f"{folder} was made when the --files were others; give another --output_dir or --overwrite")
     if different:
         changes = ", ".join(f"{name} ({manifest.settings.get(name)} there)" for name in different)
         raise UserError(f"{folder} was made with other settings: {changes}; give another --output_dir or --overwrite")
-    if fingerprint_tokenizer(tokenizer) != manifest.tokenizer_fingerprint:
+    if not is_same_tokenizer:
         raise UserError(f"{folder} was made when {settings.tokenizer} was another one: --overwrite makes it anew")
     return True
 

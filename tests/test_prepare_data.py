@@ -4,19 +4,23 @@ import collections
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from small_corpora import write_corpus, write_tokenizer
 from tiny_tokenizers import FAMILIES
 from tokenizers import pre_tokenizers
 from transformers import GPT2TokenizerFast
 
 import prepare_data
+import train
 from modeling_gpt2_repro.data import local_files, splits, tokenized
+from modeling_gpt2_repro.data.dataset import load_data_tokenizer
 from modeling_gpt2_repro.data.shards import load_manifest, open_split
-from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, load_tokenizer
+from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 
 EOT = 256
 
@@ -82,7 +86,8 @@ def split_documents(folder, split):
 
 
 def hash_folder(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def hash_shards(folder):
@@ -409,8 +414,107 @@ def test_inspect_reads_other_programs_shards(run, tmp_path):
         assert (tmp_path / folder / "inspection.png").exists()
 
 
+def make_data(home, name="tok", n_documents=40):
+    """Prepare data with a tokenizer, both named as from `home`."""
+    write_tokenizer(home / name)
+    flags = ["--files", str(write_corpus(home / "corpus.jsonl", n_documents)), "--val_tokens=300", "--num_workers=1"]
+    return [*flags, f"--tokenizer={name}"]
+
+
+def test_a_folder_of_data_can_go_anywhere(tmp_path, monkeypatch, capsys):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    monkeypatch.chdir(home)
+    assert prepare_data.main([*make_data(home), "--output_dir=out"]) == 0
+    fingerprint = load_manifest("out").tokenizer_fingerprint
+    assert load_manifest("out").tokenizer == "./tok"  # no Hub id
+    (home / "out").rename(away / "renamed")
+    shutil.rmtree(home)
+    monkeypatch.chdir(away)
+    assert fingerprint_tokenizer(load_data_tokenizer("renamed")) == fingerprint
+    assert prepare_data.main(["--output_dir=renamed", "--verify"]) == 0
+    assert prepare_data.main(["--output_dir=renamed", "--inspect=2"]) == 0
+    tiny = {"n_layer": 1, "n_head": 1, "n_embd": 8, "sequence_length": 8, "tokens_per_step": 64, "max_steps": 1}
+    flags = [f"--{name}={value}" for name, value in tiny.items()]
+    assert train.main([*flags, "--data_dir=renamed", "--plan"]) == 0
+    capsys.readouterr()
+
+
+def test_the_same_command_from_elsewhere_finds_the_folder_made(tmp_path, monkeypatch, capsys):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    flags = [*make_data(home), f"--output_dir={tmp_path / 'out'}"]
+    monkeypatch.chdir(home)
+    assert prepare_data.main(flags) == 0
+    before = hash_folder(tmp_path / "out")
+    monkeypatch.chdir(away)
+    assert prepare_data.main(flags) == 0
+    assert prepare_data.main([*flags, "--tokenizer=../home/tok"]) == 0  # the same one by another name
+    assert capsys.readouterr().out.count("is already there") == 2
+    assert prepare_data.main([*flags, "--overwrite"]) == 2  # for which it is needed
+    assert prepare_data.main([*flags, "--tokenizer=elsewhere"]) == 2
+    other = json.loads((home / "tok" / "tokenizer.json").read_text())
+    other["model"]["merges"].pop()
+    shutil.copytree(home / "tok", away / "tok")
+    (away / "tok" / "tokenizer.json").write_text(json.dumps(other))
+    assert prepare_data.main(flags) == 2
+    assert "was made when tok was another one" in capsys.readouterr().err
+    assert hash_folder(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_verify_finds_what_befell_the_tokenizer(tmp_path, capsys, file, damage):
+    flags = [*make_data(tmp_path, str(tmp_path / "tok")), f"--output_dir={tmp_path / 'out'}"]
+    assert prepare_data.main(flags) == 0
+    path = tmp_path / "out" / "tokenizer" / file
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text(path.read_text() + " ")
+    capsys.readouterr()
+    assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 2
+    reason = {"missing": "is missing", "changed": "has another checksum"}[damage]
+    assert f"tokenizer/{file} {reason}" in capsys.readouterr().err
+    assert prepare_data.main([*flags, "--overwrite"]) == 0
+    assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 0
+
+
+def test_a_folder_of_an_older_version_finds_its_tokenizer_by_name(tmp_path, capsys):
+    flags = [*make_data(tmp_path, str(tmp_path / "tok")), f"--output_dir={tmp_path / 'out'}"]
+    assert prepare_data.main(flags) == 0
+    shutil.rmtree(tmp_path / "out" / "tokenizer")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    del manifest["other_files"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare_data.main(flags) == 0
+    assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 0
+    assert len(load_data_tokenizer(str(tmp_path / "out"))) == 300
+    (tmp_path / "tok").rename(tmp_path / "out" / "tokenizer")  # what the error of the next line would say
+    assert len(load_data_tokenizer(str(tmp_path / "out"))) == 300
+    assert prepare_data.main([*flags, "--overwrite", f"--tokenizer={tmp_path / 'out' / 'tokenizer'}"]) == 0
+    assert not list(tmp_path.glob("out?*"))
+    capsys.readouterr()
+
+
+def test_a_tokenizer_of_ones_own_is_not_overwritten(tmp_path, capsys):
+    flags = make_data(tmp_path, str(tmp_path / "out" / "tokenizer"))
+    for overwrite in ([], ["--overwrite"]):
+        assert prepare_data.main([*flags, f"--output_dir={tmp_path / 'out'}", *overwrite]) == 2
+        assert "holds tokenizer, which is no shard" in capsys.readouterr().err
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists()
+
+
 def remove_tokenizer(folder, manifest):
+    shutil.rmtree(folder / "tokenizer")
     manifest["tokenizer"] = "no-such-user/no-such-tokenizer"
+
+
+def damage_tokenizer(folder, manifest):
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-9])
 
 
 def change_fingerprint(folder, manifest):
@@ -445,6 +549,7 @@ def remove_shards(folder, manifest):
     ("damage", "reason"),
     [
         (remove_tokenizer, "cannot load the tokenizer 'no-such-user/no-such-tokenizer'|cannot reach the Hub"),
+        (damage_tokenizer, r"holds no tokenizer.*: bring .* back as .*/tokenizer, or prepare the data again"),
         (change_fingerprint, "is not the one that"),
         (truncate_shard, "corpus_train_000001.npy is no whole .npy file"),
         (

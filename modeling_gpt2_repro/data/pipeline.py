@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.corpora import Corpus, Task
-from modeling_gpt2_repro.data.shards import Manifest, Shard, Totals, load_manifest, save_manifest
+from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, Manifest, Shard, Totals, load_manifest, save_manifest
 from modeling_gpt2_repro.data.shuffle import Selection
 from modeling_gpt2_repro.data.splits import (
     Part,
@@ -142,6 +143,7 @@ def build_shards(
             empty_documents=sum(summary.empty for summary in summaries),
             validation_ends_inside_document=selection.cut_tokens > 0,
             shards=_list_shards(pool, splits, outcomes),
+            other_files=_write_other_files(work, request),
         )
         save_manifest(manifest, work.path)
         work.publish()
@@ -298,6 +300,15 @@ def _write(pool: WorkerPool, splits: SplitPlan, selection: Selection, numbers: I
 
 def _run_part(number: int, part: Part, selection: Selection) -> PartOutcome:
     return load_outcome(_state.pieces, number) or write_part(_state.pieces, number, part, selection)
+
+
+def _write_other_files(work: WorkFolder, request: Request) -> dict[str, str]:
+    """Write what belongs to the shards, and return its checksums by path in the folder."""
+    tokenizer_folder = work.path / TOKENIZER_FOLDER
+    shutil.rmtree(tokenizer_folder, ignore_errors=True)  # of a run that was killed
+    request.tokenizer.save_pretrained(tokenizer_folder)
+    paths = sorted(path for path in tokenizer_folder.rglob("*") if path.is_file())
+    return {path.relative_to(work.path).as_posix(): compute_checksum(path) for path in paths}
 
 
 def _list_shards(pool: WorkerPool, splits: SplitPlan, outcomes: list[PartOutcome]) -> list[Shard]:

@@ -1,7 +1,8 @@
 """Token shards on disk: the one module that reads and writes them.
 
 A folder of shards holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
-`manifest.json`, written last. Folders without a manifest, as build-nanogpt's `fineweb.py` wrote them, and llm.c's
+`manifest.json`, written last. Beside them lies the tokenizer that they were written with, so that the folder can be
+used anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` wrote them, and llm.c's
 `.bin` shards are read too.
 """
 
@@ -32,6 +33,8 @@ FORMAT_VERSION = 1
 WORK_FOLDER = "unfinished"
 # Of a folder that is being written, too; a writer that was killed at the very end leaves them in the finished one.
 PLAN_NAME, LOCK_NAME = "plan.json", "lock"
+# The tokenizer that the shards were written with, as `save_pretrained` writes it.
+TOKENIZER_FOLDER = "tokenizer"
 # What `prepare_data.py --inspect` draws beside the shards.
 INSPECTION_NAME = "inspection.png"
 
@@ -76,6 +79,8 @@ class Manifest:
         duplicates: training documents whose text an earlier training document has; they are kept.
         empty_documents: texts that are null, empty, or nothing to the tokenizer, which were skipped.
         validation_ends_inside_document: the last validation document goes on in the training split.
+        other_files: the checksums of what belongs to the shards, by path in the folder; folders that an older version
+            wrote have nothing else.
     """
 
     source: dict[str, Any]
@@ -95,6 +100,7 @@ class Manifest:
     validation_ends_inside_document: bool
     shards: list[Shard]
     format_version: int = FORMAT_VERSION
+    other_files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _check_types(self)
@@ -105,6 +111,9 @@ class Manifest:
         for file in self.source.get("files", []):
             if not isinstance(file["path"], str):
                 raise TypeError(f"source: {file!r:.80}")
+        for name, checksum in self.other_files.items():
+            if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name, re.ASCII) or not isinstance(checksum, str):
+                raise ValueError(f"other_files: {name!r:.80} is not a file of its folder with a checksum")
         parts = (self.train, self.val, self.validation_copies)
         for unit in ("documents", "tokens", "bytes"):
             assert getattr(self.read, unit) == sum(getattr(part, unit) for part in parts), f"{unit} were lost"
@@ -321,12 +330,16 @@ def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
 def find_foreign_file(folder: str | Path) -> str | None:
     """Return the name of something in `folder` that is neither a shard nor belongs to them; `None` where all may be
     replaced. Hidden files, which file managers leave anywhere, do not count."""
+    names = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
+    shard = re.compile(r".*_(val|train)_\d{6}\.npy")
     ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
-    pattern = re.compile(r".*_(val|train)_\d{6}\.npy")
-    for path in sorted(Path(folder).iterdir()):
-        name = path.name.removesuffix(TEMPORARY_SUFFIX)
-        if not (name in ours or name.startswith(".") or pattern.fullmatch(name)):
-            return path.name
+    # A tokenizer without shards is somebody's own.
+    if any(name in (MANIFEST_NAME, PLAN_NAME) or shard.fullmatch(name) for name in names):
+        ours.add(TOKENIZER_FOLDER)
+    for name in names:
+        known = name.removesuffix(TEMPORARY_SUFFIX)
+        if known not in ours and not shard.fullmatch(known):
+            return name
     return None
 
 

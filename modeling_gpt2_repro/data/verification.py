@@ -23,9 +23,9 @@ from modeling_gpt2_repro.files import compute_checksum
 def verify_folder(folder: str | Path) -> Manifest:
     """Check a folder against its manifest, and what every folder of ours holds to.
 
-    Every shard is there under its name, of the right type, size and checksum, and no other shard lies beside them; the
-    documents add up; every id is below `vocab_size`; each split begins with the end-of-text id, and no document is
-    empty.
+    Every shard is there under its name, of the right type, size and checksum, and no other shard lies beside them; so
+    is what else belongs to the shards; the documents add up; every id is below `vocab_size`; each split begins with
+    the end-of-text id, and no document is empty.
 
     Raises:
         UserError: no manifest, or anything that differs; the message names each by file and position in the file.
@@ -34,7 +34,7 @@ def verify_folder(folder: str | Path) -> Manifest:
     manifest = load_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no {MANIFEST_NAME} to check against")
-    problems = _check_names(folder, manifest)
+    problems = [*_check_names(folder, manifest), *_check_other_files(folder, manifest)]
     for split in SPLITS:
         problems += _check_split(folder, split, manifest)
     if problems:
@@ -46,7 +46,7 @@ def verify_folder(folder: str | Path) -> Manifest:
 
 
 def _check_names(folder: Path, manifest: Manifest) -> list[str]:
-    listed = {shard.file for shard in manifest.shards} | {MANIFEST_NAME}
+    listed = {shard.file for shard in manifest.shards} | {MANIFEST_NAME} | manifest.other_files.keys()
     others = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in listed)
     missing = [shard for shard in manifest.shards if not (folder / shard.file).exists()]
     elsewhere = {compute_checksum(path): path.name for path in others} if missing else {}
@@ -62,6 +62,16 @@ def _check_names(folder: Path, manifest: Manifest) -> list[str]:
             if path.suffix in SHARD_SUFFIXES and path.name not in renamed.values()
         ),
     ]
+
+
+def _check_other_files(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for name, checksum in manifest.other_files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif compute_checksum(folder / name) != checksum:
+            problems.append(f"{name} has another checksum")
+    return problems
 
 
 def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:

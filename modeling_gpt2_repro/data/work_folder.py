@@ -7,6 +7,7 @@ processes, on several machines that see the folder, may each make a share of the
     lock            held shared by a process that makes a share, exclusively by one that makes everything left
     unfinished/     the finished pieces of both stages
     *.npy           the shards
+    tokenizer/      with which they were written
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from modeling_gpt2_repro.files import (
 from modeling_gpt2_repro.locks import FolderLock
 
 # Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
-WORK_VERSION = 2
+WORK_VERSION = 3
 # Known to fit only once the corpus has been read: a run that failed for them may be repeated with others.
 PLANNING_SETTINGS = ("shard_size", "val_tokens")
 

@@ -244,8 +244,12 @@ def _list_data(facts: Facts) -> list[tuple[str, str]]:
         ("training split", f"{train.tokens:,} tokens, {train.documents:,} documents, {train.bytes:,} bytes of text"),
         ("validation split", f"{val.tokens:,} tokens, {val.documents:,} documents, the front of the source"),
         ("order", order),
-        ("tokenizer", f"`{shorten(manifest.tokenizer)}`, {manifest.vocab_size:,} ids"),
+        ("tokenizer", f"{_name_tokenizer(manifest.tokenizer)}, {manifest.vocab_size:,} ids"),
     ]
+
+
+def _name_tokenizer(name: str) -> str:
+    return f"saved here with the model, from `{shorten(name)}`" if name.startswith((".", "/", "~")) else f"`{name}`"
 
 
 def _list_architecture(folder: Path) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
     """Return the command lines that make the data, of the same commit, and the run on them again."""
     commands, defaults = [], asdict(TrainingConfig())
     if manifest is not None:
-        recorded = manifest.settings | {"revision": manifest.source.get("revision")}
+        recorded = manifest.settings | {"revision": manifest.source.get("revision"), "tokenizer": manifest.tokenizer}
         unset = {name: value for name, value in recorded.items() if value is None or value is False or value == []}
         # Unless told, one script writes to where the other reads.
         folder = {"output_dir": settings["data_dir"]} if settings["data_dir"] != defaults["data_dir"] else {}

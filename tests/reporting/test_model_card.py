@@ -213,6 +213,26 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
     assert f"--revision={manifest['source']['revision']}" in text.split("```bash")[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "flag"),
+    [
+        ("openai-community/gpt2", "`openai-community/gpt2`, 50,257 ids", "openai-community/gpt2"),
+        ("./toks/mine", "saved here with the model, from `./toks/mine`, 50,257 ids", "./toks/mine"),
+        ("/home/me/toks/mine", "saved here with the model, from `PATH/TO/mine`, 50,257 ids", "PATH/TO/mine"),
+    ],
+)
+def test_a_local_tokenizer_is_not_taken_for_one_of_the_hub(run_folder, data_folder, tmp_path, name, row, flag):
+    data = tmp_path / "data"
+    data.mkdir()
+    manifest = json.loads((data_folder / "manifest.json").read_text()) | {"tokenizer": name}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": str(data)}))
+    text = render_card(run_folder / "final", run_folder)
+    assert read_table(text)["tokenizer"] == row
+    assert f"--tokenizer={flag} " in text.split("```bash")[1]
+
+
 @pytest.mark.parametrize("init_from, base", [("gpt2", "gpt2"), ("/home/me/x", None), ("scratch", None), (".", None)])
 def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
