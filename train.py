@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from modeling_gpt2_repro.arguments import parse_arguments
 from modeling_gpt2_repro.data.dataset import read_ahead
 from modeling_gpt2_repro.data.order import WindowOrder
-from modeling_gpt2_repro.data.tokenization import token_byte_lengths
 from modeling_gpt2_repro.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.eval_only import evaluate_only
@@ -209,7 +208,7 @@ def evaluate(run: Run, step: int) -> None:
             inputs.val_set,
             config.eval_tokens // config.sequence_length,
             batch_size=plan.micro_batch_size,
-            token_byte_lengths=token_byte_lengths(inputs.tokenizer),
+            n_bytes=inputs.eval_bytes.count,
             accelerator=accelerator,
         )
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}

@@ -367,8 +367,7 @@ class Speed:
         model = self.loop.model
         if mode == "compiled":
             model = CompiledForward(model)
-        lengths = torch.ones(50257).numpy()
-        options = {"batch_size": self.size, "token_byte_lengths": lengths, "accelerator": self.accelerator}
+        options = {"batch_size": self.size, "n_bytes": 1, "accelerator": self.accelerator}
         evaluate_loss(model, windows, self.size, **options)
         started = time.perf_counter()
         result = evaluate_loss(model, windows, len(windows), **options)

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
-from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer, token_byte_lengths
+from modeling_gpt2_repro.data.text_bytes import NOTE, count_text_bytes
+from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
 from modeling_gpt2_repro.devices import describe_device, get_largest_micro_batch_size
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.baseline import (
@@ -68,12 +69,16 @@ def evaluate_only(settings: EvaluationSettings, accelerator: Accelerator) -> Non
     if val_set is not None:
         is_automatic = settings.micro_batch_size == "auto"
         largest = get_largest_micro_batch_size(accelerator.device, settings.sequence_length)
+        n_windows = settings.eval_tokens // settings.sequence_length
+        text_bytes = count_text_bytes(val_set, n_windows, tokenizer)
+        if not text_bytes.is_exact and accelerator.is_main_process:
+            print(NOTE, flush=True)
         result = measure_loss(
             model,
             val_set,
-            settings.eval_tokens // settings.sequence_length,
+            n_windows,
             largest_batch_size=largest if is_automatic else int(settings.micro_batch_size),
-            token_byte_lengths=token_byte_lengths(tokenizer),
+            n_bytes=text_bytes.count,
             accelerator=accelerator,
         )
         validation = record_validation(result, accelerator.mixed_precision)

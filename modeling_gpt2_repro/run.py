@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
+from modeling_gpt2_repro.data.text_bytes import NOTE, TextBytes, count_text_bytes
 from modeling_gpt2_repro.data.tokenization import fingerprint_tokenizer
 from modeling_gpt2_repro.device_fit import fit_to_device, place_on_device
 from modeling_gpt2_repro.devices import (
@@ -65,6 +66,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_set: TokenDataset
     val_set: TokenDataset | None
+    eval_bytes: TextBytes | None
     hellaswag: HellaSwagQuestions | None
 
     def count_eval_tokens(self, config: TrainingConfig) -> int:
@@ -147,12 +149,14 @@ def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
         TokenDataset(config.data_dir, split, config.sequence_length, len(tokenizer)) if wanted else None
         for split, wanted in (("train", True), ("val", config.eval_every))
     )
+    n_windows = config.eval_tokens // config.sequence_length
+    eval_bytes = count_text_bytes(val_set, n_windows, tokenizer) if val_set else None
     hellaswag = None
     if config.hellaswag_every:
         with accelerator.main_process_first():
             items = load_hellaswag(config.hellaswag_file, config.hellaswag_limit)
         hellaswag = HellaSwagQuestions(items, tokenizer, accelerator)
-    return Inputs(tokenizer, train_set, val_set, hellaswag)
+    return Inputs(tokenizer, train_set, val_set, eval_bytes, hellaswag)
 
 
 def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecord, publisher: Publisher) -> Run | None:
@@ -233,6 +237,8 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     console.say(f"peak        {peak.flops / 1e12:,.2f} TFLOP/s a process, {peak.source}")
     console.say(f"model       {plan.n_parameters:,} parameters, from {source}, dropout {config.dropout:g}")
     console.say(f"data        {config.data_dir}: {inputs.train_set.n_tokens:,} training tokens, {order}")
+    if inputs.eval_bytes and not inputs.eval_bytes.is_exact:
+        console.say(NOTE)
 
     fit = fit_to_device(config, accelerator, model, inputs.train_set, sizes, state, console.say)
     # Not before the trial, which keeps room for what this brings.

@@ -19,7 +19,7 @@ import prepare_data
 import train
 from modeling_gpt2_repro.data import local_files, splits, tokenized
 from modeling_gpt2_repro.data.dataset import load_data_tokenizer
-from modeling_gpt2_repro.data.shards import load_manifest, open_split
+from modeling_gpt2_repro.data.shards import TEXT_BYTES_NAME, load_manifest, open_split
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 
 EOT = 256
@@ -486,6 +486,7 @@ def test_a_folder_of_an_older_version_finds_its_tokenizer_by_name(tmp_path, caps
     flags = [*make_data(tmp_path, str(tmp_path / "tok")), f"--output_dir={tmp_path / 'out'}"]
     assert prepare_data.main(flags) == 0
     shutil.rmtree(tmp_path / "out" / "tokenizer")
+    (tmp_path / "out" / TEXT_BYTES_NAME).unlink()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     del manifest["other_files"]
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))

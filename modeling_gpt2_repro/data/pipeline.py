@@ -22,7 +22,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.corpora import Corpus, Task
-from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, Manifest, Shard, Totals, load_manifest, save_manifest
+from modeling_gpt2_repro.data.shards import (
+    TEXT_BYTES_NAME,
+    TOKENIZER_FOLDER,
+    Manifest,
+    Shard,
+    Totals,
+    load_manifest,
+    save_manifest,
+    save_text_bytes,
+)
 from modeling_gpt2_repro.data.shuffle import Selection
 from modeling_gpt2_repro.data.splits import (
     Part,
@@ -30,6 +39,7 @@ from modeling_gpt2_repro.data.splits import (
     SplitPlan,
     choose_splits,
     count_documents,
+    list_validation_bytes,
     load_outcome,
     plan_splits,
     write_part,
@@ -40,7 +50,7 @@ from modeling_gpt2_repro.data.tokenization import (
     fingerprint_tokenizer,
     token_byte_lengths,
 )
-from modeling_gpt2_repro.data.tokenized import TaskSummary, list_runs, load_summary, sync_pieces, tokenize_task
+from modeling_gpt2_repro.data.tokenized import Run, TaskSummary, list_runs, load_summary, sync_pieces, tokenize_task
 from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
 from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, is_over
 from modeling_gpt2_repro.errors import UserError
@@ -143,7 +153,7 @@ def build_shards(
             empty_documents=sum(summary.empty for summary in summaries),
             validation_ends_inside_document=selection.cut_tokens > 0,
             shards=_list_shards(pool, splits, outcomes),
-            other_files=_write_other_files(work, request),
+            other_files=_write_other_files(work, request, list_runs(summaries), selection),
         )
         save_manifest(manifest, work.path)
         work.publish()
@@ -302,12 +312,14 @@ def _run_part(number: int, part: Part, selection: Selection) -> PartOutcome:
     return load_outcome(_state.pieces, number) or write_part(_state.pieces, number, part, selection)
 
 
-def _write_other_files(work: WorkFolder, request: Request) -> dict[str, str]:
+def _write_other_files(work: WorkFolder, request: Request, runs: list[Run], selection: Selection) -> dict[str, str]:
     """Write what belongs to the shards, and return its checksums by path in the folder."""
+    save_text_bytes(work.path, list_validation_bytes(work.pieces, runs, selection))
     tokenizer_folder = work.path / TOKENIZER_FOLDER
     shutil.rmtree(tokenizer_folder, ignore_errors=True)  # of a run that was killed
     request.tokenizer.save_pretrained(tokenizer_folder)
-    paths = sorted(path for path in tokenizer_folder.rglob("*") if path.is_file())
+    carried = sorted(path for path in tokenizer_folder.rglob("*") if path.is_file())
+    paths = [*carried, work.path / TEXT_BYTES_NAME]
     return {path.relative_to(work.path).as_posix(): compute_checksum(path) for path in paths}
 
 

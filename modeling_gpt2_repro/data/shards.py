@@ -35,6 +35,9 @@ WORK_FOLDER = "unfinished"
 PLAN_NAME, LOCK_NAME = "plan.json", "lock"
 # The tokenizer that the shards were written with, as `save_pretrained` writes it.
 TOKENIZER_FOLDER = "tokenizer"
+# The UTF-8 bytes of each validation document. The name has no split in it: build-nanogpt's loader takes every file for
+# a shard that has.
+TEXT_BYTES_NAME = "text_bytes.npy"
 # What `prepare_data.py --inspect` draws beside the shards.
 INSPECTION_NAME = "inspection.png"
 
@@ -212,6 +215,31 @@ def load_manifest(folder: str | Path) -> Manifest | None:
     return manifest
 
 
+def save_text_bytes(folder: str | Path, document_bytes: np.ndarray) -> None:
+    """Write the UTF-8 bytes of each validation document, in the order of the split."""
+    np.save(Path(folder) / TEXT_BYTES_NAME, document_bytes.astype("<u8"))
+
+
+def load_text_bytes(folder: str | Path) -> np.ndarray | None:
+    """Read the UTF-8 bytes of each validation document, uint64 of shape `(documents,)`; None where none were written.
+
+    Raises:
+        UserError: a missing folder, or a manifest or file that cannot be read or contradicts the other.
+    """
+    manifest = load_manifest(folder)
+    if manifest is None or TEXT_BYTES_NAME not in manifest.other_files:
+        return None
+    path = Path(folder) / TEXT_BYTES_NAME
+    try:
+        document_bytes = np.load(path, mmap_mode="r")
+        is_right = document_bytes.dtype == np.uint64 and document_bytes.shape == (manifest.val.documents,)
+    except Exception as error:  # of a damaged header numpy's parser raises also what Python's own one does
+        raise UserError(f"{path} cannot be read ({error}): make the folder again with --overwrite") from error
+    if not is_right or int(document_bytes.sum()) != manifest.val.bytes:
+        raise UserError(f"{path} is not what the manifest counts: make the folder again with --overwrite")
+    return document_bytes
+
+
 def list_splits(folder: str | Path) -> list[Split]:
     """Return the splits of which `folder` has shards, in the order of `SPLITS`.
 
@@ -333,9 +361,9 @@ def find_foreign_file(folder: str | Path) -> str | None:
     names = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
     shard = re.compile(r".*_(val|train)_\d{6}\.npy")
     ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
-    # A tokenizer without shards is somebody's own.
+    # Without shards they are somebody's own.
     if any(name in (MANIFEST_NAME, PLAN_NAME) or shard.fullmatch(name) for name in names):
-        ours.add(TOKENIZER_FOLDER)
+        ours |= {TOKENIZER_FOLDER, TEXT_BYTES_NAME}
     for name in names:
         known = name.removesuffix(TEMPORARY_SUFFIX)
         if known not in ours and not shard.fullmatch(known):

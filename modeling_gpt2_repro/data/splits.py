@@ -96,7 +96,8 @@ def choose_splits(
     """Decide which of the `read` documents are validation; `val_tokens=None` is one shard, at most a tenth.
 
     Args:
-        count_bytes: returns how many UTF-8 bytes token ids stand for; called only where a document is cut.
+        count_bytes: returns how many UTF-8 bytes token ids are spelled with; called only where a document is cut, to
+            divide its bytes.
 
     Raises:
         UserError: a corpus too small for both splits.
@@ -124,9 +125,19 @@ def choose_splits(
         cut = rows[documents : documents + 1]
         ids = np.empty(cut["tokens"][0], dtype="<u2")
         copy_tokens(folder, run, cut, ids, np.zeros(1, dtype=np.int64))
-        cut_bytes = count_bytes(ids[:cut_tokens])
+        front, whole = count_bytes(ids[:cut_tokens]), count_bytes(ids)
+        cut_bytes = int(cut["bytes"][0]) * front // whole if whole else 0
     keys = np.unique(rows["key"][: documents + (cut_tokens > 0)])
     return Selection(read.documents, documents, cut_tokens, cut_bytes, keys)
+
+
+def list_validation_bytes(folder: Path, runs: list[Run], selection: Selection) -> np.ndarray:
+    """Return the UTF-8 bytes of each validation document in the order of the split, uint64 of shape `(documents,)`."""
+    counts = [np.empty(0, np.uint64)]
+    for run in runs:
+        if run.first_position <= selection.validation_documents:
+            counts.append(select_validation(read_documents(folder, run), selection)["bytes"])
+    return np.concatenate(counts)
 
 
 def plan_splits(

@@ -154,10 +154,18 @@ def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Return how many UTF-8 bytes each id stands for, int64 of shape `(vocab_size,)`; special tokens for none."""
+    """Return how many UTF-8 bytes each id is spelled with, int64 of shape `(vocab_size,)`; 0 for special tokens."""
     lengths = np.array([len(spelling) for spelling in spell_tokens(tokenizer, range(len(tokenizer)))], dtype=np.int64)
-    lengths[[index for index, token in tokenizer.added_tokens_decoder.items() if token.special]] = 0
+    special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    lengths[[*special, tokenizer.eos_token_id]] = 0
     return lengths
+
+
+def spells_text(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Tell whether `token_byte_lengths` of a text's tokens add up to the text's bytes, as of byte-level tokenizers."""
+    lengths = token_byte_lengths(tokenizer)
+    ids = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in ODD_SAMPLE]
+    return [lengths[row].sum() for row in ids] == [len(text.encode()) for text in ODD_SAMPLE]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ processes, on several machines that see the folder, may each make a share of the
     lock            held shared by a process that makes a share, exclusively by one that makes everything left
     unfinished/     the finished pieces of both stages
     *.npy           the shards
-    tokenizer/      with which they were written
+    tokenizer/, text_bytes.npy
+                    what belongs to the shards
 """
 
 import contextlib

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -66,7 +65,7 @@ def measure_loss(
     n_windows: int,
     *,
     largest_batch_size: int,
-    token_byte_lengths: np.ndarray,
+    n_bytes: float,
     accelerator: Accelerator,
 ) -> ValidationResult:
     """Evaluate the loss as a run does, with half as many windows at once whenever memory does not suffice.
@@ -84,7 +83,7 @@ def measure_loss(
                 val_set,
                 n_windows,
                 batch_size=batch_size,
-                token_byte_lengths=token_byte_lengths,
+                n_bytes=n_bytes,
                 accelerator=accelerator,
             )
         except torch.OutOfMemoryError as error:

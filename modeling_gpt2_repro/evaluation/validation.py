@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from inspect import signature
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -28,7 +27,7 @@ def evaluate_loss(
     n_windows: int,
     *,
     batch_size: int,
-    token_byte_lengths: np.ndarray,
+    n_bytes: float,
     accelerator: Accelerator,
 ) -> ValidationResult:
     """Compute the mean loss of `model` on the first `n_windows` windows of `dataset`, each of T+1 tokens.
@@ -39,10 +38,10 @@ def evaluate_loss(
 
     Args:
         batch_size: windows at once; changes speed and memory only.
-        token_byte_lengths: (vocab_size,), the UTF-8 bytes that each token stands for; special tokens have 0.
+        n_bytes: the UTF-8 bytes of the text that the targets of these windows stand for (see `data.text_bytes`).
     """
     windows = range(min(n_windows, len(dataset)))[accelerator.process_index :: accelerator.num_processes]
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     can_skip_logits = "skip_logits" in signature(model.forward).parameters
     with evaluation_mode(model), accelerator.autocast():
         for start in range(0, len(windows), batch_size):
@@ -51,14 +50,11 @@ def evaluate_loss(
             mean_loss = _compute_loss(
                 model, batch[:, :-1].to(accelerator.device), targets.to(accelerator.device), can_skip_logits
             )
-            sums += torch.tensor(
-                [mean_loss.item() * targets.numel(), targets.numel(), token_byte_lengths[targets.numpy()].sum()],
-                dtype=torch.float64,
-            )
+            sums += torch.tensor([mean_loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
     # MPS has no float64, and gloo and NCCL both reduce it, so only a process group moves the sums to the device.
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    nats, tokens, n_bytes = sums.tolist()
+    nats, tokens = sums.tolist()
     return ValidationResult(
         loss=nats / tokens, bpb=nats / math.log(2) / n_bytes if n_bytes else math.nan, n_tokens=int(tokens)
     )

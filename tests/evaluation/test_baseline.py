@@ -3,11 +3,10 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import SHAPE, build_stock_model, draw_ids
+from tiny_models import build_stock_model, draw_ids
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.baseline import (
@@ -159,7 +158,7 @@ def measure(model, largest_batch_size=8):
         list(draw_ids(batch=8)),
         8,
         largest_batch_size=largest_batch_size,
-        token_byte_lengths=np.ones(SHAPE["vocab_size"], np.int64),
+        n_bytes=100,
         accelerator=Accelerator(),
     )
 

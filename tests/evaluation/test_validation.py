@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 
-BYTE_LENGTHS = np.arange(64) % 5
+N_BYTES = 123
 
 
 @pytest.fixture
@@ -32,9 +31,7 @@ def windows() -> torch.Tensor:
 def test_loss_is_the_mean_over_the_first_windows(model, windows, batch_size):
     model.train()
     random_state = torch.get_rng_state()
-    result = evaluate_loss(
-        model, list(windows), 7, batch_size=batch_size, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator()
-    )
+    result = evaluate_loss(model, list(windows), 7, batch_size=batch_size, n_bytes=N_BYTES, accelerator=Accelerator())
     assert model.training and torch.equal(torch.get_rng_state(), random_state)
 
     with torch.no_grad():
@@ -43,20 +40,18 @@ def test_loss_is_the_mean_over_the_first_windows(model, windows, batch_size):
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     assert result.n_tokens == 7 * 8
     assert result.loss == pytest.approx(nats / (7 * 8), rel=1e-6)
-    assert result.bpb == pytest.approx(nats / math.log(2) / BYTE_LENGTHS[targets].sum(), rel=1e-6)
+    assert result.bpb == pytest.approx(nats / math.log(2) / N_BYTES, rel=1e-6)
 
 
 def test_logits_are_not_asked_of_a_model_that_can_do_without(model, windows):
     outputs = []
     model.register_forward_hook(lambda _, arguments, output: outputs.append(output))
-    evaluate_loss(model, list(windows), 7, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator())
+    evaluate_loss(model, list(windows), 7, batch_size=4, n_bytes=N_BYTES, accelerator=Accelerator())
     assert [output.logits for output in outputs] == [None, None]
 
 
 def test_more_windows_than_there_are_means_all(model, windows):
-    result = evaluate_loss(
-        model, list(windows), 10**6, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator()
-    )
+    result = evaluate_loss(model, list(windows), 10**6, batch_size=4, n_bytes=N_BYTES, accelerator=Accelerator())
     assert result.n_tokens == 11 * 8
 
 
@@ -75,9 +70,7 @@ def test_more_windows_than_there_are_means_all(model, windows):
 def test_transformers_own_models_get_the_loss_that_they_compute_themselves(windows, build):
     torch.manual_seed(0)
     model = build()
-    result = evaluate_loss(
-        model, list(windows), 11, batch_size=4, token_byte_lengths=BYTE_LENGTHS, accelerator=Accelerator()
-    )
+    result = evaluate_loss(model, list(windows), 11, batch_size=4, n_bytes=N_BYTES, accelerator=Accelerator())
     assert model.training
     with torch.no_grad():
         expected = model.eval()(input_ids=windows, labels=windows).loss.item()
@@ -102,7 +95,7 @@ def test_logits_near_minus_100_keep_the_loss_of_float64_under_bf16(is_ours):
         list(windows),
         24,
         batch_size=8,
-        token_byte_lengths=np.ones(301),
+        n_bytes=N_BYTES,
         accelerator=Accelerator(mixed_precision="bf16"),
     )
     with torch.no_grad():
