@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import N_STEPS, flags, launch, read_losses, read_series, run_training
+from small_runs import N_STEPS, SMALL, flags, launch, read_losses, read_series, run_training
+from tiny_tokenizers import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import eval_hellaswag
 import modeling_gpt2_repro
 import prepare_data
 import train
@@ -468,6 +470,26 @@ def test_corpus_shorter_than_a_batch_is_refused(shards, tmp_path, capsys):
     np.save(short / "s_train_000001.npy", tokens[:20])
     assert train.main(argv) == 2
     assert "fewer than one window of 33" in capsys.readouterr().err
+
+
+def test_nothing_is_put_around_what_a_model_reads(tmp_path):
+    """In a run, and with what it leaves: the tokenizer of the data would begin and end each text, and give types."""
+    FAMILIES["bert"]().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text(";".join(f"{i} lighthouses, one keeper, the lazy dog" for i in range(150)))
+    argv = [f"--files={tmp_path / 'text.txt'}", "--document_separator=;", f"--tokenizer={tmp_path / 'tokenizer'}"]
+    assert prepare_data.main([*argv, f"--output_dir={tmp_path / 'data'}", "--val_tokens=600", "--num_workers=1"]) == 0
+    changes = {"max_steps": 2, "eval_every": 2, "hellaswag_every": 2, "hellaswag_limit": 2, "sample_every": 0}
+    changes |= {"save_every": 1, "save_best": True, "sequence_length": 128, "tokens_per_step": 512}
+    run = run_training(tmp_path / "data", tmp_path, **changes)
+    for folder in (run / "final", run / "best", run / "checkpoints" / "step_0000002"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer("")["input_ids"] == []
+        assert {*tokenizer("the dog")} == {"input_ids", "attention_mask"}
+    scores = tmp_path / "scores.json"
+    items = ["--data_file", SMALL["hellaswag_file"], "--limit", "2", "--output", str(scores)]
+    assert eval_hellaswag.main(["--model", str(run / "final"), *map(str, items)]) == 0
+    for protocol, prefix in (("original", "hellaswag"), ("lm_eval", "hellaswag_lm_eval")):
+        assert json.loads(scores.read_text())[protocol]["acc_norm"] == read_series(run, f"{prefix}/acc_norm")[2]
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path, capsys):
