@@ -45,6 +45,9 @@ ENGINE_BYTES_PER_TEXT_BYTE = 6
 # What models that know bytes call them.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
+# The last code point, which is no character.
+UNKNOWN_TEXT = "\U0010ffff"
+
 # What engines are known to treat differently: contractions, runs of spaces, newlines, digits, marks, emoji, scripts
 # without spaces, control characters, and the text of special tokens.
 ODD_SAMPLE = (
@@ -259,19 +262,25 @@ def check_engines_agree(encoder: "DocumentEncoder", name: str) -> None:
 
 
 def check_boundaries(encoder: "DocumentEncoder", eos_token: str, name: str) -> None:
-    """Raise a `UserError` when text can make the end-of-text id, or would be lost where it spells that token."""
-    for text in (eos_token, *ODD_SAMPLE):
+    """Raise a `UserError` when text can make the end-of-text id, or would be lost where it spells that token; say so
+    where the unknown token stands for it, as a line end does in texts of a tokenizer that ends them with one."""
+    encodings = {}
+    for text in (eos_token, UNKNOWN_TEXT, *ODD_SAMPLE):
         try:
-            ids = encoder.encode_text(text)
+            encodings[text] = encoder.encode_text(text).tolist()
         except UnknownTextError:  # of a tokenizer for some texts only
             continue
         except UserError as error:
             raise UserError(f"the tokenizer {name} cannot make shards: {error}") from error
-        if text == eos_token and not len(ids):
-            raise UserError(
-                f"the tokenizer {name} cannot make shards: it has no other tokens for a text that spells "
-                f"{eos_token!r}, its end-of-text token (eos_token)"
-            )
+    if encodings.get(eos_token) == []:
+        raise UserError(
+            f"the tokenizer {name} cannot make shards: it has no other tokens for a text that spells {eos_token!r}, "
+            "its end-of-text token (eos_token)"
+        )
+    if encodings.get(eos_token, []) == encodings.get(UNKNOWN_TEXT):
+        print(
+            f"the tokenizer {name} takes {eos_token!r} in a text, its end-of-text token, for unknown text", flush=True
+        )
 
 
 class UnknownTextError(UserError):

@@ -326,17 +326,19 @@ def test_an_end_of_text_token_that_text_cannot_do_without_is_refused(tokenizer):
         build_encoder(exclaiming, "exclaiming")
 
 
+@pytest.mark.parametrize("eos_token", ["\n", "<end>"])
+def test_an_end_of_text_token_that_becomes_unknown_text_is_told(capsys, eos_token):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, eos_token: 1, "a": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos_token)
+    assert encode(build_encoder(tokenizer, "words").spec, [f"a{eos_token}a"]) == [[2, 0, 2]]
+    assert f"takes {eos_token!r} in a text" in capsys.readouterr().out
+
+
 def test_ids_with_gaps_are_refused():
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1, "b": 65_537}, unk_token="a"))
     with pytest.raises(UserError, match="leaves ids out"):
         build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words")
-
-
-def test_all_words_with_the_end_of_text_id_are_hidden():
-    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1, "fin": 1, "b": 2, "c": 3}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    spec = build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words").spec
-    assert encode(spec, ["b <end> c fin"]) == [[2, 0, 3, 0]]
 
 
 def test_a_text_without_tokens_for_it_is_explained():
