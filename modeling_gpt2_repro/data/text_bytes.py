@@ -14,7 +14,7 @@ from modeling_gpt2_repro.data.shards import TOKENS_PER_CHUNK, iterate_chunks, lo
 from modeling_gpt2_repro.data.tokenization import MAX_VOCAB_SIZE, spells_text, token_byte_lengths
 from modeling_gpt2_repro.errors import UserError
 
-# Of an estimate.
+# What to tell of an estimate.
 NOTE = (
     "val/bpb is an estimate: the data folder does not say how many bytes of text its tokens stand for, and their "
     "spellings do not tell (made again with prepare_data.py, it does)"
@@ -23,7 +23,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class TextBytes:
-    """UTF-8 bytes of text, and whether all but the last document's are known, or estimated like that."""
+    """UTF-8 bytes of text; `is_exact` but for the document in which they end, or else an estimate."""
 
     count: float
     is_exact: bool
