@@ -54,7 +54,7 @@ from modeling_gpt2_repro.data.tokenized import Run, TaskSummary, list_runs, load
 from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
 from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, is_over
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.files import compute_checksum, sync_file, sync_folder, sync_tree
 
 Stage = Literal["tokenize", "write"]
 
@@ -320,6 +320,10 @@ def _write_other_files(work: WorkFolder, request: Request, runs: list[Run], sele
     request.tokenizer.save_pretrained(tokenizer_folder)
     carried = sorted(path for path in tokenizer_folder.rglob("*") if path.is_file())
     paths = [*carried, work.path / TEXT_BYTES_NAME]
+    # Or the manifest, which says that all of it is there, could be all that survives a loss of power.
+    sync_tree(tokenizer_folder)
+    sync_file(work.path / TEXT_BYTES_NAME)
+    sync_folder(work.path)
     return {path.relative_to(work.path).as_posix(): compute_checksum(path) for path in paths}
 
 
