@@ -18,7 +18,7 @@ from modeling_gpt2_repro.devices import prepare_cpu_process, start_accelerator
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
-from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
+from modeling_gpt2_repro.evaluation.models import check_causal, check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
 from modeling_gpt2_repro.files import (
     check_place,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     protocols = list(ENCODERS) if settings.protocol == "both" else [settings.protocol]
     encoded = [encode_hellaswag(items, tokenizer, protocol) for protocol in protocols]
     check_token_ids(model, max(each.largest_id for each in encoded), settings.model)
-    model.to(accelerator.device)
+    check_causal(model.to(accelerator.device), settings.model)
     results = [
         evaluate_hellaswag(model, each, batch_tokens=settings.batch_tokens, accelerator=accelerator)
         for each in encoded

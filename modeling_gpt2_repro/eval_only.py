@@ -25,7 +25,7 @@ from modeling_gpt2_repro.evaluation.baseline import (
 )
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
-from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
+from modeling_gpt2_repro.evaluation.models import check_causal, check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
 
 
@@ -64,6 +64,7 @@ def evaluate_only(settings: EvaluationSettings, accelerator: Accelerator) -> Non
             items = load_hellaswag(settings.hellaswag_file, settings.hellaswag_limit)
         encoded = HellaSwagQuestions(items, tokenizer, accelerator).encode("original")
     model = load_fitting_model(settings, tokenizer).to(accelerator.device)
+    check_causal(model, settings.init_from, "--init_from")
 
     validation = hellaswag = None
     if val_set is not None:

@@ -1,14 +1,33 @@
 """Loading any causal language model for evaluation, with its mistakes explained."""
 
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.evaluation.scoring import get_max_positions
 from modeling_gpt2_repro.files import check_weight_names
+
+# Heads that are not a vocabulary's: where the embeddings are tied, all weights of a language model lie beside them.
+OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|RewardModel)$")
+PROBE_TOKENS = 8
+# What may come from later tokens of a causal model. As a share of the greatest gradient: of all that transformers has,
+# the causal ones have 0, the others 0.001 and more with random weights.
+LARGEST_FUTURE_GRADIENT = 1e-5
+# As a share of the greatest logit: 13 rounding steps of bfloat16.
+LARGEST_LOGIT_CHANGE = 0.05
 
 
 def load_causal_lm(
@@ -45,6 +64,63 @@ def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: st
         )
 
 
+def check_causal(model: PreTrainedModel, name: str, flag: str = "--model") -> None:
+    """Check that a model predicts each token from earlier ones alone. Call it where the model's kernels run.
+
+    Args:
+        name, flag: as for `load_causal_lm`.
+
+    Raises:
+        UserError: it reads ahead, as BERT does, so that what it says is no probability of a text; or it does not run.
+    """
+    try:
+        is_causal = not reads_ahead(model)
+    except RuntimeError as error:  # such as XLNet in bfloat16
+        raise UserError(f"{flag} {name} loads, but does not run: {_explain(error)}") from error
+    if not is_causal:
+        raise UserError(
+            f"{flag} {name} is not causal: {type(model).__name__} lets the prediction of a token see that token and "
+            "later ones, so that it is no probability of the text; give a model trained to predict the next token"
+        )
+
+
+def reads_ahead(model: PreTrainedModel) -> bool:
+    """Tell whether a model's logits depend on later tokens: by the gradient of early logits to late embeddings.
+
+    A gradient is 0 behind a causal mask in any precision. The logits of two texts that begin alike need not be equal:
+    where experts gather tokens, the order of sums changes, in bfloat16 by as much as an untrained BERT's read from
+    the future. So they are compared, coarsely, only of a model that autograd does not pass: some kernels for quantized
+    weights have no backward.
+    """
+    n_rows, n_positions = model.get_input_embeddings().num_embeddings, get_max_positions(model)
+    length = min(PROBE_TOKENS, max(1, (n_positions or PROBE_TOKENS * 2) // 2))  # RoBERTa has two positions less
+    half = length // 2
+    # Not the ends of the vocabulary, where padding and other special tokens are.
+    ids = (2 * torch.arange(length, device=model.device)[None] + 1) * n_rows // (2 * length)
+    try:
+        gradient = _differentiate_first_half(model, ids)
+    except (RuntimeError, IndexError):  # no gradient, or an embedding that is not called
+        other = torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)
+        with torch.no_grad():
+            one, two = (model(input_ids=each, use_cache=False).logits[:, :half].float() for each in (ids, other))
+        return bool(((one - two).abs() > LARGEST_LOGIT_CHANGE * one.abs().max()).any())
+    return bool((gradient[half:].abs() > LARGEST_FUTURE_GRADIENT * gradient.abs().max()).any())
+
+
+def _differentiate_first_half(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a loss on the first half of the places to all embeddings, (length, width)."""
+    embeddings = []
+
+    def replace(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1].clone()  # which the model may change in place
+
+    with torch.enable_grad(), model.get_input_embeddings().register_forward_hook(replace):
+        logits = model(input_ids=ids, use_cache=False).logits[:, : ids.shape[1] // 2]
+        (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), embeddings[0])
+    return gradient.reshape(ids.shape[1], -1)  # XLNet's has the length first
+
+
 def silence_libraries() -> None:
     """Keep stderr for the progress bar and for the one line of a user's error."""
     transformers_logging.set_verbosity_error()
@@ -60,6 +136,7 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, flag: st
         )
     try:
         check_weight_names(name)
+        declared = _check_kind(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -73,11 +150,29 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, flag: st
     # transformers fills both kinds with random numbers and only warns.
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
     if unloaded:
+        loaded = type(model).__name__
+        reason = "the two do not belong together" if declared == loaded else f"they are of {declared}, not of {loaded}"
         raise UserError(
             f"{flag} {name} lacks {len(unloaded)} weights of the shape that its config.json asks for, such as "
-            f"{unloaded[0]}: the two do not belong together"
+            f"{unloaded[0]}: {reason}"
         )
     return model
+
+
+def _check_kind(config: PreTrainedConfig) -> str:
+    """Return the class that a model was saved as.
+
+    Raises:
+        UserError: another task's, whose weights transformers may all the same put into a language model.
+    """
+    declared = (config.architectures or [config.model_type])[0]
+    has_class = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    is_translator = config.is_encoder_decoder and not declared.endswith("ForCausalLM")
+    if OTHER_HEAD.search(declared) or is_translator or not has_class:
+        raise UserError(f"its config.json names the class {declared}")
+    return declared
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.arguments import parse_arguments, setting
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.evaluation.models import check_token_ids, load_causal_lm, silence_libraries
+from modeling_gpt2_repro.evaluation.models import check_causal, check_token_ids, load_causal_lm, silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import evaluation_mode, get_max_positions
 
 
@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
     prompt_ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
     check_token_ids(model, max(prompt_ids, default=0), config.model)
+    check_causal(model, config.model)
     for text in generate_samples(
         model,
         tokenizer,

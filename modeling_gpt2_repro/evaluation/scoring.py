@@ -34,7 +34,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def get_max_positions(model: torch.nn.Module) -> int | None:
     """Return how many tokens the model can attend to, or `None` where its configuration sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if n_positions == -1 else n_positions  # XLNet's word for no limit
 
 
 def choose_batch_tokens(model: torch.nn.Module) -> int:
