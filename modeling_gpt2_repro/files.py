@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,42 @@ WIDE_MARKS = {
 }
 # What kernels and file systems say that cannot swap two names (NFS, some of overlayfs).
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
+
+# What people have under the name of a file, by the regular expression of how it begins; long enough that token ids
+# without any header do not begin so.
+LLMC_TOKENS = "a token shard of llm.c"
+LLMC_QUESTIONS = "a file of multiple-choice questions of llm.c"
+LLMC_MODEL = "a GPT-2 model of llm.c"
+NUMPY = "a NumPy array"
+ZIP = "a zip archive"
+SAFETENSORS = "a safetensors file"
+PARQUET = "a parquet file"
+ARROW = "an Arrow file"
+CONTENTS = {
+    rb"version https://git-lfs": "a Git LFS pointer and not the file itself: fetch that with git lfs pull",
+    rb"\s*<(?i:!doctype|html|\?xml)": "a web page and not the file itself: download it again",
+    rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh[1-9]1AY": "a compressed file: decompress it first",
+    rb"PK\x03\x04": ZIP,
+    rb"\x93NUMPY": NUMPY,
+    rb"PAR1": PARQUET,
+    rb"ARROW1|\xff\xff\xff\xff": ARROW,
+    rb"\x89HDF": "an HDF5 file",
+    rb"GGUF": "a GGUF model of llama.cpp",
+    rb"(?s).{4}\0{4}\{\"": SAFETENSORS,
+    rb"(?s).{257}ustar": "a tar archive",
+} | {
+    re.escape(magic.to_bytes(4, "little")): text
+    for magic, text in {
+        20240326: LLMC_MODEL,
+        20240327: "a debug state of llm.c",
+        20240328: "a tokenizer of llm.c",
+        20240520: LLMC_TOKENS,
+        20240522: LLMC_QUESTIONS,
+        20240527: "a training state of llm.c",
+        20240801: "a token shard of llm.c for Llama 3",
+        20240803: "a Llama 3 model of llm.c",
+    }.items()
+}
 
 
 def follow_links(path: str | Path) -> Path:
@@ -230,6 +267,17 @@ def check_weight_names(folder: str | Path) -> None:
         for name in names:
             if Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
+
+
+def describe_content(path: str | Path) -> str | None:
+    """Say what a file is by how it begins, whatever its name is, to follow "it is"; `None` for what is not known."""
+    with open(path, "rb") as stream:
+        head = stream.read(512)
+    if not head:
+        return "empty"
+    if known := next((text for pattern, text in CONTENTS.items() if re.match(pattern, head)), None):
+        return known
+    return "text" if len(head) >= 16 and re.fullmatch(rb"[\t\n\r -~]+", head) else None
 
 
 def compute_checksum(path: str | Path) -> str:

@@ -2,8 +2,8 @@
 
 A folder of shards holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
 `manifest.json`, written last. Beside them lies the tokenizer that they were written with, so that the folder can be
-used anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` wrote them, and llm.c's
-`.bin` shards are read too.
+used anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` wrote them, llm.c's `.bin` shards, which
+modded-nanogpt has too, and nanoGPT's `train.bin` and `val.bin` are read as well.
 """
 
 import dataclasses
@@ -20,7 +20,16 @@ from typing import Any, Literal
 import numpy as np
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
+from modeling_gpt2_repro.files import (
+    LLMC_QUESTIONS,
+    LLMC_TOKENS,
+    NUMPY,
+    TEMPORARY_SUFFIX,
+    compute_checksum,
+    describe_content,
+    sync_folder,
+    write_json,
+)
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
@@ -42,9 +51,12 @@ TEXT_BYTES_NAME = "text_bytes.npy"
 INSPECTION_NAME = "inspection.png"
 
 # llm.c, dev/data/data_common.py: 256 int32 of header (magic, version, number of tokens), then uint16 ids.
-LLMC_MAGIC = 20240520
 LLMC_VERSION = 1
 LLMC_HEADER_BYTES = 256 * 4
+
+# nanoGPT, data/*/prepare.py: uint16 ids and nothing else. With its vocabulary of characters comes a file that says so.
+NANOGPT_NAMES = ("train.bin", "val.bin")
+NANOGPT_CHARACTERS = "meta.pkl"
 
 SHARD_SUFFIXES = (".npy", ".bin")
 # What is looked at together when a whole shard is: 2 MB of ids, which stay in a processor's cache.
@@ -190,6 +202,8 @@ def load_manifest(folder: str | Path) -> Manifest | None:
         UserError: a missing folder, or a manifest that this version cannot read or that contradicts itself.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give the folder of its shards, or text to prepare_data.py --files")
     if not folder.is_dir():
         command = f"prepare_data.py --output_dir {shlex.quote(str(folder))}"
         raise UserError(f"there is no data folder {folder}: make it with {command}")
@@ -273,7 +287,9 @@ def map_files(folder: str | Path, split: Split) -> dict[Path, np.ndarray]:
     expected = {shard.file: shard.tokens for shard in manifest.shards} if manifest is not None else {}
     names = _list_names(folder, split, manifest)
     if not names:
-        raise UserError(f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy)")
+        raise UserError(
+            f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy){_describe_other_data(folder)}"
+        )
     shards = {}
     for name in names:
         tokens = map_shard(folder / name)
@@ -296,13 +312,19 @@ def map_shard(path: Path) -> np.ndarray:
         state = "no file" if os.path.lexists(path) else "missing"
         raise UserError(f"{path} is {state}: make the folder again with --overwrite")
     if path.suffix == ".bin":
-        return _map_llmc_shard(path)
+        return _map_bin_shard(path)
     try:
         tokens = np.load(path, mmap_mode="r")
     except Exception as error:  # of a damaged header numpy's parser raises also what Python's own one does
-        raise UserError(f"{path} is no whole .npy file ({error}): make the folder again") from error
-    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise UserError(f"{path} is not a 1-D array of uint16 token ids")
+        reason = f"it is {content}" if (content := describe_content(path)) not in (None, NUMPY) else error
+        raise UserError(f"{path} is no whole .npy file ({reason}): make the folder again") from error
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{path} is an .npz archive: save its array of token ids alone, with numpy.save")
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise UserError(
+            f"{path} is an array of {tokens.dtype.str} and shape {tokens.shape}, not a 1-D array of uint16 token ids: "
+            "prepare the data again, or save it as such with numpy if its numbers are ids below 65,536"
+        )
     return tokens
 
 
@@ -375,13 +397,66 @@ def _list_names(folder: Path, split: Split, manifest: Manifest | None) -> list[s
     if manifest is not None:
         return [shard.file for shard in manifest.shards if shard.split == split]
     pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-    return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
+    paths = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    return sorted(path.name for path in paths if not _is_question_file(path))
 
 
-def _map_llmc_shard(path: Path) -> np.ndarray:
+def _is_question_file(path: Path) -> bool:
+    """Tell llm.c's hellaswag_val.bin and such, which may lie beside its shards and have the names of some."""
+    return path.suffix == ".bin" and path.is_file() and describe_content(path) == LLMC_QUESTIONS
+
+
+def _map_bin_shard(path: Path) -> np.ndarray:
+    content = describe_content(path)
+    if content is None and path.name in NANOGPT_NAMES:
+        return _map_nanogpt_shard(path)
+    if content != LLMC_TOKENS:
+        reason = (
+            f"it is {content}" if content else f"it has no header, as only nanoGPT's {' and '.join(NANOGPT_NAMES)} may"
+        )
+        raise UserError(f"{path} is not a shard of llm.c's uint16 token ids: {reason}")
     header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) < 3 or tuple(header[:2]) != (LLMC_MAGIC, LLMC_VERSION):
-        raise UserError(f"{path} is not an llm.c shard (magic {LLMC_MAGIC}, version {LLMC_VERSION})")
-    if path.stat().st_size != LLMC_HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"{path} is truncated: its header says {int(header[2]):,} tokens")
+    if len(header) < 3 or header[1] != LLMC_VERSION:
+        raise UserError(f"{path} is not a shard of llm.c's version {LLMC_VERSION}: prepare the data again")
+    size, expected = path.stat().st_size, LLMC_HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        state = "truncated" if size < expected else "longer than it says"
+        raise UserError(f"{path} is {state}: its header says {int(header[2]):,} tokens, and it has {size:,} bytes")
     return np.memmap(path, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES, shape=(int(header[2]),))
+
+
+def _map_nanogpt_shard(path: Path) -> np.ndarray:
+    if (path.parent / NANOGPT_CHARACTERS).exists():
+        raise UserError(
+            f"{path} holds characters of a vocabulary of its own, as the {NANOGPT_CHARACTERS} beside it says, and not "
+            "GPT-2's tokens: run prepare_data.py --files on the text that it was made of"
+        )
+    if path.stat().st_size % 2:
+        raise UserError(
+            f"{path} has an odd number of bytes, and nanoGPT's uint16 token ids have two each: copy it again"
+        )
+    tokens = np.memmap(path, dtype="<u2", mode="r")
+    if len(tokens) > 1 and not tokens[1:TOKENS_PER_CHUNK:2].any():
+        raise UserError(f"{path} holds numbers of four bytes or more, not uint16 token ids: prepare the data again")
+    return tokens
+
+
+def _describe_other_data(folder: Path) -> str:
+    """Say what a folder without shards has that could be made into some: a clause to end a sentence with."""
+    from modeling_gpt2_repro.data.local_files import SUFFIXES  # with pyarrow, which a run does without
+
+    if any(_list_names(folder, split, None) for split in SPLITS):
+        return ""
+    names = {path.name for path in folder.iterdir()}
+    if names & {"dataset_info.json", "dataset_dict.json"}:
+        return "; it is a dataset of save_to_disk: write it with to_parquet, for prepare_data.py --files"
+    for suffix in SUFFIXES:
+        if any(name.endswith(suffix) for name in names):
+            return f"; it holds text: run prepare_data.py --files '{folder}/*{suffix}'"
+    if any(name.endswith(".idx") for name in names):
+        return "; it holds an indexed dataset of Megatron's, which is not read: prepare its text with prepare_data.py"
+    if inside := sorted(path for suffix in SHARD_SUFFIXES for path in folder.glob(f"*/*{suffix}")):
+        return f"; there are some in {inside[0].parent}: those of both splits have to lie in one folder"
+    if others := sorted(name for name in names if name.endswith(SHARD_SUFFIXES)):
+        return f"; it has others, such as {others[0]}"
+    return ": make some with prepare_data.py"
