@@ -256,6 +256,19 @@ def write_json(path: str | Path, value: Any) -> None:
         stream.write("\n")
 
 
+def check_model_folder(name: str | Path) -> None:
+    """Check that what is to be a model folder, or a name on the Hub, is not a file.
+
+    Raises:
+        ValueError: it is.
+    """
+    if Path(name).is_file():
+        raise ValueError(
+            "it is a file, not a model folder: python -m modeling_gpt2_repro.nanogpt --checkpoint FILE --output_dir "
+            "FOLDER makes one of a checkpoint of nanoGPT, build-nanogpt or llm.c, or a state dict of GPT-2"
+        )
+
+
 def check_weight_names(folder: str | Path) -> None:
     """Check what the index of a model in several files calls them; transformers would follow a path out of `folder`.
 

@@ -1,15 +1,17 @@
-"""Checkpoints of karpathy/nanoGPT (`ckpt.pt`) and karpathy/build-nanogpt (`log/model_*.pt`) as models of ours.
+"""Checkpoints of karpathy/nanoGPT (`ckpt.pt`), build-nanogpt (`log/model_*.pt`) and llm.c as models of ours.
 
 As a command: `python -m modeling_gpt2_repro.nanogpt --checkpoint ckpt.pt --output_dir DIR`.
 """
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -18,17 +20,40 @@ from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, load_tokenizer
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
+from modeling_gpt2_repro.files import (
+    LLMC_MODEL,
+    SAFETENSORS,
+    TEMPORARY_SUFFIX,
+    ZIP,
+    check_place,
+    create_folder_atomically,
+    describe_content,
+    follow_links,
+)
+from modeling_gpt2_repro.llmc import FORMAT, read_llmc_model
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.checkpoint import save_published_model
 
 Activation = Literal["auto", "gelu", "gelu_new"]
 
-WRAPPER_PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile and of DistributedDataParallel
+# Of torch.compile, FSDP and activation checkpointing, which stand anywhere in a name; and of DistributedDataParallel,
+# DeepSpeed and Lightning, in front of it.
+WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPER_PREFIXES = re.compile(rf"^(({WRAPPERS}|_forward_module|module|model|gpt|net)\.)+|({WRAPPERS})\.")
+# Where people put the weights, and what says the shape.
+WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
+SHAPE_KEYS = ("model_args", "config", "model_config", "hyper_parameters", "args")
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")
 LINEAR_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRUNK = "transformer."
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 C_FC = "transformer.h.0.mlp.c_fc.weight"
+# Classes of settings, by what they are called; and values that no model needs. Neither is looked up.
+SETTINGS_CLASS = re.compile(r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)")
+SKIPPED_CLASS = re.compile(
+    r"(numpy|pathlib|datetime|decimal|uuid)\.[\w.]+"
+    r"|builtins\.(bool|bytes|complex|dict|Ellipsis|float|frozenset|int|list|range|set|slice|str|tuple)"
+)
 
 
 def load_nanogpt(
@@ -39,9 +64,10 @@ def load_nanogpt(
     n_head: int | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> GPT2ReproForCausalLM:
-    """Load a checkpoint of nanoGPT or build-nanogpt, or a bare state dict, in float32 and evaluation mode.
+    """Load a checkpoint of nanoGPT, build-nanogpt or llm.c, or a bare state dict, in float32 and evaluation mode.
 
-    No code in the file is run.
+    No code in the file is run. A state dict may be GPT-2's own, with or without `transformer.` in front of its names,
+    and in a safetensors file.
 
     Args:
         tokenizer: of the training data. Embedding rows beyond its ids are padding (50,304 rows for GPT-2's 50,257 ids)
@@ -56,15 +82,17 @@ def load_nanogpt(
         UserError: not such a file, no GPT-2 in it, or one that contradicts itself or the arguments.
     """
     content = _read_file(Path(path))
-    weights, declared = content, None
-    if "model" in content:
-        weights, declared = content["model"], content.get("model_args", content.get("config"))
-        declared = vars(declared) if isinstance(declared, _SavedConfig) else declared
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path} has no weights: neither under `model` nor as a state dict alone")
+    weights = next((content[key] for key in WEIGHTS_KEYS if isinstance(content.get(key), dict)), content)
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(
+            f"{path} has no weights: neither under `{'`, `'.join(WEIGHTS_KEYS)}` nor as a state dict alone"
+        )
+    declared = next((content[key] for key in SHAPE_KEYS if isinstance(content.get(key), dict | _SavedSettings)), {})
+    declared = vars(declared) if isinstance(declared, _SavedSettings) else declared
+    declared = {name: value for name, value in declared.items() if not isinstance(value, _Skipped | None)}
     try:
         state_dict = convert_state_dict(weights)
-        n_head = _choose_n_head(_measure_shape(state_dict), declared if isinstance(declared, dict) else {}, n_head)
+        n_head = _choose_n_head(_measure_shape(state_dict), declared, n_head)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if activation_function == "auto":
@@ -103,10 +131,13 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
         UserError: weights that are missing, unknown or of a wrong shape, or a head that is not the token embedding.
     """
     tensors = {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in state_dict.items()}
+    if WTE.removeprefix(TRUNK) in tensors:  # as in OpenAI's own files
+        tensors = {name if name == HEAD else TRUNK + name: tensor for name, tensor in tensors.items()}
     tensors = {name: tensor.float() for name, tensor in tensors.items() if not MASK_BUFFER.search(name)}
     for name in (WTE, WPE, C_FC):
         if name not in tensors or tensors[name].dim() != 2:
             raise UserError(f"no GPT-2 state dict: it has no matrix {name}")
+    tensors.setdefault(HEAD, tensors[WTE])  # which are one, and some files have only once
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(GPT2ReproConfig(n_head=1, **_measure_shape(tensors)))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -131,28 +162,78 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
     return {name: tensors[name].t().contiguous() if name in linear else tensors[name] for name in expected}
 
 
-class _SavedConfig:
-    """Stands in for the `GPTConfig` dataclass that build-nanogpt pickles: its fields, and none of its code."""
+class _SavedSettings:
+    """Stands in for a class of settings, such as build-nanogpt's `GPTConfig`: its fields, and none of its code."""
+
+
+class _Skipped:
+    """Stands in for a value that is not needed, such as NumPy's losses, or a path: takes anything and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _begin_dict(*_: Any) -> dict:
+    """Stands in for `defaultdict`."""
+    return {}
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """Read plain data and tensors, memory-mapped: the optimizer's moments beside the weights are never read."""
+    """Read plain data and tensors, where the file allows memory-mapped: the optimizer's moments are never read."""
+    if path.is_dir():
+        raise UserError(
+            f"--checkpoint {path} is a folder: give the file in it; one with a config.json needs no conversion"
+        )
     if not path.is_file():
         raise UserError(f"--checkpoint {path} is not a file: give the .pt file itself")
+    content = describe_content(path)
+    if content == LLMC_MODEL:
+        return read_llmc_model(path)
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        foreign = sorted(name for name in names if not name.endswith(".GPTConfig"))
-        if not foreign:
-            with torch.serialization.safe_globals([(_SavedConfig, name) for name in names]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if content == SAFETENSORS:
+            return safetensors.torch.load_file(path)
+        saved = _unpickle(path, is_mapped=content == ZIP) if content in (None, ZIP) else None
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        # Of torch's message what is wrong, not its advice to read the file as code.
+        reason = (
+            next(iter(str(error).split("WeightsUnpickler error:")[-1].split("\n")), "").strip() or type(error).__name__
+        )
         raise UserError(f"{path} is not a whole file of torch.save's: {reason}") from error
-    if foreign:
-        raise UserError(f"{path} would run code ({foreign[0]}) to be read: save the model's state_dict() alone")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict")
-    return content
+    if saved is None and content is not None:
+        raise UserError(f"{path} is not a file of torch.save's: it is {content}")
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint's dict")
+    return saved
+
+
+def _unpickle(path: Path, is_mapped: bool) -> Any:
+    """Read a file of torch.save's, with a stand-in for each class in it that is known to be data."""
+    stand_ins: dict[str, Callable] = {}
+    while True:
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),  # of another pickle protocol
+                torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]),
+            ):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        except Exception as error:
+            unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
+            name = unknown and (unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}")
+            if name is None or name in stand_ins:
+                raise
+        if SETTINGS_CLASS.fullmatch(name):
+            stand_ins[name] = _SavedSettings
+        elif name == "collections.defaultdict":
+            stand_ins[name] = _begin_dict
+        elif SKIPPED_CLASS.fullmatch(name):
+            stand_ins[name] = _Skipped
+        else:
+            raise UserError(f"{path} would run code ({name}) to be read: save the model's state_dict() alone")
 
 
 def _measure_shape(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -180,16 +261,20 @@ def _choose_n_head(shape: dict[str, int], declared: dict[str, Any], asked: int |
 
 def _guess_activation(content: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple[str, str]:
     """Return the activation and whose it is, for a file that cannot name it."""
-    if isinstance(content.get("config"), _SavedConfig):
+    if content.get("format") == FORMAT:
+        return "gelu_new", "llm.c's"
+    if isinstance(content.get("config"), _SavedSettings):
         return "gelu_new", "build-nanogpt's"
     if isinstance(content.get("model_args"), dict):
         old = "bias" not in content["model_args"]
         return ("gelu_new", "nanoGPT's before 27 January 2023") if old else ("gelu", "nanoGPT's since 17 May 2023")
     # build-nanogpt saves causal masks, nanoGPT does not where torch has fused attention; OpenAI's are (in, out).
+    if any(
+        name.endswith(C_FC.removeprefix(TRUNK)) and len(weight) < weight.shape[-1] for name, weight in weights.items()
+    ):
+        return "gelu_new", "GPT-2's, as the file has its layout"
     if any(MASK_BUFFER.search(name) for name in weights):
         return "gelu_new", "build-nanogpt's, as the file has causal masks"
-    if any(name.endswith(C_FC) and len(weight) < weight.shape[-1] for name, weight in weights.items()):
-        return "gelu_new", "GPT-2's, as the file has its layout"
     return "gelu", "nanoGPT's since 17 May 2023, as the file has no causal masks"
 
 
@@ -198,7 +283,7 @@ class NanoGPTConfig:
     """Flags of the command."""
 
     checkpoint: str = setting(
-        MISSING, "a .pt file of nanoGPT or build-nanogpt, or of a model's state dict alone", path=True
+        MISSING, "a .pt file of nanoGPT, build-nanogpt or a state dict alone, or a .bin file of llm.c", path=True
     )
     output_dir: str = setting(MISSING, "model folder to write; must not exist", path=True)
     tokenizer: str = setting(
@@ -214,7 +299,7 @@ class NanoGPTConfig:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Turn a checkpoint of nanoGPT or build-nanogpt into a model folder that opens wherever GPT-2 does."""
+    """Turn a checkpoint of nanoGPT, build-nanogpt or llm.c into a model folder that opens wherever GPT-2 does."""
     config = parse_arguments(NanoGPTConfig, argv, description=main.__doc__)
     silence_libraries()
     check_place(config.output_dir, is_folder=True)

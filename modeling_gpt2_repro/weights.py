@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
 from modeling_gpt2_repro.devices import measure_total_memory
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import check_weight_names
+from modeling_gpt2_repro.files import check_model_folder, check_weight_names
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 DEFAULT_SIZE = "124M"
@@ -123,6 +123,7 @@ def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
 
 def _load_config(source: str) -> GPT2ReproConfig:
     try:
+        check_model_folder(source)
         return GPT2ReproConfig.from_pretrained(source)
     except Exception as error:  # of a damaged configuration transformers raises anything
         raise UserError(f"cannot load the configuration of {source}: {error}") from error
@@ -131,6 +132,7 @@ def _load_config(source: str) -> GPT2ReproConfig:
 def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:
     """Load a GPT-2-shaped model whole: transformers only warns where it fills a hole with random numbers."""
     try:
+        check_model_folder(source)
         check_weight_names(source)
         _check_memory(GPT2ReproConfig.from_pretrained(source))
         model, loading_info = GPT2ReproForCausalLM.from_pretrained(

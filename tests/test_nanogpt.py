@@ -1,17 +1,31 @@
-"""Checkpoints of nanoGPT and build-nanogpt, in files as the two projects write them."""
+"""Checkpoints of nanoGPT, build-nanogpt, llm.c and other people, in files as they write them."""
 
+import argparse
+import datetime
+import gzip
 import os
+import pickle
+import re
 import subprocess
 import sys
+import tarfile
+import types
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.evaluation.models import load_causal_lm
 from modeling_gpt2_repro.nanogpt import convert_state_dict, load_nanogpt, main
+from modeling_gpt2_repro.weights import load_shape
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
 GELUS = {"gelu": nn.GELU(), "gelu_new": nn.GELU(approximate="tanh")}
@@ -253,6 +267,216 @@ def test_too_few_rows_for_the_tokenizer_are_refused(tmp_path, tokenizer):
     path = save_nanogpt(tmp_path / "ckpt.pt", Reference(vocab_size=65))
     with pytest.raises(UserError, match=r"65 token ids, but the tokenizer has 50,257.*--tokenizer none"):
         load_nanogpt(path, tokenizer)
+
+
+def build_odd_values():
+    """What people keep beside the weights."""
+    return {
+        "best_val_loss": np.float64(3.5),
+        "losses": [np.float32(3.5), torch.tensor(3.5), np.arange(3)],
+        "rng": {
+            "numpy": np.random.default_rng(0).bit_generator.state,
+            "torch": torch.get_rng_state(),
+            "legacy": np.array([1]),
+        },
+        "out_dir": Path("out") / "run",
+        "betas": frozenset({0.9}),
+        "history": defaultdict(list, {"loss": [1.0]}),
+        "started": datetime.datetime(2024, 1, 1),
+        "range": range(3),
+        "dtype": torch.bfloat16,
+        "size": torch.Size([2]),
+    }
+
+
+def wrap_in(key, prefix=""):
+    def wrap(state_dict, **others):
+        weights = {prefix + name: tensor for name, tensor in state_dict.items()}
+        return {key: weights, **others} if key else weights
+
+    return wrap
+
+
+def name_as_fsdp(state_dict, **others):
+    names = {
+        name: name.replace(".h.", "._fsdp_wrapped_module.h.").replace(".mlp.", "._checkpoint_wrapped_module.mlp.")
+        for name in state_dict
+    }
+    return {"model": {f"_fsdp_wrapped_module.{names[name]}": tensor for name, tensor in state_dict.items()}, **others}
+
+
+def name_as_openai(state_dict, **others):
+    """GPT-2's own layout and names, the head left out."""
+    converted = convert_state_dict(state_dict)
+    del converted["lm_head.weight"]
+    return {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        *(wrap_in(key) for key in ("model", "state_dict", "model_state_dict", "module", "weights", None)),
+        wrap_in("model", "_orig_mod."),
+        wrap_in("model", "module."),
+        wrap_in("module", "module."),
+        wrap_in("state_dict", "model."),
+        wrap_in("state_dict", "model._orig_mod."),
+        wrap_in("state_dict", "_forward_module.model."),
+        name_as_fsdp,
+        name_as_openai,
+    ],
+)
+def test_forms_that_other_people_s_checkpoints_have(tmp_path, wrap, is_legacy):
+    reference = Reference(gelu="gelu_new", mask=True)
+    content = wrap(reference.state_dict(), **build_odd_values())
+    torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not is_legacy)
+    model = load_nanogpt(tmp_path / "model.ckpt", None, n_head=2, activation_function="gelu_new")
+    assert_same_function(model, reference)
+
+
+def build_settings(kind, reference):
+    fields = {**SHAPE, "vocab_size": reference.lm_head.out_features}
+    if kind is not GPTConfig:
+        return kind(**fields, out_dir=Path("out"), loss=np.float32(1.0))
+    return GPTConfig(vocab_size=fields["vocab_size"])
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+@pytest.mark.parametrize("kind", [dict, argparse.Namespace, types.SimpleNamespace, GPTConfig])
+@pytest.mark.parametrize("key", ["config", "model_args", "args", "hyper_parameters"])
+def test_a_shape_is_read_from_any_kind_of_settings(tmp_path, kind, key, is_legacy):
+    reference = Reference(n_head=4)
+    content = {"model": reference.state_dict(), key: build_settings(kind, reference)}
+    shape = vars(content[key]) if kind is not dict else content[key]
+    shape["n_head"] = 4
+    torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=not is_legacy)
+    model = load_nanogpt(tmp_path / "ckpt.pt", None, activation_function="gelu")
+    assert model.config.n_head == 4
+    assert_same_function(model, reference)
+    shape["n_layer"] = 3
+    torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=not is_legacy)
+    with pytest.raises(UserError, match="says n_layer 3, but its weights have 2"):
+        load_nanogpt(tmp_path / "ckpt.pt", None)
+
+
+def test_numpy_s_old_module_name_and_a_scalar_of_it(tmp_path):
+    """As files of NumPy 1 have it, whose `numpy.core` is no longer there."""
+    reference, path = Reference(), tmp_path / "ckpt.pt"
+    torch.save(
+        {"model": reference.state_dict(), "best_val_loss": np.float32(3.5)}, path, _use_new_zipfile_serialization=False
+    )
+    content = path.read_bytes()
+    assert b"cnumpy._core.multiarray" in content
+    path.write_bytes(content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    assert_same_function(load_nanogpt(path, None, n_head=2), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_safetensors_and_other_precisions(tmp_path, dtype):
+    reference = Reference(gelu="gelu_new").to(dtype)
+    tensors = {name: tensor.contiguous() for name, tensor in name_as_openai(reference.state_dict()).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    model = load_nanogpt(tmp_path / "model.safetensors", None, n_head=2)
+    assert model.config.activation_function == "gelu_new"
+    assert_same_function(model, reference.float())
+
+
+LLMC_ORDER = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+
+
+def save_llmc(path, reference, version=3, magic=20240326, n_rows=128):
+    """Write what llm.c's train_gpt2.py and its C programs write."""
+    weights, vocab_size = reference.state_dict(), reference.lm_head.out_features
+    header = torch.zeros(256, dtype=torch.int32)
+    sizes = [SHAPE["block_size"], vocab_size, SHAPE["n_layer"], reference.n_head, SHAPE["n_embd"], n_rows]
+    header[:8] = torch.tensor([magic, version, *sizes])
+    wte = weights["transformer.wte.weight"]
+    tensors = [torch.cat([wte, wte.new_zeros(n_rows - vocab_size, wte.shape[1])]), weights["transformer.wpe.weight"]]
+    for module in LLMC_ORDER:
+        for part in ("weight", "bias"):
+            tensors += [weights[f"transformer.h.{i}.{module}.{part}"] for i in range(SHAPE["n_layer"])]
+    tensors += [weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"]]
+    dtype = torch.bfloat16 if version == 5 else torch.float32
+    body = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+    path.write_bytes(header.numpy().tobytes() + body.view(torch.uint8).numpy().tobytes())
+    return path
+
+
+@pytest.mark.parametrize("version", [3, 5])
+def test_llmc(tmp_path, version):
+    reference, lines = Reference(gelu="gelu_new", n_head=4), []
+    model = load_nanogpt(save_llmc(tmp_path / "gpt2.bin", reference, version), None, report=lines.append)
+    assert "gelu_new, llm.c's" in lines[0]
+    assert model.config.vocab_size == 97 and model.config.n_head == 4
+    assert_same_function(model, reference.bfloat16().float() if version == 5 else reference)
+
+
+def test_llmc_s_other_files_are_refused(tmp_path):
+    path = save_llmc(tmp_path / "gpt2.bin", Reference())
+    content = path.read_bytes()
+    for damaged, complaint in [
+        (content[:-4], "is damaged"),
+        (content + b"1234", "is damaged"),
+        (content[:900], "not of its versions"),
+        (content[:4] + b"\1\0\0\0" + content[8:], "not of its versions 3 and 5"),
+        (content[:16] + b"\0\0\0\0" + content[20:], "is damaged"),
+        (content[:16] + b"\xff\xff\xff\x7f" + content[20:], "is damaged"),
+        (content[:16] + b"\xff\xff\xff\xff" + content[20:], "is damaged"),
+        ((20240327).to_bytes(4, "little") + content[4:], "debug state of llm.c"),
+        ((20240520).to_bytes(4, "little") + content[4:], "token shard of llm.c"),
+        ((20240803).to_bytes(4, "little") + content[4:], "Llama 3 model of llm.c"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=complaint):
+            load_nanogpt(path, None)
+
+
+def write_old_tar(path):
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+
+
+@pytest.mark.parametrize(
+    ("write", "complaint"),
+    [
+        (
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            "git lfs pull",
+        ),
+        (lambda path: path.write_text("<!doctype html>\n<title>404</title>"), "web page"),
+        (lambda path: path.write_bytes(gzip.compress(b"weights")), "decompress"),
+        (lambda path: path.write_text("{'loss': 3.5, 'step': 3}"), "it is text"),
+        (lambda path: path.touch(), "it is empty"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.write_bytes(b"\x89HDF\r\n"), "HDF5"),
+        (lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "GGUF"),
+        (write_old_tar, "tar archive"),
+        (lambda path: path.write_bytes(pickle.dumps({"model": {}})), "not a whole file"),
+        (lambda path: torch.save(Reference(), path), r"would run code \(\S*Reference\)"),
+        (lambda path: torch.save({"model": torch.nn.Linear(2, 2)}, path), r"would run code \(torch.nn\S+Linear\)"),
+        (lambda path: torch.save({"model": {}}, path, pickle_protocol=4), "not a whole file"),
+        (lambda path: np.savez(path.open("wb"), weights=np.ones(2)), "not a whole file"),
+    ],
+)
+def test_what_else_lies_under_the_name_of_a_checkpoint_is_said(tmp_path, write, complaint, capfd):
+    write(tmp_path / "ckpt.pt")
+    assert main([f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}", "--tokenizer=none"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "ckpt.pt" in line and re.search(complaint, line), line
+
+
+def test_a_checkpoint_in_place_of_a_model_folder_is_told_how_to_become_one(tmp_path, shards):
+    path = save_nanogpt(tmp_path / "ckpt.pt", Reference())
+    for load in (
+        load_causal_lm,
+        load_shape,
+        lambda name: train.main([f"--init_from={name}", f"--data_dir={shards}", f"--output_dir={tmp_path}"]),
+    ):
+        try:
+            assert load(str(path)) == 2
+        except UserError as error:
+            assert "modeling_gpt2_repro.nanogpt --checkpoint" in str(error)
 
 
 class Bomb:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
-from modeling_gpt2_repro.files import check_weight_names
+from modeling_gpt2_repro.files import check_model_folder, check_weight_names
 
 # Heads that are not a vocabulary's: where the embeddings are tied, all weights of a language model lie beside them.
 OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|RewardModel)$")
@@ -176,9 +176,10 @@ def _check_kind(config: PreTrainedConfig) -> str:
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
         raise UserError(f"{flag} {name} does not exist: pass a model folder or a Hub id")
     try:
+        check_model_folder(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged folder transformers raises anything
         raise UserError(
