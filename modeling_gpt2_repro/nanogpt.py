@@ -200,9 +200,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         # Of torch's message what is wrong, not its advice to read the file as code.
-        reason = (
-            next(iter(str(error).split("WeightsUnpickler error:")[-1].split("\n")), "").strip() or type(error).__name__
-        )
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not a whole file of torch.save's: {reason}") from error
     if saved is None and content is not None:
         raise UserError(f"{path} is not a file of torch.save's: it is {content}")
