@@ -43,10 +43,12 @@ ZIP = "a zip archive"
 SAFETENSORS = "a safetensors file"
 PARQUET = "a parquet file"
 ARROW = "an Arrow file"
+COMPRESSED = "a compressed file: decompress it first"
+EMPTY, TEXT = "empty", "text"
 CONTENTS = {
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself: fetch that with git lfs pull",
     rb"\s*<(?i:!doctype|html|\?xml)": "a web page and not the file itself: download it again",
-    rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh[1-9]1AY": "a compressed file: decompress it first",
+    rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh[1-9]1AY": COMPRESSED,
     rb"PK\x03\x04": ZIP,
     rb"\x93NUMPY": NUMPY,
     rb"PAR1": PARQUET,
@@ -282,15 +284,18 @@ def check_weight_names(folder: str | Path) -> None:
                 raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
 
 
-def describe_content(path: str | Path) -> str | None:
-    """Say what a file is by how it begins, whatever its name is, to follow "it is"; `None` for what is not known."""
-    with open(path, "rb") as stream:
-        head = stream.read(512)
+def describe_content(file: str | Path | bytes) -> str | None:
+    """Say what a file, or its content, is by how it begins, to follow "it is"; `None` for what is not known."""
+    if isinstance(file, bytes):
+        head = file[:512]
+    else:
+        with open(file, "rb") as stream:
+            head = stream.read(512)
     if not head:
-        return "empty"
+        return EMPTY
     if known := next((text for pattern, text in CONTENTS.items() if re.match(pattern, head)), None):
         return known
-    return "text" if len(head) >= 16 and re.fullmatch(rb"[\t\n\r -~]+", head) else None
+    return TEXT if len(head) >= 16 and re.fullmatch(rb"[\t\n\r -~]+", head) else None
 
 
 def compute_checksum(path: str | Path) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from modeling_gpt2_repro.errors import UserError
@@ -69,7 +70,12 @@ def without(field):
         ({**GOOD_ROW, "ctx": "  "}, "`ctx` is empty"),
         ({**GOOD_ROW, "ctx_b": None}, "`ctx_b` has to be a text"),
         ({**GOOD_ROW, "label": 4}, "`label` has to be 0 to 3"),
-        ({**GOOD_ROW, "label": -1}, "`label` has to be 0 to 3"),
+        ({**GOOD_ROW, "label": -1}, "use the validation split"),
+        ({**GOOD_ROW, "label": None}, "use the validation split"),
+        (without("label"), "use the validation split"),
+        ({**GOOD_ROW, "endings": GOOD_ROW["endings"] * 2}, "not 8 of them"),
+        ({"query": "Rowing: A boat", "choices": GOOD_ROW["endings"], "gold": 2}, "lm-evaluation-harness"),
+        (",ind,activity_label,ctx_a", "such as CSV"),
         ({**GOOD_ROW, "label": "two"}, "`label` has to be a whole number"),
         ({**GOOD_ROW, "label": ""}, "use the validation split"),
         ({**GOOD_ROW, "ind": None}, "`ind` has to be a whole number"),
@@ -106,6 +112,89 @@ def test_a_compressed_file_and_a_byte_order_mark_are_read(tmp_path):
         path.write_bytes(each)
         with pytest.raises(UserError, match="cannot read the HellaSwag file"):
             load_hellaswag(path)
+
+
+ROWS = [{**GOOD_ROW, "source_id": "activitynet~v_x"}, {**GOOD_ROW, "ind": 8, "label": "3", "split": "val"}]
+
+
+def to_lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def save_table(path, write):
+    """Write the rows as the Hub's files have them, whose labels are texts."""
+    import datasets
+
+    dataset = datasets.Dataset.from_list(
+        [{**GOOD_ROW, "ind": ind, "label": str(label)} for ind, label in ((7, 2), (8, 3))]
+    )
+    write(dataset, path)
+
+
+def save_to_disk(dataset, path):
+    dataset.save_to_disk(path.with_name("saved"))
+    (file,) = path.with_name("saved").glob("*.arrow")
+    file.rename(path)
+
+
+def write_arrow_file(dataset, path):
+    table = dataset.data.table
+    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+FORMS = {
+    "lines": lambda path: path.write_bytes(to_lines(*ROWS)),
+    "no last line end": lambda path: path.write_bytes(to_lines(*ROWS).rstrip()),
+    "array": lambda path: path.write_text(json.dumps(ROWS)),
+    "indented array": lambda path: path.write_text("\n" + json.dumps(ROWS, indent=2)),
+    "array with a byte order mark": lambda path: path.write_bytes(codecs.BOM_UTF8 + json.dumps(ROWS).encode()),
+    "gzip": lambda path: path.write_bytes(gzip.compress(to_lines(*ROWS))),
+    "gzipped array": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "zstd": lambda path: pa.output_stream(str(path), compression="zstd").write(to_lines(*ROWS)),
+    "lm-eval's log": lambda path: path.write_bytes(
+        to_lines(*({"doc_id": 0, "doc": row, "target": 1} for row in ROWS))
+    ),
+    "lm-eval's items": lambda path: path.write_bytes(to_lines(*({**row, "query": "x", "gold": 1} for row in ROWS))),
+    "parquet": lambda path: save_table(path, lambda dataset, path: dataset.to_parquet(path)),
+    "save_to_disk": lambda path: save_table(path, save_to_disk),
+    "arrow": lambda path: save_table(path, write_arrow_file),
+    "to_json": lambda path: save_table(path, lambda dataset, path: dataset.to_json(path)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_in_which_the_items_come_is_read(tmp_path, form):
+    FORMS[form](tmp_path / "items")
+    first, second = load_hellaswag(tmp_path / "items")
+    assert (first.ind, first.label, first.ctx, first.endings) == (7, 2, GOOD_ROW["ctx"], tuple(GOOD_ROW["endings"]))
+    assert (second.ind, second.label) == (8, 3)
+    assert load_hellaswag(tmp_path / "items", limit=1) == [first]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"PK\3\4" + bytes(20), "zip archive"),
+        (b"\x93NUMPY" + bytes(20), "NumPy"),
+        ((20240522).to_bytes(4, "little") + bytes(1020), "questions of llm.c"),
+        (b"PAR1 and no more", "cannot read"),
+        (b"ARROW1 and no more", "cannot read"),
+        (b"\xff\xff\xff\xff and no more", "cannot read"),
+        (b"\x28\xb5\x2f\xfd and no more", "cannot read"),
+        (json.dumps([GOOD_ROW, 3]).encode(), "item 2: expected a JSON object"),
+        (json.dumps([GOOD_ROW])[:-1].encode(), "line 1: not a JSON object"),
+        (b"[" * 100_000, "line 1: not a JSON object"),
+        (b"", "holds no HellaSwag items"),
+        (b"[]", "holds no HellaSwag items"),
+    ],
+)
+def test_what_else_lies_under_the_name_of_the_items_is_said(tmp_path, content, complaint):
+    (tmp_path / "items.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"items\.jsonl.*{complaint}|{complaint}.*items\.jsonl"):
+        load_hellaswag(tmp_path / "items.jsonl")
 
 
 def test_files_without_items_are_refused(tmp_path):
