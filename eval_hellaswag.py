@@ -35,7 +35,7 @@ class EvaluationSettings:
     model: str = setting(MISSING, "folder or Hub id of a causal language model with its tokenizer", path=True)
     data_file: str | None = setting(
         None,
-        f"HellaSwag items as .jsonl or .parquet, in the dataset's field names; None: {DATASET_NAME}'s validation split",
+        f"HellaSwag items, .jsonl or .parquet, in the dataset's field names; None: {DATASET_NAME}'s validation split",
         path=True,
     )
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")

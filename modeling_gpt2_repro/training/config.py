@@ -150,7 +150,7 @@ class TrainingConfig:
     eval_tokens: int = setting(10_485_760, "validation tokens, from the front of the split; the same on any hardware")
     hellaswag_every: int = setting(250, "steps between HellaSwag scores; 0: never")
     hellaswag_file: str | None = setting(
-        None, "HellaSwag items as .jsonl; not given: the Hub's validation set", path=True
+        None, "HellaSwag items as .jsonl or .parquet; not given: the Hub's validation set", path=True
     )
     hellaswag_limit: int | None = setting(None, "score the first items only; not given: all")
     eval_only: bool = setting(
