@@ -253,7 +253,11 @@ class Feed:
         self._tracker, self._folder, self._warn = tracker, folder, warn
         self._read = {name: _measure(folder / name) for name in (METRICS, SAMPLES)}  # bytes that the tracker has
         self._is_behind = False
-        self._attempt(lambda: tracker.start(first_step), "failed, training goes on without it")
+        self._attempt(lambda: self._start(first_step), "failed, training goes on without it")
+
+    def _start(self, first_step: int) -> None:
+        if note := self._tracker.start(first_step):
+            self._warn(format_line(note))
 
     def catch_up(self) -> None:
         """Tell the tracker what is new, unless it has failed."""

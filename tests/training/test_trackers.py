@@ -8,16 +8,21 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+import wandb
 from accelerate import Accelerator
 from conftest import REPOSITORY
 from small_runs import flags, read_series
 from tracker_files import PATIENCE_SECONDS, read_tensorboard, read_wandb_run
 
 from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.training import trackers
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.trackers import choose_trackers, has_wandb_key
@@ -27,7 +32,8 @@ from modeling_gpt2_repro.training.tracking import RunRecord, read_json_lines
 @pytest.fixture(autouse=True)
 def _nobodys_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("NETRC", "WANDB_BASE_URL", "WANDB_MODE"):
+    monkeypatch.chdir(tmp_path)
+    for name in ("NETRC", *(name for name in os.environ if name.startswith("WANDB_"))):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -208,3 +214,177 @@ def test_nobody_needs_a_home(monkeypatch, tmp_path):
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
     assert has_wandb_key()
+
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    """Says to every request what the server's `status` is, or nothing at all."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.status is None:
+            self.server.is_over.wait(PATIENCE_SECONDS)
+            return
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """Serve an answer on a port of this machine, and return the address; a status of `None` is silence."""
+    servers = []
+
+    def serve(status):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+        server.status, server.is_over, server.daemon_threads = status, threading.Event(), True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.is_over.set()
+        server.shutdown()
+        server.server_close()
+
+
+def record_run(tmp_path) -> tuple[Warnings, list[dict], float]:
+    """Record a run of three steps with wandb; return the warnings, the offline runs, and the wait before it."""
+    wandb.teardown()  # what it remembers of the environment
+    started = time.monotonic()
+    record = start_record(tmp_path / "run", "wandb")
+    seconds = time.monotonic() - started
+    log_steps(record, range(1, 4))
+    record.close()
+    runs = sorted(path for path in tmp_path.rglob("offline-run-*/*.wandb") if "latest-run" not in path.parts)
+    return record._warn, [{"path": path, **read_wandb_run(path)} for path in runs], seconds
+
+
+@pytest.mark.parametrize(
+    "trouble", ["refused", "500", "401", "silent", "bad key", "bad mode", "bad address", "bad id", "bad resume"]
+)
+def test_trouble_with_wandb_ends_as_an_offline_run_that_lacks_nothing(trouble, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "ANSWER_SECONDS", 1)
+    environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"} | {
+        "refused": {},
+        "500": {"WANDB_BASE_URL": serve(500) + "/"},
+        "401": {"WANDB_BASE_URL": serve(401)},
+        "silent": {"WANDB_BASE_URL": serve(None)},
+        "bad key": {"WANDB_API_KEY": "short", "WANDB_BASE_URL": serve(200)},
+        "bad mode": {"WANDB_MODE": "nonsense"},
+        "bad address": {"WANDB_BASE_URL": "nonsense"},
+        "bad id": {"WANDB_RUN_ID": "a/b", "WANDB_MODE": "offline"},
+        "bad resume": {"WANDB_RESUME": "nonsense", "WANDB_MODE": "offline"},
+    }[trouble]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (warning,), (run,), seconds = record_run(tmp_path)
+    assert seconds < 30  # on a busy machine, where wandb by itself takes minutes
+    assert warning.startswith("wandb runs offline") and f"wandb sync {run['path'].parent} " in warning
+    assert {step: items["train/loss"] for step, items in run["history"].items()} == {1: 4.0, 2: 3.0, 3: 2.0}
+    assert {name: os.environ[name] for name in environment} == environment
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WANDB_MODE": "OFFLINE"}, {"WANDB_MODE": "dryrun"}, {"WANDB_MODE": ""}, {"WANDB_MODE": "online"}]
+)
+def test_wandb_goes_offline_without_a_word_where_it_is_told_to_or_has_no_key(environment, tmp_path, monkeypatch):
+    if environment["WANDB_MODE"] not in ("", "online"):
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    warnings, runs, _ = record_run(tmp_path)
+    assert warnings == [] and len(runs) == 1 and len(runs[0]["history"]) == 3
+
+
+def test_wandb_s_own_variables_come_first(tmp_path, monkeypatch):
+    theirs = {
+        "WANDB_RUN_ID": "mine",
+        "WANDB_NAME": "a name",
+        "WANDB_DIR": str(tmp_path / "elsewhere"),
+        "WANDB_PROJECT": "project",
+    }
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    warnings, (run,), _ = record_run(tmp_path)
+    assert warnings == [] and run["id"] == "mine" and run["name"] == "a name"
+    assert run["path"].is_relative_to(tmp_path / "elsewhere")
+    assert b"project" in run["path"].read_bytes()
+
+
+def test_wandb_writes_to_the_run_folder_where_it_can_write_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "file" / "nowhere"))
+    warnings, (run,), _ = record_run(tmp_path)
+    assert warnings == [] and run["path"].is_relative_to(tmp_path / "run")
+    assert read_table(tmp_path / "run")[-1] == [3, "other 3"]
+
+
+@pytest.mark.parametrize("file", [None, "wandb/settings", "home/.config/wandb/settings"])
+def test_wandb_s_switches_for_not_at_all(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert choose_trackers("auto") == ["wandb"]
+    if file is None:
+        for name, value in (("WANDB_MODE", "Disabled"), ("WANDB_DISABLED", "true")):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                assert choose_trackers("auto") == choose_trackers("wandb") == []
+    else:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("[default]\nmode = disabled\n")  # as `wandb disabled` does
+        assert choose_trackers("auto") == [] and choose_trackers("wandb,tensorboard") == ["tensorboard"]
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        assert choose_trackers("wandb") == ["wandb"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "base_url", "expected"),
+    [
+        ("machine api.wandb.ai\n  login user\n  password key\n", None, True),
+        ("machine api.wandb.ai login user password key", "https://api.wandb.ai/", True),
+        ("machine wandb.example.org:8080 login user password key", "http://wandb.example.org:8080/", True),
+        ("machine wandb.example.org login user password key", None, False),
+        ("machine api.wandb.ai login user password key", "https://wandb.example.org", False),
+        ("default login user password key", None, True),
+        ("machine", None, False),
+        ("", None, False),
+    ],
+)
+@pytest.mark.parametrize("place", [".netrc", "_netrc", "NETRC"])
+def test_keys_that_wandb_login_keeps(lines, base_url, expected, place, tmp_path, monkeypatch):
+    path = tmp_path / "home" / place
+    path.parent.mkdir()
+    path.write_text(lines)
+    if place == "NETRC":
+        monkeypatch.setenv("NETRC", str(path))
+    if base_url is not None:  # as `wandb login --host` writes it
+        (tmp_path / "home" / ".config" / "wandb").mkdir(parents=True)
+        (tmp_path / "home" / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = {base_url}\n")
+    assert has_wandb_key() is expected
+
+
+def test_a_name_service_that_is_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(trackers, "ANSWER_SECONDS", 0.2)
+    over = threading.Event()
+
+    def wait(*_, **__):
+        over.wait(PATIENCE_SECONDS)
+        raise OSError
+
+    monkeypatch.setattr("urllib.request.urlopen", wait)
+    with pytest.raises(TimeoutError, match="does not answer"):
+        trackers.ask_server("https://wandb.example.org")
+    over.set()
+    monkeypatch.undo()
+    with pytest.raises(ConnectionError, match="does not answer"):
+        trackers.ask_server("nonsense")
