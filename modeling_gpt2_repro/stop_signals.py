@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 # In order: Ctrl-C; a batch system or `kill`; a terminal that closes; Ctrl-\; two that a batch system sends ahead of
-# its limit if told to (Slurm's --signal, SGE's -notify); a CPU-time limit; a failing power supply. By default they end
-# the process; torchrun passes the first four on.
+# its limit if told to, as Slurm and SGE; a CPU-time limit; a failing power supply. By default they end the process;
+# torchrun passes the first four on.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 

@@ -290,7 +290,7 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
