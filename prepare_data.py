@@ -38,7 +38,8 @@ from modeling_gpt2_repro.data.work_folder import (
 )
 from modeling_gpt2_repro.devices import count_cores
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
-from modeling_gpt2_repro.files import check_place
+from modeling_gpt2_repro.files import check_place, follow_links
+from modeling_gpt2_repro.refusals import describe_refusal, find_refusal
 from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
 from modeling_gpt2_repro.stop_signals import handled_stop_signals, raise_terminated
 
@@ -184,12 +185,18 @@ def explained_errors(folder: Path) -> Iterator[None]:
         if finished := count_finished_pieces(folder):
             print(f"stopped: {finished} finished pieces are kept, and the same command goes on", file=sys.stderr)
         raise
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = str(error)
         if not isinstance(error, UserError):
-            if error.errno not in SYSTEM_REFUSALS:
+            refusal = find_refusal(error)
+            if refusal is None:
                 raise
-            message = f"cannot write {folder}: {error.strerror} (about 4 bytes a token are needed)"
+            is_of_output = refusal.errno in SYSTEM_REFUSALS and (
+                refusal.filename is None or follow_links(refusal.filename).is_relative_to(get_work_path(folder).parent)
+            )
+            message = describe_refusal(refusal)
+            if is_of_output:
+                message = f"cannot write {folder}: {refusal.strerror} (about 4 bytes a token are needed)"
         if finished := count_finished_pieces(folder):
             message += f". {finished} finished pieces are kept: the same command goes on from there"
         raise UserError(message) from error

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from modeling_gpt2_repro.refusals import describe_refusal, find_refusal, find_unreadable
 from modeling_gpt2_repro.streams import discard_unwritten, prepare_streams, write_line
 
 USER_ERROR_EXIT_CODE = 2
@@ -23,6 +24,24 @@ LINE_CHARACTERS = 1500
 
 class UserError(ValueError):
     """Something that the user can put right: the message says in one line what is wrong and what to do about it."""
+
+
+class RefusedError(UserError):
+    """The machine refused a file, or what it takes to read it: whether anything is wrong with it is not known."""
+
+
+def raise_if_refused(error: Exception | None, path: str | Path) -> None:
+    """Raise a `RefusedError` where the machine, and nothing in a file or a folder, is why reading it raised `error`.
+
+    Args:
+        error: `None` where something was found to be missing.
+    """
+    refusal = find_refusal(error) or find_refusal(find_unreadable(path))
+    if refusal is not None:
+        raise RefusedError(
+            f"{path} could not be read, which says nothing about what is in it ({describe_refusal(refusal)}): put "
+            "that right, and give the same command again"
+        ) from error
 
 
 def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
@@ -46,8 +65,11 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
             return 128 + signal.SIGINT
         except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
             return 128 + signal.SIGPIPE
-        except OSError as error:
-            if error.errno not in SYSTEM_REFUSALS:
+        except (OSError, MemoryError, RuntimeError) as error:
+            refusal = find_refusal(error)
+            if refusal is not None and refusal.errno not in SYSTEM_REFUSALS:
+                return _report(f"{describe_refusal(refusal)}: put that right, and give the same command again")
+            if not isinstance(error, OSError) or error.errno not in SYSTEM_REFUSALS:
                 raise
             return _report(f"{error.strerror}: {error.filename or 'the disk'}: give another name, or put that right")
         finally:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2_repro.arguments import parse_arguments, setting
 from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, load_tokenizer
-from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.errors import UserError, raise_if_refused, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
 from modeling_gpt2_repro.files import (
     LLMC_MODEL,
@@ -199,6 +199,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
+        raise_if_refused(error, path)
         # Of torch's message what is wrong, not its advice to read the file as code.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not a whole file of torch.save's: {reason}") from error

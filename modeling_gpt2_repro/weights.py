@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
 from modeling_gpt2_repro.devices import measure_total_memory
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.files import check_model_folder, check_weight_names
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
@@ -126,6 +126,7 @@ def _load_config(source: str) -> GPT2ReproConfig:
         check_model_folder(source)
         return GPT2ReproConfig.from_pretrained(source)
     except Exception as error:  # of a damaged configuration transformers raises anything
+        raise_if_refused(error, source)
         raise UserError(f"cannot load the configuration of {source}: {error}") from error
 
 
@@ -139,6 +140,7 @@ def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:
             source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **dropouts
         )
     except Exception as error:  # of a damaged folder transformers raises anything
+        raise_if_refused(error, source)
         raise UserError(f"cannot load a model from {source}: {error}") from error
     if loading_info["missing_keys"]:
         raise UserError(f"{source} lacks weights that its config.json asks for: {min(loading_info['missing_keys'])}")

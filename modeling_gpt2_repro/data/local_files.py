@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.files import check_encoding
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -138,6 +138,7 @@ class ParquetTask(FileTask):
                 ):
                     yield as_texts(batch.column(0), self.path)
         except (pa.ArrowException, OSError) as error:
+            raise_if_refused(error, self.path)
             raise UserError(f"{self.path} is not a whole parquet file: {error}") from error
 
 
@@ -332,6 +333,7 @@ def _list_parquet_tasks(path: str, text_column: str) -> Iterator[ParquetTask]:
     try:
         metadata = pa.parquet.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
+        raise_if_refused(error, path)
         raise UserError(f"{path} is not a whole parquet file: {error}") from error
     names = metadata.schema.to_arrow_schema().names
     if text_column not in names:
@@ -360,6 +362,7 @@ def _open(path: str) -> IO[bytes]:
     try:
         return pa.input_stream(path, compression=compression) if compression else open(path, "rb")
     except OSError as error:
+        raise_if_refused(error, path)
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -367,4 +370,5 @@ def _read(stream: IO[bytes], size: int | None, path: str) -> bytes:
     try:
         return stream.read(size)
     except OSError as error:
+        raise_if_refused(error, path)
         raise UserError(f"{path} is damaged: {error}") from error

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.files import (
     LLMC_QUESTIONS,
     LLMC_TOKENS,
@@ -131,9 +132,11 @@ class Manifest:
                 raise ValueError(f"other_files: {name!r:.80} is not a file of its folder with a checksum")
         parts = (self.train, self.val, self.validation_copies)
         for unit in ("documents", "tokens", "bytes"):
-            assert getattr(self.read, unit) == sum(getattr(part, unit) for part in parts), f"{unit} were lost"
+            if getattr(self.read, unit) != sum(getattr(part, unit) for part in parts):
+                raise ValueError(f"{unit} were lost")
         for split in SPLITS:
-            assert getattr(self, split).tokens == sum(s.tokens for s in self.shards if s.split == split)
+            if getattr(self, split).tokens != sum(shard.tokens for shard in self.shards if shard.split == split):
+                raise ValueError(f"the {split} shards have other tokens")
 
 
 def _check_types(record: Any) -> None:
@@ -218,7 +221,8 @@ def load_manifest(folder: str | Path) -> Manifest | None:
             for name in ("read", "train", "val", "validation_copies"):
                 content[name] = Totals(**content[name])
             manifest = Manifest(**content)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise_if_refused(error, path)
         raise UserError(f"{path} is damaged ({error}): make the folder again with --overwrite") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
@@ -306,26 +310,30 @@ def map_shard(path: Path) -> np.ndarray:
     """Memory-map one shard, uint16 of shape `(tokens,)`.
 
     Raises:
+        RefusedError: the machine does not let it be read.
         UserError: no file, or none that is a whole shard.
     """
     if not path.is_file():  # to open a pipe would wait for ever
         state = "no file" if os.path.lexists(path) else "missing"
         raise UserError(f"{path} is {state}: make the folder again with --overwrite")
-    if path.suffix == ".bin":
-        return _map_bin_shard(path)
     try:
+        if path.suffix == ".bin":
+            return _map_bin_shard(path)
         tokens = np.load(path, mmap_mode="r")
+        if isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.ndim == 1:
+            return _map_tokens(path, tokens.offset, len(tokens))
+    except UserError:
+        raise
     except Exception as error:  # of a damaged header numpy's parser raises also what Python's own one does
+        raise_if_refused(error, path)
         reason = f"it is {content}" if (content := describe_content(path)) not in (None, NUMPY) else error
         raise UserError(f"{path} is no whole .npy file ({reason}): make the folder again") from error
     if not isinstance(tokens, np.ndarray):
         raise UserError(f"{path} is an .npz archive: save its array of token ids alone, with numpy.save")
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise UserError(
-            f"{path} is an array of {tokens.dtype.str} and shape {tokens.shape}, not a 1-D array of uint16 token ids: "
-            "prepare the data again, or save it as such with numpy if its numbers are ids below 65,536"
-        )
-    return tokens
+    raise UserError(
+        f"{path} is an array of {tokens.dtype.str} and shape {tokens.shape}, not a 1-D array of uint16 token ids: "
+        "prepare the data again, or save it as such with numpy if its numbers are ids below 65,536"
+    )
 
 
 def list_checksums(folder: str | Path, split: Split) -> list[str]:
@@ -422,7 +430,7 @@ def _map_bin_shard(path: Path) -> np.ndarray:
     if size != expected:
         state = "truncated" if size < expected else "longer than it says"
         raise UserError(f"{path} is {state}: its header says {int(header[2]):,} tokens, and it has {size:,} bytes")
-    return np.memmap(path, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES, shape=(int(header[2]),))
+    return _map_tokens(path, LLMC_HEADER_BYTES, int(header[2]))
 
 
 def _map_nanogpt_shard(path: Path) -> np.ndarray:
@@ -435,7 +443,7 @@ def _map_nanogpt_shard(path: Path) -> np.ndarray:
         raise UserError(
             f"{path} has an odd number of bytes, and nanoGPT's uint16 token ids have two each: copy it again"
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r")
+    tokens = _map_tokens(path, 0, path.stat().st_size // 2)
     if len(tokens) > 1 and not tokens[1:TOKENS_PER_CHUNK:2].any():
         raise UserError(f"{path} holds numbers of four bytes or more, not uint16 token ids: prepare the data again")
     return tokens
@@ -443,7 +451,7 @@ def _map_nanogpt_shard(path: Path) -> np.ndarray:
 
 def _describe_other_data(folder: Path) -> str:
     """Say what a folder without shards has that could be made into some: a clause to end a sentence with."""
-    from modeling_gpt2_repro.data.local_files import SUFFIXES  # with pyarrow, which a run does without
+    from modeling_gpt2_repro.data.local_files import SUFFIXES  # with much that a run does without
 
     if any(_list_names(folder, split, None) for split in SPLITS):
         return ""
@@ -460,3 +468,10 @@ def _describe_other_data(folder: Path) -> str:
     if others := sorted(name for name in names if name.endswith(SHARD_SUFFIXES)):
         return f"; it has others, such as {others[0]}"
     return ": make some with prepare_data.py"
+
+
+def _map_tokens(path: Path, offset: int, n_tokens: int) -> np.ndarray:
+    """Map `n_tokens` ids from byte `offset` on. Of numpy's own maps each holds a file open, and a process may have
+    fewer of them than a corpus has shards."""
+    with pa.memory_map(os.fsencode(path)) as file:
+        return np.frombuffer(file.read_buffer(), "<u2", n_tokens, offset)

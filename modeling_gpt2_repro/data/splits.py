@@ -22,7 +22,7 @@ from modeling_gpt2_repro.data.shuffle import (
     select_validation,
 )
 from modeling_gpt2_repro.data.tokenized import Run, copy_tokens, create_piece, read_documents
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 
 # What a worker holds of a bucket while it sorts it: 32 MB of ids.
 TOKENS_PER_BUCKET = 2**24
@@ -224,9 +224,11 @@ def write_part(folder: Path, number: int, part: Part, selection: Selection) -> P
 
 def load_outcome(folder: Path, number: int) -> PartOutcome | None:
     """Return what `write_part` returned, in whichever process; `None` for a part that is not finished."""
+    path = _get_outcome_path(folder, number)
     try:
-        return PartOutcome(**json.loads(_get_outcome_path(folder, number).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return PartOutcome(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise_if_refused(error, path)
         return None
 
 

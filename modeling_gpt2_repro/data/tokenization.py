@@ -27,7 +27,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_gpt2_repro.data.hub import HUB_TIMEOUT_SECONDS, ask_hub
 from modeling_gpt2_repro.devices import measure_private_memory
-from modeling_gpt2_repro.errors import UserError, format_line
+from modeling_gpt2_repro.errors import UserError, format_line, raise_if_refused
 
 GPT2_TOKENIZER = "openai-community/gpt2"
 GPT2_NAMES = (GPT2_TOKENIZER, "gpt2")
@@ -387,7 +387,9 @@ def _list_merges(model: dict[str, Any]) -> list[list[str]]:
 def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True, trust_remote_code=False)
-    except Exception:  # of a damaged file transformers and tokenizers raise anything
+    except Exception as error:  # of a damaged file transformers and tokenizers raise anything
+        if Path(name_or_path).is_dir():  # what a cache does not give, the Hub may
+            raise_if_refused(error, name_or_path)
         return None
     # From a model's configuration alone, all that a cache may hold, transformers makes one of special tokens only.
     return tokenizer if tokenizer("text")["input_ids"] else None
@@ -402,6 +404,7 @@ def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
             raise
         if name in GPT2_NAMES:
             return _load_gpt2_from_package()
+        raise_if_refused(error, name)
         raise UserError(
             f"cannot load the tokenizer {name!r}: it is no local folder, not in the cache, and the Hub did not give "
             "it: check the name and the connection"

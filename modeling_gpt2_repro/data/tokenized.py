@@ -25,6 +25,7 @@ import xxhash
 from modeling_gpt2_repro.data.corpora import Task
 from modeling_gpt2_repro.data.shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
 from modeling_gpt2_repro.data.tokenization import DocumentEncoder, get_text_buffers
+from modeling_gpt2_repro.errors import raise_if_refused
 from modeling_gpt2_repro.files import sync_file, sync_folder
 
 # 32 MB of ids; the most that a worker holds beside one batch.
@@ -142,7 +143,8 @@ def load_summary(folder: Path, number: int, *, check: bool) -> TaskSummary | Non
             digest.update(np.load(folder / f"{_name(number)}.documents.npy").tobytes())
             if digest.hexdigest() != summary.digest:
                 return None
-    except (OSError, ValueError, TypeError, EOFError):
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise_if_refused(error, folder / f"{_name(number)}.json")
         return None
     return summary
 

@@ -16,7 +16,7 @@ from modeling_gpt2_repro.data.shards import (
     load_manifest,
     map_shard,
 )
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import RefusedError, UserError
 from modeling_gpt2_repro.files import compute_checksum
 
 
@@ -92,6 +92,8 @@ def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
             continue
         try:
             tokens = map_shard(path)
+        except RefusedError:
+            raise
         except UserError as error:
             problems.append(f"{shard.file} cannot be read ({error})")
             follows_eot = False

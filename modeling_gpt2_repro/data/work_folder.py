@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.data.shards import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.files import (
     TEMPORARY_SUFFIX,
     follow_links,
@@ -73,6 +73,7 @@ class WorkFolder:
             has_changed = begun.pop("corpus_state", None) != plan["corpus_state"]
             changes += [name for name, value in begun.items() if value != plan[name]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise_if_refused(error, path)
             raise UserError(f"{path} is damaged ({error}): --overwrite starts afresh") from error
         if changes:
             raise UserError(

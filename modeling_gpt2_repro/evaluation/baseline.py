@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
 from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
@@ -143,6 +143,7 @@ def read_baselines(path: Path) -> list[Baseline]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise_if_refused(error, path)
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): remove it, and measure again with train.py "
             "--eval_only"

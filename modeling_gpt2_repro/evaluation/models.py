@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.evaluation.scoring import get_max_positions
 from modeling_gpt2_repro.files import check_model_folder, check_weight_names
 
@@ -146,6 +146,7 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, flag: st
             use_safetensors=True,
         )
     except Exception as error:  # of a damaged folder transformers raises anything
+        raise_if_refused(error, name)
         raise UserError(f"{flag} {name} is not a causal language model that loads: {_explain(error)}") from error
     # transformers fills both kinds with random numbers and only warns.
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
@@ -182,6 +183,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrained
         check_model_folder(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged folder transformers raises anything
+        raise_if_refused(error, name)
         raise UserError(
             f"cannot load a model and its tokenizer from {flag} {name}; pass a model folder or a Hub id: "
             f"{_explain(error)}"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.errors import RefusedError, UserError, raise_if_refused
 from modeling_gpt2_repro.files import (
     TEMPORARY_SUFFIX,
     clear_leftovers,
@@ -139,7 +139,8 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
 
 def list_models(folder: Path) -> list[Path]:
     """Return the folders `step_N` in a run's checkpoint folder, oldest first: checkpoints, and models kept of them."""
-    found = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{7,15}", path.name))
+    paths = folder.iterdir() if folder.is_dir() else ()  # unlike `glob`, not silent of a folder that may not be read
+    found = (path for path in paths if re.fullmatch(r"step_\d{7,15}", path.name))
     return sorted((path for path in found if path.is_dir()), key=read_step)
 
 
@@ -193,10 +194,16 @@ def describe_way_back(requested: str, folder: Path) -> str:
 
 
 def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    found = list_checkpoints(folder)
+    try:
+        found = list_checkpoints(folder)
+    except OSError as error:
+        raise_if_refused(error, folder)
+        raise
     for checkpoint in reversed(found):
         try:
             check_whole(checkpoint)
+        except RefusedError:  # to go on from an older one would be to make the steps since then again
+            raise
         except UserError as error:
             say(f"passed over a checkpoint: {error}")
         else:
@@ -213,9 +220,12 @@ def check_whole(checkpoint: Path) -> None:
     """Compare a checkpoint's files with their checksums.
 
     Raises:
+        RefusedError: the machine does not let them be read.
         UserError: it is none, or a file is missing, changed, or was not there when it was saved.
     """
     state_folder = checkpoint / TRAINING_STATE
+    for folder in (checkpoint, state_folder):  # what may not be opened would count as missing
+        raise_if_refused(None, folder)
     if not state_folder.is_dir():
         raise UserError(
             f"{checkpoint} is not a checkpoint to resume from: give a folder like runs/NAME/checkpoints/step_0001000, "
@@ -225,6 +235,7 @@ def check_whole(checkpoint: Path) -> None:
         checksums = dict(json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8")))
         names = set(checksums)
     except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise_if_refused(error, checkpoint)
         raise UserError(f"{checkpoint} is damaged: {CHECKSUMS_NAME} cannot be read ({error})") from error
     # Only files that lie there are opened, whatever the list says.
     found = set(_list_files(checkpoint)) - {f"{TRAINING_STATE}/{CHECKSUMS_NAME}"}
@@ -232,7 +243,12 @@ def check_whole(checkpoint: Path) -> None:
         state = "missing" if name in names else "not one of its files"
         raise UserError(f"{checkpoint} is damaged: {name} is {state}")
     for name in sorted(found):
-        if compute_checksum(checkpoint / name) != checksums[name]:
+        try:
+            checksum = compute_checksum(checkpoint / name)
+        except OSError as error:
+            raise_if_refused(error, checkpoint / name)
+            raise
+        if checksum != checksums[name]:
             raise UserError(f"{checkpoint} is damaged: {name} is not what was saved")
 
 
@@ -246,6 +262,7 @@ def load_state(checkpoint: Path) -> TrainingState:
     try:
         return TrainingState.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise_if_refused(error, path)
         raise UserError(f"{checkpoint} is not a checkpoint of this version: {path.name} has no {error}") from error
 
 
@@ -280,6 +297,7 @@ def load_moving_parts(
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
     except Exception as error:  # a pickle that is none of ours can raise anything
+        raise_if_refused(error, checkpoint)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{checkpoint} is damaged: {OPTIMIZER_NAME} cannot be read ({reason})") from error
 

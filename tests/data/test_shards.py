@@ -53,7 +53,7 @@ def test_manifest_survives_the_disk(folder):
 
 def test_manifest_proves_that_no_token_was_lost(folder):
     manifest = load_manifest(folder)
-    with pytest.raises(AssertionError, match="tokens were lost"):
+    with pytest.raises(ValueError, match="tokens were lost"):
         dataclasses.replace(manifest, read=Totals(7, 36, 28))
 
 

@@ -1,0 +1,107 @@
+"""What the machine refuses, and settings that are not ours, end in one true line, or in what does without.
+
+Each hindrance is a real one, in a fork of a process that has imported the scripts.
+"""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from cases import TINY, open_case, to_flags
+from conftest import REPOSITORY
+from fork_server import serve_forks
+from test_flags import EVALUATE, PREPARE
+
+PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for name in ("", "bad_input"))])
+MODULES = ("train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.nanogpt", "cases")
+# Then a file that its owner may not read is refused to root as well: linux/capability.h, without the first three.
+NO_PRIVILEGES = """
+import ctypes
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.capget(header, sets) == 0
+sets[0] &= ~0b111
+assert libc.capset(header, sets) == 0
+"""
+RUN = """
+import cases, contextlib
+with cases.quick_machine():
+    code = module.main(run["argv"])
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with serve_forks(MODULES, os.environ | {"PYTHONPATH": PATH, "PYTHONDONTWRITEBYTECODE": "1"}) as server:
+        yield server
+
+
+def run(forks, case, module: str, settings: dict, hindrance: str = NO_PRIVILEGES) -> SimpleNamespace:
+    """Run a command in a case's `cwd`; the promise of one line without a traceback holds in any case."""
+    script = f"os.chdir({str(case.folder / 'cwd')!r})\n{hindrance}\n{RUN}"
+    given = forks.run(module, to_flags(settings), case.folder, script=script)
+    assert "Traceback" not in given.err, given.err
+    assert given.code in (0, 2), given.err
+    if given.code == 2:
+        assert given.err.count("error: ") == 1 and given.err.splitlines()[-1].startswith(module.rpartition(".")[2])
+        assert not any(lie in given.err for lie in ("damaged", "overwrite", "again with", "not a whole")), given.err
+    return given
+
+
+VERIFY = {"output_dir": "../given/data", "verify": True}
+# What is read: by whom, and which of the given files.
+READ = {
+    "a shard": ("train", TINY, "data/a_train_000001.npy"),
+    "a manifest": ("train", TINY, "data/manifest.json"),
+    "a shard that is verified": ("prepare_data", VERIFY, "data/a_train_000002.npy"),
+    "a model": ("eval_hellaswag", EVALUATE, "model/model.safetensors"),
+    "a model's configuration": ("train", TINY | {"init_from": "../given/model"}, "model/config.json"),
+    "a model to go on from": ("train", TINY | {"init_from": "../given/model"}, "model/model.safetensors"),
+    "a model's tokenizer": ("eval_hellaswag", EVALUATE, "model/tokenizer.json"),
+    "a tokenizer": ("prepare_data", PREPARE, "tokenizer/tokenizer.json"),
+    "a corpus": ("prepare_data", PREPARE, "corpus/a.jsonl"),
+    "a parquet file": ("prepare_data", PREPARE | {"files": "../given/corpus/e.parquet"}, "corpus/e.parquet"),
+    "a compressed file": ("prepare_data", PREPARE | {"files": "../given/corpus/f.jsonl.zst"}, "corpus/f.jsonl.zst"),
+    "a checkpoint of nanoGPT": (
+        "modeling_gpt2_repro.nanogpt",
+        {"checkpoint": "../given/corpus/a.jsonl", "output_dir": "out", "tokenizer": "none"},
+        "corpus/a.jsonl",
+    ),
+    "items": ("eval_hellaswag", EVALUATE, "items.jsonl"),
+}
+
+
+@pytest.mark.parametrize("what", READ)
+def test_what_may_not_be_read_is_not_called_damaged(forks, what):
+    module, settings, name = READ[what]
+    with open_case("data", "model", "tokenizer", "corpus", "items.jsonl") as case:
+        (case.given / name).chmod(0)
+        given = run(forks, case, module, settings)
+    assert given.code == 2 and "Permission denied" in given.err and name.rpartition("/")[0] in given.err
+
+
+@pytest.mark.parametrize("name", ["", "step_0000002", "step_0000002/model.safetensors", "step_0000002/training_state"])
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(forks, name):
+    with open_case("data", "items.jsonl") as case:
+        assert run(forks, case, "train", TINY | {"keep_checkpoints": 0}, "").code == 0
+        folder = case.folder / "cwd" / "runs" / "run"
+        shutil.rmtree(folder / "final")
+        hidden = folder / "checkpoints" / name
+        hidden.chmod(0)
+        given = run(forks, case, "train", TINY)
+        hidden.chmod(0o755)
+        assert given.code == 2 and "passed over" not in given.out and "could not be read" in given.err
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_0000001", "step_0000002"]
+        assert run(forks, case, "train", TINY).code == 0
+
+
+def test_shards_may_be_more_than_open_files(forks):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))"
+    with open_case("corpus", "tokenizer") as case:
+        assert run(forks, case, "prepare_data", PREPARE | {"output_dir": "data", "shard_size": 3}, limit).code == 0
+        assert len(list((case.folder / "cwd" / "data").glob("*_train_*.npy"))) > 90
+        given = run(forks, case, "train", TINY | {"data_dir": "data"}, limit)
+        assert given.code == 0, given.err
