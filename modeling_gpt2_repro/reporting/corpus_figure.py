@@ -16,6 +16,7 @@ from modeling_gpt2_repro.reporting.corpus_text import MOST_COMMON, quote_tokens
 from modeling_gpt2_repro.reporting.figures import (
     SPLIT_COLOURS,
     build_figure,
+    default_style,
     finish_axes,
     make_drawable,
     save_figure,
@@ -39,6 +40,7 @@ def draw_inspection(inspection: Inspection) -> Path:
     return path
 
 
+@default_style()
 def build_inspection_figure(inspection: Inspection) -> Figure:
     """Build three panels: document lengths, token frequencies by rank, and the most common tokens."""
     splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller one is drawn upon the larger

@@ -1,7 +1,10 @@
 """What all our pictures share: their look, and how they get onto the disk."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -14,6 +17,17 @@ SPLIT_COLOURS = {"train": TRAIN_COLOUR, "val": VAL_COLOUR}
 # Apart also for the colour-blind: Okabe and Ito's palette, without its yellow.
 RUN_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 FORMATS = ("png", "svg", "pdf")
+
+
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Draw as matplotlib does by itself, whatever its file of settings says: a picture is the same everywhere.
+
+    Of the settings some are looked up when a figure is built and some when it is saved. Also a decorator.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def build_figure(width: float, height: float) -> Figure:
@@ -41,6 +55,7 @@ def make_drawable(text: str, font: FontProperties | None = None) -> str:
     return "".join(character if ord(character) in drawable else ascii(character)[1:-1] for character in text)
 
 
+@default_style()
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that its file's name ends with, whole or not at all.
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from modeling_gpt2_repro.arguments import Parser, expand_home, whole_number
 from modeling_gpt2_repro.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.reporting.curves import LOGGED_TOKENS_PER_STEP, Curves, load_curves
-from modeling_gpt2_repro.reporting.figures import build_figure, format_count, make_drawable, save_figure
+from modeling_gpt2_repro.reporting.figures import build_figure, default_style, format_count, make_drawable, save_figure
 from modeling_gpt2_repro.reporting.panels import (
     LM_EVAL_SCORE,
     ORIGINAL_SCORE,
@@ -44,6 +44,7 @@ def draw_curves(run_folder: str | Path) -> Path:
     return path
 
 
+@default_style()
 def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Figure:
     """Build the panels of one run, or of several for comparison.
 

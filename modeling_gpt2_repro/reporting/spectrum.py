@@ -9,7 +9,13 @@ from matplotlib.mlab import psd
 
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.reporting.curves import Curves, Series
-from modeling_gpt2_repro.reporting.figures import RUN_COLOURS, build_figure, finish_axes, make_drawable
+from modeling_gpt2_repro.reporting.figures import (
+    RUN_COLOURS,
+    build_figure,
+    default_style,
+    finish_axes,
+    make_drawable,
+)
 
 # The first steps, where the loss falls too fast to be told from what comes back.
 BEGINNING_SHARE = 0.05
@@ -69,6 +75,7 @@ def compute_spectrum(losses: Series) -> Spectrum:
     return Spectrum(1 / frequencies[is_seen], powers[is_seen] / median)
 
 
+@default_style()
 def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
     """Build a panel for each run: power over period, the strongest periods named.
 
