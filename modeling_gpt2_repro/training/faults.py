@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from modeling_gpt2_repro.devices import is_out_of_memory
 from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError
+from modeling_gpt2_repro.refusals import describe_refusal, find_refusal
 
 # "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598" (torch),
 # "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).
@@ -136,4 +137,6 @@ def explained_write_failures(folder: Path, describe_way_back: Callable[[], str])
     except Exception as error:
         if isinstance(error, UserError) or not is_write_failure(error):
             raise
-        raise UserError(f"cannot write to {folder}: {error}. Make room: {describe_way_back()}") from error
+        refusal = find_refusal(error)
+        reason = describe_refusal(refusal) if refusal else error
+        raise UserError(f"cannot write to {folder}: {reason}. Make room: {describe_way_back()}") from error
