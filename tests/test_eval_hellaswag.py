@@ -247,7 +247,7 @@ def copy_tokenizer(model_folder, folder):
 def test_a_folder_without_model_or_tokenizer_is_answered(model_folder, tmp_path, capsys):
     copy_tokenizer(model_folder, tmp_path / "no_model")
     data = ("--data_file", SAMPLE_FILE)
-    assert "is not a causal language model that loads" in complain(capsys, "--model", tmp_path / "no_model", *data)
+    assert "did not load as a causal language model" in complain(capsys, "--model", tmp_path / "no_model", *data)
     save_model(tmp_path / "no_tokenizer")
     assert "has no tokenizer" in complain(capsys, "--model", tmp_path / "no_tokenizer", *data)
 

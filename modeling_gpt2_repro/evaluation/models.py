@@ -1,6 +1,7 @@
 """Loading any causal language model for evaluation, with its mistakes explained."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -147,7 +148,7 @@ def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool, flag: st
         )
     except Exception as error:  # of a damaged folder transformers raises anything
         raise_if_refused(error, name)
-        raise UserError(f"{flag} {name} is not a causal language model that loads: {_explain(error)}") from error
+        raise UserError(f"{flag} {name} did not load as a causal language model: {_explain(error)}") from error
     # transformers fills both kinds with random numbers and only warns.
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
     if unloaded:
@@ -197,4 +198,6 @@ def _load_tokenizer(name: str, trust_remote_code: bool, flag: str) -> PreTrained
 def _explain(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it comes with code of its own, which runs only where --trust_remote_code is given"
+    if sys.flags.optimize > 1 and "docstring" in str(error):
+        return "transformers reads docstrings, which python -OO removes: run it without -OO (PYTHONOPTIMIZE)"
     return next(iter(str(error).splitlines()), type(error).__name__)

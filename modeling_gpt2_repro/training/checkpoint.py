@@ -303,14 +303,23 @@ def load_moving_parts(
 
 
 def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Check that a checkpoint gives back the weights and the optimizer's state, to the last bit."""
+    """Check that a checkpoint gives back the weights and the optimizer's state, to the last bit.
+
+    Raises:
+        RuntimeError: it does not. No `assert`, because what is checked is the disk, also under `python -O`.
+    """
+
+    def check_same(name: str, saved: Any, value: Any) -> None:
+        if not torch.equal(torch.as_tensor(saved), torch.as_tensor(value).cpu()):
+            raise RuntimeError(f"{name} came back from {checkpoint} as something else")
+
     reloaded = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(reloaded[name], tensor.cpu()), f"{name} came back from {checkpoint} as something else"
+        check_same(name, reloaded[name], tensor)
     saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)["optimizer"]["state"]
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            assert torch.equal(torch.as_tensor(saved[index][name]), torch.as_tensor(value).cpu()), f"{name} of {index}"
+            check_same(f"{name} of parameter {index}", saved[index][name], value)
 
 
 def _list_files(folder: Path) -> list[str]:
