@@ -11,6 +11,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
+import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
+
+# isort: split
 import torch
 
 from modeling_gpt2_repro.arguments import parse_arguments, setting
@@ -51,7 +54,8 @@ class EvaluationSettings:
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_arguments(EvaluationSettings, argv, description=__doc__.splitlines()[0])
+    """Measure any causal language model on HellaSwag, under the original script's protocol and the harness's."""
+    settings = parse_arguments(EvaluationSettings, argv, description=main.__doc__)
     if settings.batch_tokens is not None and settings.batch_tokens < 1:
         raise UserError(f"--batch_tokens {settings.batch_tokens}: has to be at least 1")
     for path in (settings.output, settings.per_example):

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
+
+# isort: split
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 

@@ -13,6 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
+
+# isort: split
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -32,17 +35,9 @@ from modeling_gpt2_repro.reporting.publisher import Publisher
 from modeling_gpt2_repro.run import Run, build_run, describe_plan
 from modeling_gpt2_repro.streams import discard_unwritten
 from modeling_gpt2_repro.training import checkpoint as checkpoints
+from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
-from modeling_gpt2_repro.training.faults import (
-    MOST_OVERFLOWS,
-    NonFiniteError,
-    RepeatedOverflowError,
-    explained_nondeterminism,
-    explained_out_of_memory,
-    explained_write_failures,
-    tolerated_write_failures,
-)
 from modeling_gpt2_repro.training.optim import set_learning_rate
 from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
@@ -73,7 +68,7 @@ def start(config: TrainingConfig, preemption: Preemption) -> int:
     record = RunRecord(Path(config.output_dir) / config.run_name, accelerator, console.say)
     publisher = Publisher(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
     try:
-        with explained_nondeterminism():
+        with faults.explained_nondeterminism():
             if config.eval_only:
                 evaluate_only(config, accelerator)
             elif run := build_run(config, accelerator, record, publisher):
@@ -92,8 +87,8 @@ def start(config: TrainingConfig, preemption: Preemption) -> int:
 def run_to_the_end(run: Run, preemption: Preemption) -> int:
     """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
     with (
-        explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
-        explained_write_failures(run.record.folder, run.describe_way_back),
+        faults.explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
+        faults.explained_write_failures(run.record.folder, run.describe_way_back),
         preemption.deferred(),
     ):
         with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
@@ -173,10 +168,10 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
     # An infinite gradient is fp16's scaler's to deal with: it skips the update and scales less, until that is no help.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
-        raise NonFiniteError(step + 1, loss, grad_norm, order.windows_of_step(step, config.windows_per_step))
+        raise faults.NonFiniteError(step + 1, loss, grad_norm, order.windows_of_step(step, config.windows_per_step))
     run.n_overflows = 0 if math.isfinite(grad_norm) else run.n_overflows + 1
-    if run.n_overflows >= MOST_OVERFLOWS:
-        raise RepeatedOverflowError(step + 1, run.n_overflows)
+    if run.n_overflows >= faults.MOST_OVERFLOWS:
+        raise faults.RepeatedOverflowError(step + 1, run.n_overflows)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -214,7 +209,7 @@ def evaluate(run: Run, step: int) -> None:
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
         if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
             with (
-                tolerated_write_failures("the best model was not written", run.console.say),
+                faults.tolerated_write_failures("the best model was not written", run.console.say),
                 create_folder_atomically(run.record.folder / BEST) as folder,
             ):
                 checkpoints.save_model(folder, run.model, inputs.tokenizer)
@@ -249,7 +244,7 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
     started, config, folder = time.perf_counter(), run.config, run.record.folder / CHECKPOINTS
     run.record.check_claim()
     if run.accelerator.is_main_process:
-        with tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
+        with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
             run.record.sync()
             check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
             checkpoint = checkpoints.save_checkpoint(
@@ -262,7 +257,7 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
             )
             is_saved = True
             run.publisher.submit(checkpoint)
-        with tolerated_write_failures("an old checkpoint was not deleted", run.console.say):
+        with faults.tolerated_write_failures("an old checkpoint was not deleted", run.console.say):
             checkpoints.prune_checkpoints(folder, config.keep_checkpoints, config.keep_weights_every)
         run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
     run.accelerator.wait_for_everyone()

@@ -4,6 +4,9 @@ Importing the package registers the model with the Auto classes, so that `AutoMo
 the run's checkpoints.
 """
 
+from . import environment  # noqa: F401  libraries read it when they are imported
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig

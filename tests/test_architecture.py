@@ -9,15 +9,8 @@ from conftest import REPOSITORY
 PACKAGE = "modeling_gpt2_repro"
 SCRIPTS = ("train", "prepare_data", "eval_hellaswag")
 FOUNDATIONS = (
-    "streams",
-    "stop_signals",
-    "refusals",
-    "errors",
-    "files",
-    "locks",
-    "arguments",
-    "launch_environment",
-    "devices",
+    *("environment", "streams", "stop_signals", "refusals", "errors", "files", "locks", "arguments"),
+    *("launch_environment", "devices"),
 )
 ROOMS = ("data", "training", "evaluation")
 COMMANDS = ("nanogpt",)

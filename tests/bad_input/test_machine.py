@@ -5,16 +5,26 @@ Each hindrance is a real one, in a fork of a process that has imported the scrip
 
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
-from cases import TINY, open_case, to_flags
+from cases import TINY, build_originals, open_case, to_flags
 from conftest import REPOSITORY
 from fork_server import serve_forks
 from test_flags import EVALUATE, PREPARE
 
 PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for name in ("", "bad_input"))])
-MODULES = ("train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.nanogpt", "cases")
+HELPFUL = (
+    *("train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.nanogpt"),
+    *(
+        "modeling_gpt2_repro.evaluation.sampling",
+        "modeling_gpt2_repro.reporting.plots",
+        "modeling_gpt2_repro.reporting.hub",
+    ),
+)
+MODULES = (*HELPFUL, "cases")
 # Then a file that its owner may not read is refused to root as well: linux/capability.h, without the first three.
 NO_PRIVILEGES = """
 import ctypes
@@ -26,8 +36,11 @@ assert libc.capset(header, sets) == 0
 """
 RUN = """
 import cases, contextlib
-with cases.quick_machine():
-    code = module.main(run["argv"])
+try:
+    with cases.quick_machine():
+        code = module.main(run["argv"])
+except SystemExit as end:  # of --help
+    code = end.code or 0
 sys.stdout.flush()
 os._exit(code)
 """
@@ -105,3 +118,46 @@ def test_shards_may_be_more_than_open_files(forks):
         assert len(list((case.folder / "cwd" / "data").glob("*_train_*.npy"))) > 90
         given = run(forks, case, "train", TINY | {"data_dir": "data"}, limit)
         assert given.code == 0, given.err
+
+
+@pytest.mark.parametrize("module", HELPFUL)
+def test_help_does_without_docstrings(forks, tmp_path, module):
+    """As under `python -OO`, which removes them."""
+    script = f"module.__doc__ = module.main.__doc__ = None\n{RUN}"
+    given = forks.run(module, ["--help"], tmp_path, script=script)
+    assert (given.code, given.err) == (0, "") and "usage" in given.out
+
+
+FAILING = {
+    "train.py": {"TQDM_MININTERVAL": "often"},
+    "prepare_data.py": {"HF_HUB_DOWNLOAD_TIMEOUT": "long"},
+    "eval_hellaswag.py": {"TQDM_NCOLS": "wide"},
+    "-mmodeling_gpt2_repro.evaluation.sampling": {"TQDM_MINITERS": "few"},
+}
+
+
+@pytest.mark.parametrize("command", FAILING)
+def test_what_libraries_do_not_take_of_the_environment_is_named(command):
+    environment = os.environ | {"PYTHONPATH": PATH} | FAILING[command]
+    process = subprocess.run(
+        [sys.executable, command, "--help"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    ((name, value),) = FAILING[command].items()
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert "a library does not load in this environment (ValueError: " in process.stderr
+    assert f"unset {name}={value}" in process.stderr
+
+
+def test_pictures_are_the_same_whatever_matplotlib_is_told(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: None Such\naxes.facecolor: black\n")
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_gpt2_repro.reporting.plots",
+        build_originals() / "run",
+        "--output=a.png",
+    ]
+    settings = {"PYTHONPATH": PATH, "MPLBACKEND": "nonsense", "MPLCONFIGDIR": os.devnull}
+    process = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "a.png").read_bytes() == (build_originals() / "run" / "curves.png").read_bytes()

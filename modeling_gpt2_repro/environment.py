@@ -1,0 +1,61 @@
+"""What libraries read in the environment when they are imported: a command of ours says so where one fails for it.
+
+No code of ours could say it then, and the traceback would be of a library's inside.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+SCRIPTS = ("train.py", "prepare_data.py", "eval_hellaswag.py")
+# What they ask for where nothing is set.
+MISSING = {
+    "No usable temporary directory": "set TMPDIR to a folder that you may write to",
+    "MPLCONFIGDIR": "set MPLCONFIGDIR to a folder that you may write to",
+}
+
+
+def is_command() -> bool:
+    """Tell whether this process was started to run a script or a module of ours, and not one that imports us."""
+    if sys.argv[0] == "-m":  # as long as the module itself is looked for
+        return any(__package__ in argument for argument in sys.orig_argv)
+    return Path(sys.argv[0]).name in SCRIPTS
+
+
+def list_suspects(message: str) -> list[str]:
+    """Return, as NAME=value, the variables that the message of an exception names or whose values it repeats."""
+    given = {name: value for name, value in os.environ.items() if value and name not in ("PWD", "OLDPWD")}
+    return sorted(
+        f"{name}={value}" for name, value in given.items() if name in message.split() or repr(value) in message
+    )
+
+
+def exit_for_environment(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process with one line and exit code 2 where an import failed for what the environment says.
+
+    As `sys.excepthook`: any other exception gets its traceback.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(trace) if frame.f_code.co_name == "<module>"]
+    is_of_import = any(frame.f_globals["__name__"] != "__main__" for frame in frames) and isinstance(error, Exception)
+    suspects = list_suspects(str(error))
+    missing = next((advice for sign, advice in MISSING.items() if sign in str(error)), None)
+    if not is_of_import or not (suspects or missing):
+        sys.__excepthook__(kind, error, trace)
+        return
+    command = Path(sys.argv[0]).name if sys.argv[0] != "-m" else __package__
+    reason = " ".join(str(error).split())[:500]
+    advice = missing or f"unset {', '.join(suspects)}, or give it another value"
+    print(
+        f"{command}: error: a library does not load in this environment ({kind.__name__}: {reason}): {advice}",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.exit(2)
+
+
+if is_command():
+    # Ours draw into files, and matplotlib does not load with a backend that it does not have.
+    os.environ.pop("MPLBACKEND", None)
+    sys.excepthook = exit_for_environment
