@@ -288,9 +288,9 @@ def measure_free_memory(device: torch.device) -> int | None:
     return int(sizes["MemAvailable"].split()[0]) * 1024
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an exception of torch's means that the device, or the machine, has no memory left."""
-    is_known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    is_known = isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
     return is_known or any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
 
 

@@ -132,7 +132,7 @@ class TrainingConfig:
     )
     tf32: bool = setting(True, "compute what stays in float32 as TF32 where the device has it; False: exactly, slower")
     compile: Literal["auto", "on", "off"] = setting(
-        "auto", "torch.compile of the training step; auto: on where a compiler for the device is found"
+        "auto", "torch.compile of the training step; auto: where a compiler for the device is found and works"
     )
     deterministic: bool = setting(
         False,

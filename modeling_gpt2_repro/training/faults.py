@@ -81,7 +81,7 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         smaller = next((other for other in sizes if other < size), None)

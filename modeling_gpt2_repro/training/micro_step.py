@@ -12,6 +12,7 @@ import torch._functorch.config as functorch_config
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import Dataset
 
@@ -78,21 +79,19 @@ def fit_micro_batch(
         advice: what would fit where no size does, if that is known.
 
     Raises:
-        UserError: not even the smallest size fits.
+        UserError: not even the smallest size fits, or the compiler failed that had to be `on`.
     """
     if compile != "off":
-        reason = None
-        if compile == "auto" and not can_compile(accelerator.device):
-            reason = "there is no compiler for this device (a C++ compiler, on a CPU)"
+        reason, compiled = _compile(loss_model, compile, accelerator.device)
         try:
             _agree_to_compile(reason, accelerator)
             say("compiling the training step, which takes a minute or so")
-            # A size is compiled for itself: one graph for all of them would have to be traced for each all the same.
-            compiled = torch.compile(loss_model, dynamic=False)
             with _recompute_cheap_activations(accelerator.device):
                 return _try_sizes(compiled, dataset, sizes, accelerator, advice)
         except CompilationError as error:
-            say(f"all processes run eagerly: {error}" if accelerator.num_processes > 1 else str(error))
+            if compile == "on":
+                raise UserError(f"--compile on: {error} (with auto the run is eager where that fails)") from error
+            say(f"{'all processes run' if accelerator.num_processes > 1 else 'the run goes on'} eagerly: {error}")
             torch._dynamo.reset()
     return _try_sizes(loss_model, dataset, sizes, accelerator, advice)
 
@@ -111,6 +110,19 @@ def settle_gradient_exchange(loss_model: nn.Module, dataset: Dataset, size: int,
 
 def _stack_windows(dataset: Dataset, size: int) -> torch.Tensor:
     return torch.stack([dataset[index % len(dataset)] for index in range(size)])
+
+
+def _compile(loss_model: nn.Module, compile: str, device: torch.device) -> tuple[str | None, nn.Module]:
+    """Return why this process cannot compile, `None` where it seems to, and the module that does at its first call."""
+    if compile == "auto" and not can_compile(device):
+        return "there is no compiler for this device (a C++ compiler, on a CPU)", loss_model
+    if torch._dynamo.config.disable:
+        return "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set", loss_model
+    try:
+        # A size is compiled for itself: one graph for all of them would have to be traced for each all the same.
+        return None, torch.compile(loss_model, dynamic=False)
+    except Exception as error:
+        return _describe(error), loss_model
 
 
 def _agree_to_compile(reason: str | None, accelerator: Accelerator) -> None:
@@ -140,8 +152,7 @@ def _try_sizes(
         for process, outcome in enumerate(outcomes):
             if outcome.compiler_error is not None:
                 raise CompilationError(
-                    f"torch.compile failed{_name_process(process, accelerator)}, so the run is eager: "
-                    f"{outcome.compiler_error}"
+                    f"torch.compile failed{_name_process(process, accelerator)}: {outcome.compiler_error}"
                 )
         if all(outcome.fits for outcome in outcomes):
             if accelerator.device.type == "cpu":
@@ -164,12 +175,21 @@ def _try_sizes(
 def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> Outcome:
     try:
         return Outcome(_time_micro_step(loss_model, dataset, size, accelerator))
-    except RuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:
         if is_out_of_memory(error):
             return Outcome(fits=False)
-        if isinstance(error, TorchDynamoException):
-            return Outcome(compiler_error=str(error).strip().splitlines()[0])
+        # What is wrong with the model itself comes up again without the compiler.
+        if isinstance(loss_model, OptimizedModule):
+            return Outcome(compiler_error=_describe(error))
         raise
+
+
+def _describe(error: Exception) -> str:
+    """Say why nothing is compiled: a compiler starts programs and threads, writes to caches, and raises anything."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return reason if isinstance(error, TorchDynamoException) else f"{type(error).__name__}: {reason}"
 
 
 def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:

@@ -110,14 +110,22 @@ def test_without_a_compiler_the_run_is_eager_and_says_so(model, windows, monkeyp
     assert "torch.compile is off" in said[0]
 
 
-def test_a_compiler_that_fails_leaves_the_run_eager(model, windows, monkeypatch, tmp_path):
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler nothing is compiled on a CPU")
+@pytest.mark.parametrize("fault", ["compiler", "cache"])
+def test_a_compiler_that_fails_leaves_the_run_eager_unless_it_was_asked_for(
+    model, windows, monkeypatch, tmp_path, fault
+):
     torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / ("file" if fault == "cache" else "folder")))
     # By inductor's own means: pytest's would leave a setting behind that is an alias.
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        found, said = fit(WindowLoss(model), windows, [4], compile="on")
+    compiler = {"cpp.cxx": ("no-such-compiler",)} if fault == "compiler" else {}
+    with torch._inductor.config.patch(compiler | {"force_disable_caches": True}):
+        found, said = fit(WindowLoss(model), windows, [4], compile="auto")
+        with pytest.raises(UserError, match=r"^--compile on: torch\.compile (failed|is off): "):
+            fit(WindowLoss(model), windows, [4], compile="on")
     assert type(found.loss_model) is WindowLoss
-    assert any("torch.compile failed" in line for line in said)
+    assert any(line.startswith("the run goes on eagerly: torch.compile ") for line in said)
 
 
 def test_advice_stands_where_nothing_fits(model, windows):
@@ -171,7 +179,10 @@ class Fails(WindowLoss):
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(windows)
 say = lambda line: sys.stdout.write(f"{{rank}}: {{line}}\\n")  # at once, or lines of both would mix
-fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
+try:
+    fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
+except ValueError as error:
+    sys.exit(say(f"refuses: {{error}}") and None)
 say(f"answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
 """
 
@@ -189,9 +200,11 @@ def run_two_processes(tmp_path, compile, runs_out=False) -> list[str]:
 @pytest.mark.parametrize("compile, reason", [("auto", "there is no compiler"), ("on", "torch.compile failed")])
 def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile, reason):
     lines = run_two_processes(tmp_path, compile)
-    assert {"0: answers Fails 4", "1: answers Fails 4"} <= set(lines)
+    answers = {f"{process}: answers Fails 4" for process in "01"}
+    assert answers <= set(lines) if compile == "auto" else not answers & set(lines)
+    consequence = "all processes run eagerly" if compile == "auto" else "refuses"
     for process in "01":
-        (said,) = [line for line in lines if line.startswith(f"{process}: all processes run eagerly")]
+        (said,) = [line for line in lines if line.startswith(f"{process}: {consequence}")]
         assert "in process 1" in said and reason in said
 
 
