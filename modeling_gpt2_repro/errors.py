@@ -65,7 +65,10 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
             return 128 + signal.SIGINT
         except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
             return 128 + signal.SIGPIPE
-        except (OSError, MemoryError, RuntimeError) as error:
+        except BaseException as error:
+            is_of_rust = type(error).__module__ == "pyo3_runtime"  # its panics, which are no `Exception`
+            if not isinstance(error, OSError | MemoryError | RuntimeError) and not is_of_rust:
+                raise
             refusal = find_refusal(error)
             if refusal is not None and refusal.errno not in SYSTEM_REFUSALS:
                 return _report(f"{describe_refusal(refusal)}: put that right, and give the same command again")

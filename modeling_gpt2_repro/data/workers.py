@@ -38,9 +38,13 @@ class WorkerPool:
         self._num_workers = num_workers
         self._on_wait = on_wait
         self._executor = None
+        self._thread_error: BaseException | None = None
+        self._others = set(multiprocessing.active_children())
         if num_workers == 1:
             initializer(*initargs)
         else:
+            # The executor's own threads die where the machine refuses them another one, and no result would ever come.
+            threading.excepthook = self._note_thread_error
             context = multiprocessing.get_context(START_METHOD)
             self._is_over = context.Value("b", False)
             self._executor = concurrent.futures.ProcessPoolExecutor(
@@ -76,14 +80,25 @@ class WorkerPool:
             self._is_over.value = True  # `cancel` does not reach those that lie in the queue between the processes
             for future in pending:
                 future.cancel()
-            concurrent.futures.wait(pending)
+            if self._thread_error is None:
+                concurrent.futures.wait(pending)
             self._is_over.value = False
 
     def shut_down(self) -> None:
         """End the workers."""
         if self._executor is not None:
             self._is_over.value = True
-            self._executor.shutdown(cancel_futures=True)
+            threading.excepthook = threading.__excepthook__
+            try:
+                self._executor.shutdown(cancel_futures=True)
+            finally:
+                # Where the machine refused a worker, or the thread that leads them, nobody tells the others to end,
+                # and Python would wait for them.
+                for process in set(multiprocessing.active_children()) - self._others:
+                    process.kill()
+
+    def _note_thread_error(self, thread: Any) -> None:
+        self._thread_error = thread.exc_value
 
     def _submit_next(self, function: Callable, jobs: Iterator[tuple], pending: collections.deque) -> bool:
         try:
@@ -100,6 +115,8 @@ class WorkerPool:
 
     def _wait(self, future: concurrent.futures.Future) -> Any:
         while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
+            if self._thread_error is not None:
+                raise self._thread_error
             self._on_wait()
         self._on_wait()
         try:
@@ -109,6 +126,7 @@ class WorkerPool:
 
 
 _is_over: Any = None
+_failure: Exception | None = None
 
 
 def is_over() -> bool:
@@ -117,17 +135,22 @@ def is_over() -> bool:
 
 
 def _initialize(flag: Any, initializer: Callable, initargs: tuple) -> None:
-    global _is_over
+    global _is_over, _failure
     _is_over = flag
     # Ctrl-C reaches all processes of a terminal, and a batch system's signals often do: what is to become of the jobs
     # is the parent's to say.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    initializer(*initargs)
+    try:
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+        initializer(*initargs)
+    except Exception as error:  # raised here, it would reach the parent as a worker that was killed
+        _failure = error
 
 
 def _run(function: Callable, job: tuple) -> Any:
+    if _failure is not None:
+        raise _failure
     return None if is_over() else function(*job)
 
 

@@ -1,5 +1,8 @@
 """The pool of workers: order, and what happens to the other jobs when one fails."""
 
+import contextlib
+import multiprocessing
+import threading
 import time
 
 import pytest
@@ -57,3 +60,29 @@ def test_a_job_hears_that_nobody_waits_any_more(tmp_path):
     results.close()
     assert time.monotonic() - started < 20
     pool.shut_down()
+
+
+def refuse_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("name", ["_ExecutorManagerThread", "QueueFeederThread", "in a worker"])
+def test_threads_that_the_machine_refuses_are_an_error_and_leave_no_worker(monkeypatch, name):
+    start = threading.Thread.start
+
+    def start_others(thread):
+        if name in (type(thread).__name__, thread.name):
+            refuse_thread()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    others = set(multiprocessing.active_children())
+    pool = WorkerPool(2, refuse_thread if name == "in a worker" else int, ())
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        list(pool.map_in_order(int, [("1",)] * 9))
+    with contextlib.suppress(RuntimeError):
+        pool.shut_down()
+    for worker in set(multiprocessing.active_children()) - others:
+        worker.join(10)
+        assert worker.exitcode is not None
+    assert threading.excepthook is threading.__excepthook__
