@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 SCRIPTS = ("train.py", "prepare_data.py", "eval_hellaswag.py")
+# Of folders that cannot be made torch does not even load, whether anything is to be compiled or not.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR",)
 # What they ask for where nothing is set.
 MISSING = {
     "No usable temporary directory": "set TMPDIR to a folder that you may write to",
@@ -22,6 +24,22 @@ def is_command() -> bool:
     if sys.argv[0] == "-m":  # as long as the module itself is looked for
         return any(__package__ in argument for argument in sys.orig_argv)
     return Path(sys.argv[0]).name in SCRIPTS
+
+
+def drop_caches_that_cannot_be() -> None:
+    """Let a library keep its cache where it does by default, and say so, where a folder that is set cannot be made."""
+    for name in CACHES:
+        try:
+            os.makedirs(os.environ.get(name) or os.curdir, exist_ok=True)
+        except OSError as error:
+            folder = os.environ.pop(name)
+            message = f"warning: {name}={folder} cannot be made ({error.strerror}): the cache is where it is else"
+            print(f"{name_command()}: {message}", file=sys.stderr, flush=True)
+
+
+def name_command() -> str:
+    """Return what to call this process in a message."""
+    return Path(sys.argv[0]).name if sys.argv[0] != "-m" else __package__
 
 
 def list_suspects(message: str) -> list[str]:
@@ -44,11 +62,10 @@ def exit_for_environment(kind: type[BaseException], error: BaseException, trace:
     if not is_of_import or not (suspects or missing):
         sys.__excepthook__(kind, error, trace)
         return
-    command = Path(sys.argv[0]).name if sys.argv[0] != "-m" else __package__
     reason = " ".join(str(error).split())[:500]
     advice = missing or f"unset {', '.join(suspects)}, or give it another value"
     print(
-        f"{command}: error: a library does not load in this environment ({kind.__name__}: {reason}): {advice}",
+        f"{name_command()}: error: a library does not load in this environment ({kind.__name__}: {reason}): {advice}",
         file=sys.stderr,
         flush=True,
     )
@@ -58,4 +75,5 @@ def exit_for_environment(kind: type[BaseException], error: BaseException, trace:
 if is_command():
     # Ours draw into files, and matplotlib does not load with a backend that it does not have.
     os.environ.pop("MPLBACKEND", None)
+    drop_caches_that_cannot_be()
     sys.excepthook = exit_for_environment

@@ -201,7 +201,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> "DocumentEnc
     spec = EncoderSpec(definition, tokenizer.eos_token_id, uses_gigatoken=True)
     try:
         encoder = DocumentEncoder(spec)
-    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:  # what gigatoken says to what it lacks
+    # What gigatoken says to what it lacks, and awkward to `python -X dev`.
+    except (ValueError, RuntimeError, TypeError, NotImplementedError, LookupError) as error:
         reason = format_line(str(error))
         print(f"gigatoken cannot take the tokenizer {name}, the far slower tokenizers does: {reason}", flush=True)
         encoder = DocumentEncoder(dataclasses.replace(spec, uses_gigatoken=False))
@@ -354,6 +355,8 @@ class DocumentEncoder:
         self._engine = None  # the old one first, so that the two never exist together
         self._engine_bytes = 0
         if self.spec.uses_gigatoken:
+            import awkward  # noqa: F401  here: half a second, and so that who builds the engine hears of it
+
             self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.spec.tokenizer_json))
         else:
             self._engine = tokenizers.Tokenizer.from_str(self.spec.tokenizer_json)
