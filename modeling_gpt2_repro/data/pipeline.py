@@ -16,6 +16,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -52,7 +53,7 @@ from modeling_gpt2_repro.data.tokenization import (
 )
 from modeling_gpt2_repro.data.tokenized import Run, TaskSummary, list_runs, load_summary, sync_pieces, tokenize_task
 from modeling_gpt2_repro.data.work_folder import WorkFolder, open_work_folder
-from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, is_over
+from modeling_gpt2_repro.data.workers import START_METHOD, WorkerPool, has_shared_memory, is_over
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.files import compute_checksum, sync_file, sync_folder, sync_tree
 
@@ -189,12 +190,14 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
 class _SharedState:
     """What this process and its workers share: where the pieces are, how to make them, and how far they are."""
 
-    def __init__(self, work: WorkFolder, encoder: DocumentEncoder | None, options: ShardOptions):
-        context = multiprocessing.get_context(START_METHOD)
+    def __init__(self, work: WorkFolder, encoder: DocumentEncoder | None, options: ShardOptions, num_workers: int):
         self.pieces = work.pieces
         self.encoder = encoder
         self.options = options
-        self.tokens_read = context.Value("q", 0)
+        # Nothing is shared where a single process does it all.
+        self.tokens_read: Any = SimpleNamespace(value=0, get_lock=contextlib.nullcontext)
+        if num_workers > 1:
+            self.tokens_read = multiprocessing.get_context(START_METHOD).Value("q", 0)
 
 
 _state: _SharedState
@@ -207,13 +210,17 @@ def _open_pool(
     options: ShardOptions,
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[WorkerPool]:
-    state = _SharedState(work, encoder, options)
+    num_workers = options.num_workers
+    if num_workers > 1 and not has_shared_memory():
+        print("no shared memory (/dev/shm) can be had for more processes: a single one does the work", flush=True)
+        num_workers = 1
+    state = _SharedState(work, encoder, options, num_workers)
 
     def on_wait() -> None:
         work.lock.beat()
         report_progress(state.tokens_read.value)
 
-    pool = WorkerPool(options.num_workers, _start_worker, (state,), on_wait=on_wait)
+    pool = WorkerPool(num_workers, _start_worker, (state,), on_wait=on_wait)
     try:
         yield pool
     finally:

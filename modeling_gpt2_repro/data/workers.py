@@ -23,6 +23,15 @@ POLL_SECONDS = 0.2
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
+def has_shared_memory() -> bool:
+    """Tell whether the machine has what several workers share, which lies in /dev/shm: a container may have none."""
+    try:
+        multiprocessing.get_context(START_METHOD).Value("b")
+    except OSError:
+        return False
+    return True
+
+
 class WorkerPool:
     """Runs functions in `num_workers` processes, or in this one where that is 1.
 

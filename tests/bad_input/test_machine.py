@@ -161,3 +161,10 @@ def test_pictures_are_the_same_whatever_matplotlib_is_told(tmp_path):
     process = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "a.png").read_bytes() == (build_originals() / "run" / "curves.png").read_bytes()
+
+
+def test_without_shared_memory_one_process_does_the_work(forks):
+    no_shared_memory = "import multiprocessing.heap as heap; heap.Arena._dir_candidates = ['/nonexistent']"
+    with open_case("corpus", "tokenizer") as case:
+        given = run(forks, case, "prepare_data", PREPARE | {"num_workers": 2}, no_shared_memory)
+    assert given.code == 0 and "a single one does the work" in given.out
