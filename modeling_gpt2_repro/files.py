@@ -115,6 +115,11 @@ def make_way(path: str | Path) -> Path:
     return place
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Tell whether a name is one that text files can hold, and libraries in other languages than Python take."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))  # how Python spells other bytes
+
+
 @contextlib.contextmanager
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that takes its name only once it is complete and on disk.

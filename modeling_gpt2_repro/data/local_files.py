@@ -20,7 +20,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from modeling_gpt2_repro.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.files import check_encoding
+from modeling_gpt2_repro.files import check_encoding, is_utf8
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".txt", ".txt.gz")
@@ -58,6 +58,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             raise UserError(f"--files {pattern}: no such file, or a folder without {', '.join(SUFFIXES)} files")
         found |= files
     for path in found:
+        if not is_utf8(path):
+            raise UserError(f"--files {path}: its name is not UTF-8, and no manifest could say it: rename it")
         if not _has_known_suffix(path):
             raise UserError(f"--files {path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}")
     # Two paths may lead to one file.

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import check_place, follow_links
+from modeling_gpt2_repro.files import check_place, follow_links, is_utf8
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.tracking import CHECKPOINTS, CONFIG, FILES, REPLACED_FILES, REPLACED_FOLDERS
 
@@ -35,6 +35,8 @@ def measure_folder(folder: Path) -> int:
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise a `UserError` where `folder`, or what it will be made in, cannot take a run of that size."""
     folder = follow_links(folder)
+    if not is_utf8(folder):
+        raise UserError(f"cannot write to {folder}: its name is not UTF-8, and not every library takes it: rename it")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {existing}, where --output_dir is: choose a folder that you may write to")

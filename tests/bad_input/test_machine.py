@@ -168,3 +168,17 @@ def test_without_shared_memory_one_process_does_the_work(forks):
     with open_case("corpus", "tokenizer") as case:
         given = run(forks, case, "prepare_data", PREPARE | {"num_workers": 2}, no_shared_memory)
     assert given.code == 0 and "a single one does the work" in given.out
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no other names")
+def test_names_that_are_not_utf8(forks):
+    with open_case("data", "corpus", "tokenizer") as case:
+        odd = os.fsencode(case.folder) + b"/cwd/\xff.jsonl"
+        shutil.copy(case.given / "corpus" / "a.jsonl", odd)
+        given = run(forks, case, "prepare_data", PREPARE | {"files": "."})
+        assert given.code == 2 and "not UTF-8" in given.err
+        os.remove(odd)
+        os.mkdir(odd)
+        folders = {"data_dir": case.given / "data", "output_dir": "runs"}
+        given = run(forks, case, "train", TINY | folders, f"os.chdir({odd!r})")
+        assert given.code == 2 and "not UTF-8" in given.err
