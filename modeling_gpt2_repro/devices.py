@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from modeling_gpt2_repro.launch_environment import settle_environment
 
 # The first process draws and saves while the others wait in a collective.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+
+CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -174,8 +178,22 @@ def load_glibc() -> ctypes.CDLL | None:
 
 
 def count_cores() -> int:
-    """Return the cores that this process may run on, which a batch system may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the cores that this process may run on, which a batch system or a container may limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = read_container_limit("cpu.max")
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def read_container_limit(name: str) -> float | None:
+    """Return what `cpu.max` or `memory.max` of this container allows, in cores or bytes; `None` for no limit.
+
+    See https://docs.kernel.org/admin-guide/cgroup-v2.html; a `cpu.max` is microseconds in a period of so many.
+    """
+    try:
+        limit, *period = (CGROUP_FOLDER / name).read_text(encoding="ascii").split()
+        return int(limit) / int(period[0] if period else 1)
+    except (OSError, ValueError):  # no cgroups, or "max"
+        return None
 
 
 def compute_once(function: Callable[[], Any], accelerator: Accelerator) -> Any:
@@ -262,11 +280,12 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def measure_total_memory() -> int | None:
-    """Return the machine's memory in bytes; `None` where the system does not say."""
+    """Return the memory of the machine, or of its container, in bytes; `None` where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+    return int(min(memory, read_container_limit("memory.max") or memory))
 
 
 def measure_device_memory(device: torch.device) -> int:

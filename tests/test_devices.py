@@ -118,3 +118,17 @@ def test_freed_memory_is_kept_for_the_next_step_until_it_is_returned():
     result = subprocess.run([sys.executable, "-c", FREE_AND_RETURN], capture_output=True, text=True, check=True)
     kept, left = map(int, result.stdout.split())
     assert kept > 200 and left < 56
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1), ("nonsense", 8), (None, 8)]
+)
+def test_a_containers_limits_count(tmp_path, monkeypatch, quota, cores):
+    monkeypatch.setattr("modeling_gpt2_repro.devices.CGROUP_FOLDER", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert devices.count_cores() == cores
+    memory = devices.measure_total_memory()
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert devices.measure_total_memory() == 4096 != memory
