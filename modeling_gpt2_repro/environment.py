@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 SCRIPTS = ("train.py", "prepare_data.py", "eval_hellaswag.py")
 # Of folders that cannot be made torch does not even load, whether anything is to be compiled or not.
@@ -42,6 +43,20 @@ def name_command() -> str:
     return Path(sys.argv[0]).name if sys.argv[0] != "-m" else __package__
 
 
+def check_working_folder() -> None:
+    """End the process where the folder that it was started in is gone: libraries ask for it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        end("the working folder does not exist any more: change to another one")
+
+
+def end(message: str) -> NoReturn:
+    """End the process as a command whose user made a mistake."""
+    print(f"{name_command()}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def list_suspects(message: str) -> list[str]:
     """Return, as NAME=value, the variables that the message of an exception names or whose values it repeats."""
     given = {name: value for name, value in os.environ.items() if value and name not in ("PWD", "OLDPWD")}
@@ -64,16 +79,12 @@ def exit_for_environment(kind: type[BaseException], error: BaseException, trace:
         return
     reason = " ".join(str(error).split())[:500]
     advice = missing or f"unset {', '.join(suspects)}, or give it another value"
-    print(
-        f"{name_command()}: error: a library does not load in this environment ({kind.__name__}: {reason}): {advice}",
-        file=sys.stderr,
-        flush=True,
-    )
-    sys.exit(2)
+    end(f"a library does not load in this environment ({kind.__name__}: {reason}): {advice}")
 
 
 if is_command():
     # Ours draw into files, and matplotlib does not load with a backend that it does not have.
     os.environ.pop("MPLBACKEND", None)
+    check_working_folder()
     drop_caches_that_cannot_be()
     sys.excepthook = exit_for_environment

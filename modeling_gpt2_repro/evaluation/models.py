@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import HF_MODULES_CACHE
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro.errors import UserError, raise_if_refused
@@ -200,4 +201,7 @@ def _explain(error: Exception) -> str:
         return "it comes with code of its own, which runs only where --trust_remote_code is given"
     if sys.flags.optimize > 1 and "docstring" in str(error):
         return "transformers reads docstrings, which python -OO removes: run it without -OO (PYTHONOPTIMIZE)"
+    place = getattr(error, "filename", None)
+    if place and (str(place).startswith(HF_MODULES_CACHE) or HF_MODULES_CACHE.startswith(str(place))):
+        return f"{error}: set HF_MODULES_CACHE to a folder that you may write to, for the code that comes with it"
     return next(iter(str(error).splitlines()), type(error).__name__)

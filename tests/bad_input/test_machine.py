@@ -182,3 +182,22 @@ def test_names_that_are_not_utf8(forks):
         folders = {"data_dir": case.given / "data", "output_dir": "runs"}
         given = run(forks, case, "train", TINY | folders, f"os.chdir({odd!r})")
         assert given.code == 2 and "not UTF-8" in given.err
+
+
+def test_a_cache_that_cannot_be_made_is_named(forks):
+    with open_case("run", "items.jsonl") as case:
+        settings = EVALUATE | {"model": "../given/run/final", "trust_remote_code": True}
+        nowhere = "import transformers.dynamic_module_utils as d, modeling_gpt2_repro.evaluation.models as m\n"
+        nowhere += f"d.HF_MODULES_CACHE = m.HF_MODULES_CACHE = {os.devnull + '/cache'!r}"
+        given = run(forks, case, "eval_hellaswag", settings, nowhere)
+    assert given.code == 2 and "set HF_MODULES_CACHE to" in given.err
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
+def test_a_working_folder_that_is_gone(tmp_path, script):
+    command = f"cd {tmp_path} && rmdir {tmp_path} && exec {sys.executable} {REPOSITORY / script} --help"
+    process = subprocess.run(
+        ["sh", "-c", command], env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True
+    )
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "the working folder does not exist any more" in process.stderr
