@@ -77,7 +77,16 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
             f"the launcher started {n_local} processes, but this machine has {torch.cuda.device_count()} GPU(s): "
             f"launch with --num_processes {torch.cuda.device_count()}"
         )
-    state = PartialState(cpu=use_cpu, timeout=PROCESS_GROUP_TIMEOUT)
+    try:
+        state = PartialState(cpu=use_cpu, timeout=PROCESS_GROUP_TIMEOUT)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the processes do not find each other ({reason}): look at the launcher's address and port (MASTER_ADDR, "
+            "MASTER_PORT), and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, which name a network of this machine"
+        ) from error
     if state.device.type == "cpu":
         compute_deterministically(True)
     n_launched = int(os.environ.get("WORLD_SIZE", "1"))

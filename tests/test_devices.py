@@ -132,3 +132,15 @@ def test_a_containers_limits_count(tmp_path, monkeypatch, quota, cores):
     memory = devices.measure_total_memory()
     (tmp_path / "memory.max").write_text("4096\n")
     assert devices.measure_total_memory() == 4096 != memory
+
+
+def test_processes_that_do_not_find_each_other_are_told_where_to_look(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("Unable to find address for: nonsense0\nException raised from ...")
+
+    monkeypatch.setattr(devices, "PartialState", fail)
+    with pytest.raises(RuntimeError, match=r"^Unable"):
+        devices.start_accelerator("no")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"\(Unable to find address for: nonsense0\).*GLOO_SOCKET_IFNAME"):
+        devices.start_accelerator("no")
