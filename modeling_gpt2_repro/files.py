@@ -14,11 +14,17 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from modeling_gpt2_repro.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TEMPORARY_SUFFIX = ".partial"
 # Of a folder whose name another one has taken. What has it is ours to restore or to delete, so nobody else may use it.
@@ -30,6 +36,11 @@ WIDE_MARKS = {
     **{codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"},
     **{codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"},
 }
+# How long one process waits until another one has written the same file.
+LOCK_SECONDS = 10.0
+# What file systems say that cannot lock, as some that clusters share.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+LockState = Literal["ours", "held", "unsupported"]
 # What kernels and file systems say that cannot swap two names (NFS, some of overlayfs).
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
@@ -133,18 +144,57 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield stream
         return
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    if temporary.is_symlink():  # it would be written through
-        temporary.unlink()
-    try:
-        with open(temporary, mode, encoding=encoding) as stream:
+    with os.fdopen(_open_alone(temporary), mode, encoding=encoding) as stream:
+        try:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
+
+
+def _open_alone(path: Path) -> int:
+    """Create a temporary file, or empty one that is left over, once no other process writes to it."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        if path.is_symlink():  # it would be written through
+            path.unlink()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # The wait ends, whatever holds up the other process.
+        if try_lock(descriptor) != "held" or time.monotonic() > deadline:
+            if is_file_at(descriptor, path):
+                break
+        else:
+            time.sleep(0.01)
+        os.close(descriptor)
+    if os.fstat(descriptor).st_size:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def try_lock(descriptor: int, is_exclusive: bool = True) -> LockState:
+    """Lock a file, exclusively or shared with others, until it is closed, if no other process holds it."""
+    if fcntl is None:
+        return "unsupported"
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "held"
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return "unsupported"
+    return "ours"
+
+
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file still has this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ machines once that has been silent for `SILENCE_SECONDS`.
 """
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -17,25 +16,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NoReturn
+from types import TracebackType
+from typing import NoReturn
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import follow_links, make_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from modeling_gpt2_repro.files import LockState, follow_links, is_file_at, make_folder, try_lock
 
 HEARTBEAT_SECONDS = 15.0
 SILENCE_SECONDS = 120.0
 # The children of a process that was killed hold its lock until they have noticed.
 PATIENCE_SECONDS = 3.0
 FILE_BYTES = 512
-# What file systems say that cannot lock, as some that clusters share.
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-
-LockState = Literal["ours", "held", "unsupported"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ class Holder:
 
 
 class FolderLock:
-    """The right of one process to write to a folder, by a file in it.
+    """The right of one process to write to a folder, by a file in it. A context, too.
 
     Args:
         folder: made where it is missing.
@@ -130,9 +121,9 @@ class FolderLock:
             make_folder(folder)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         # Others may share it, but whoever comes first has it alone for a while.
-        state = _try_lock(descriptor, is_exclusive=not self.is_shared or next(self._turns))
+        state = try_lock(descriptor, is_exclusive=not self.is_shared or next(self._turns))
         # If not, whoever had the lock has just removed it, or moved the folder.
-        if _is_file_at(descriptor, self.path):
+        if is_file_at(descriptor, self.path):
             holder = read_holder(self.path)
             if self._is_free(state, holder, waited):
                 if state != "held":
@@ -166,9 +157,7 @@ class FolderLock:
 
     def share(self) -> None:
         """Let others share a lock that was taken to be shared."""
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # of a file system without locks
-                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        try_lock(self._descriptor, is_exclusive=False)
 
     def beat(self) -> None:
         """Write a heartbeat, if one is due and the lock is still this process's."""
@@ -186,6 +175,15 @@ class FolderLock:
 
         self._thread = threading.Thread(target=go_on, name="heartbeat", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     def describe_holder(self) -> dict[str, str | int]:
         """Return, as JSON, by what others can tell whether this process is alive."""
@@ -217,7 +215,7 @@ class FolderLock:
         if self._thread is not None:
             self._thread.join()
         with contextlib.suppress(OSError):
-            if _is_file_at(self._descriptor, self.path) and self.is_ours():
+            if is_file_at(self._descriptor, self.path) and self.is_ours():
                 if self.is_shared:  # others may go on
                     os.truncate(self._descriptor, 0)
                 else:
@@ -252,26 +250,6 @@ def identify_machine() -> str:
 def format_time(seconds: float) -> str:
     """Write a time, in seconds since 1970, as ISO 8601 in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _try_lock(descriptor: int, is_exclusive: bool) -> LockState:
-    if fcntl is None:
-        return "unsupported"
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "held"
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return "unsupported"
-    return "ours"
-
-
-def _is_file_at(descriptor: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    return False
 
 
 def _exists(holder: Holder) -> bool:

@@ -31,6 +31,7 @@ from modeling_gpt2_repro.files import (
     follow_links,
 )
 from modeling_gpt2_repro.llmc import FORMAT, read_llmc_model
+from modeling_gpt2_repro.locks import FolderLock
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.checkpoint import save_published_model
 
@@ -303,9 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_libraries()
     check_place(config.output_dir, is_folder=True)
     output = follow_links(config.output_dir)
-    for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
-        if path.exists():
-            raise UserError(f"{path} exists already: give another --output_dir, or remove it")
+    check_is_free(output)
     tokenizer = None if config.tokenizer == "none" else load_tokenizer(config.tokenizer)
     model = load_nanogpt(
         config.checkpoint,
@@ -314,13 +313,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         n_head=config.n_head,
         report=print,
     )
-    with create_folder_atomically(config.output_dir) as temporary:
-        save_published_model(temporary, model, tokenizer)
+    with FolderLock(output.parent, f".{output.name}.lock", f"another process is writing {output.name} in"):
+        check_is_free(output)
+        with create_folder_atomically(output) as temporary:
+            save_published_model(temporary, model, tokenizer)
     for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function"):
         print(f"{name}: {getattr(model.config, name)}")
     print(f"parameters: {model.num_parameters():,}")
     print(f"written: {config.output_dir}")
     return 0
+
+
+def check_is_free(output: Path) -> None:
+    """Raise a `UserError` where something has the name of the folder, or of what it is until it is whole."""
+    for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
+        if path.exists():
+            raise UserError(f"{path} exists already: give another --output_dir, or remove it")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import hashlib
+import multiprocessing
 import os
 import threading
 
@@ -97,3 +98,32 @@ def test_weights_in_several_files_are_known_by_all_of_them(tmp_path):
         (tmp_path / "b.safetensors").write_bytes(content)
         found.add(identify_weights(tmp_path))
     assert len(found) == 2
+
+
+def test_processes_that_write_the_same_file_take_turns(tmp_path):
+    """And each of them leaves a whole file: of one of them, whichever was last."""
+    path, count = tmp_path / "results.json", 4
+
+    def write(number: int) -> None:
+        for _ in range(20):
+            with open_atomically(path) as stream:
+                for _ in range(50):
+                    stream.write(str(number) * 100)
+                    stream.flush()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=write, args=[number]) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+    assert path.read_text() in [str(number) * 5000 for number in range(count)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_had_begun_to_write_is_no_part_of_the_next(tmp_path):
+    (tmp_path / "a.partial").write_text("a long text that was begun")
+    with open_atomically(tmp_path / "a") as stream:
+        stream.write("short")
+    assert (tmp_path / "a").read_text() == "short" and list(tmp_path.iterdir()) == [tmp_path / "a"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_gpt2_repro import locks
+from modeling_gpt2_repro import files, locks
 from modeling_gpt2_repro.errors import UserError
 from modeling_gpt2_repro.locks import FolderLock, Holder, read_holder
 
@@ -33,7 +33,7 @@ def without_flock(monkeypatch):
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
 
 
 def build_lock(folder: Path, said: list[str] | None = None, **options) -> FolderLock:

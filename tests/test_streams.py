@@ -2,58 +2,42 @@
 
 import json
 import os
-import pty
 import sys
-import time
-import traceback
-from collections.abc import Callable
+from encodings.aliases import aliases
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
+from fork_server import serve_forks
 from small_runs import N_STEPS, flags, read_losses, run_training
 
-import eval_hellaswag
-import prepare_data
-import train
-from modeling_gpt2_repro.evaluation import sampling
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.reporting import summary
-from modeling_gpt2_repro.streams import discard_unwritten, outliving_readers, prepare_streams
+from modeling_gpt2_repro.streams import prepare_streams
 
+SAMPLING, SUMMARY = "modeling_gpt2_repro.evaluation.sampling", "modeling_gpt2_repro.reporting.summary"
 NAME = "ŝipo 日本 ▁"
 PROMPT = "日本 naïve \U0001f600"
 QUICK = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 6, "sample_prompt": PROMPT, "sample_tokens": 24}
 
 
-def run_in_fork(function: Callable[[], int], fork: Callable[[], tuple[int, int | None]] = lambda: (os.fork(), None)):
-    """Run a function in a process of its own, as a script whose exit code it returns; return id and terminal."""
-    process_id, terminal = fork()
-    if process_id:
-        return process_id, terminal
-    code = 1
-    try:
-        code = function()
-        sys.stdout.flush()  # as the interpreter does
-    except BaseException:
-        traceback.print_exc()
-    os._exit(code)
+@pytest.fixture(scope="module")
+def server():
+    modules = ["train", "prepare_data", "eval_hellaswag", SAMPLING, SUMMARY, "standard_streams"]
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    with serve_forks(modules, {**os.environ, "PYTHONPATH": path}) as server:
+        yield server
 
 
-def wait_for_code(process_id: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
+@pytest.fixture
+def run_script(server, tmp_path):
+    """Return what runs a script with standard streams that `prepare` makes, in a process of its own."""
 
+    def run(prepare: str, module: str, argv: list[object]):
+        call = f"importlib.import_module({module!r}).main({[str(each) for each in argv]!r})"
+        script = f"import importlib\nfrom standard_streams import *\n{prepare}\nend({call})"
+        return server.run("standard_streams", [], tmp_path, script=script)
 
-def set_stream(name: str, encoding: str = "utf-8", errors: str = "strict") -> None:
-    """Open a standard stream anew, as the interpreter does."""
-    descriptor = {"stdout": 1, "stderr": 2}[name]
-    setattr(sys, name, open(descriptor, "w", encoding=encoding, errors=errors, closefd=False))  # noqa: SIM115
-
-
-def redirect(encoding: str, stdout: Path, stderr: Path) -> None:
-    """Give this process standard streams as the interpreter would have made them."""
-    for descriptor, path, name, errors in ((1, stdout, "stdout", "strict"), (2, stderr, "stderr", "backslashreplace")):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        set_stream(name, encoding, errors)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -61,57 +45,43 @@ def finished_run(shards, tmp_path_factory) -> Path:
     return run_training(shards, tmp_path_factory.mktemp("runs"), NAME, **QUICK)
 
 
-def list_scripts(finished_run: Path, shards: Path, folder: Path) -> dict[str, tuple[Callable, list]]:
+def list_scripts(finished_run: Path, shards: Path, folder: Path) -> dict[str, tuple[str, list]]:
     """Return calls that print text which few encodings have."""
-    data = folder / "data" / NAME
+    data, model = folder / "data" / NAME, finished_run / "final"
     (folder / f"{NAME}.txt").write_text(f"{PROMPT} and so on. " * 400)
     return {
-        "train": (train.main, flags(shards, folder, NAME, **QUICK)),
-        "prepare_data": (
-            prepare_data.main,
-            [f"--files={folder / NAME}.txt", f"--output_dir={data}"],
-        ),
-        "inspect": (prepare_data.main, [f"--output_dir={data}", "--inspect=1"]),
-        "eval_hellaswag": (
-            eval_hellaswag.main,
-            [f"--model={finished_run / 'final'}", f"--data_file={SAMPLE_FILE}", "--limit=2"],
-        ),
-        "sampling": (sampling.main, [f"--model={finished_run / 'final'}", f"--prompt={PROMPT}", "--n_samples=1"]),
-        "summary": (summary.main, [str(finished_run)]),
+        "train": ("train", flags(shards, folder, NAME, **QUICK)),
+        "prepare_data": ("prepare_data", [f"--files={folder / NAME}.txt", f"--output_dir={data}"]),
+        "inspect": ("prepare_data", [f"--output_dir={data}", "--inspect=1"]),
+        "eval_hellaswag": ("eval_hellaswag", [f"--model={model}", f"--data_file={SAMPLE_FILE}", "--limit=2"]),
+        "sampling": (SAMPLING, [f"--model={model}", f"--prompt={PROMPT}", "--n_samples=1"]),
+        "summary": (SUMMARY, [finished_run]),
     }
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437", "shift_jis", "utf-16"])
-def test_every_script_can_say_what_it_has_to_say(shards, finished_run, tmp_path, encoding):
-    scripts = list_scripts(finished_run, shards, tmp_path)
-    for name, (main, argv) in scripts.items():
+def test_every_script_can_say_what_it_has_to_say(shards, finished_run, tmp_path, run_script, encoding):
+    out = tmp_path / "out"
+    for name, (module, argv) in list_scripts(finished_run, shards, tmp_path).items():
         if encoding != "latin-1" and name in ("train", "eval_hellaswag"):
             continue
-        out, err = tmp_path / "out", tmp_path / "err"
-        process_id, _ = run_in_fork(lambda main=main, argv=argv: (redirect(encoding, out, err), main(argv))[1])  # noqa: B023
-        assert wait_for_code(process_id) == 0, err.read_text(errors="replace")
+        result = run_script(f"redirect({str(out)!r}, {encoding!r})", module, argv)
+        assert result.code == 0, result.err
         text = out.read_bytes().decode(encoding)
-        if name != "prepare_data":
-            assert "日本" in text or r"\u65e5\u672c" in text, name
+        assert "日本" in text or r"\u65e5\u672c" in text, name
 
 
-def test_a_line_survives_every_encoding_that_python_has(tmp_path):
-    from encodings.aliases import aliases
-
+def test_a_line_survives_every_encoding_that_python_has(tmp_path, monkeypatch):
     encodings = sorted(set(aliases.values()))
     assert len(encodings) > 80
-
-    def print_in_all() -> int:
-        for encoding in encodings:
-            try:
-                redirect(encoding, tmp_path / "out", tmp_path / "err")
-            except LookupError:  # of bytes, or of another system
-                continue
-            prepare_streams()
-            print(PROMPT + "\ud800")
-        return 0
-
-    assert wait_for_code(run_in_fork(print_in_all)[0]) == 0
+    for encoding in encodings:
+        try:
+            with open(tmp_path / "out", "w", encoding=encoding) as stream:
+                monkeypatch.setattr(sys, "stdout", stream)
+                prepare_streams()
+                print(PROMPT + "\ud800", flush=True)
+        except LookupError:  # an encoding of bytes, or of another system
+            continue
 
 
 def test_a_choice_of_the_user_stays(monkeypatch, tmp_path):
@@ -122,79 +92,40 @@ def test_a_choice_of_the_user_stays(monkeypatch, tmp_path):
     assert (tmp_path / "out").read_text() == "?\n"
 
 
-def give_nobody(kind: str) -> None:
-    """Give this process a stdout that nobody reads, or that takes nothing."""
-    if kind == "closed":
-        os.close(1)
-        sys.stdout = None
-        return
-    if kind == "pipe":
-        reader, writer = os.pipe()
-        os.close(reader)
-    else:
-        writer = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(writer, 1)
-    set_stream("stdout")
-
-
 @pytest.mark.parametrize("kind", ["pipe", "full", "closed"])
-def test_a_run_needs_nobody_who_reads(shards, tmp_path, kind):
-    process_id, _ = run_in_fork(lambda: (give_nobody(kind), train.main(flags(shards, tmp_path, **QUICK)))[1])
-    assert wait_for_code(process_id) == 0
+def test_a_run_needs_nobody_who_reads(shards, tmp_path, run_script, kind):
+    result = run_script(f"give_nobody({kind!r})", "train", flags(shards, tmp_path, **QUICK))
+    assert result.code == 0, result.err
     assert list(read_losses(tmp_path / "run")) == list(range(1, N_STEPS + 1))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize("kind, code", [("pipe", 141), ("full", 2), ("closed", 0)])
-def test_a_command_ends_as_others_do_where_nobody_reads(finished_run, tmp_path, kind, code):
-    def describe() -> int:
-        os.dup2(os.open(tmp_path / "err", os.O_WRONLY | os.O_CREAT), 2)
-        set_stream("stderr")
-        give_nobody(kind)
-        return summary.main([str(finished_run)])
-
-    assert wait_for_code(run_in_fork(describe)[0]) == code
-    err = (tmp_path / "err").read_text()
-    assert "Traceback" not in err and err.count("\n") == (code == 2), err
+def test_a_command_ends_as_others_do_where_nobody_reads(finished_run, run_script, kind, code):
+    result = run_script(f"give_nobody({kind!r})", SUMMARY, [finished_run])
+    assert result.code == code
+    assert "Traceback" not in result.err and result.err.count("\n") == (code == 2), result.err
 
 
-def test_a_terminal_that_closes_costs_nothing(shards, tmp_path):
+def test_a_terminal_that_closes_costs_nothing(shards, tmp_path, server):
     """The system sends the run SIGHUP, and nothing can be written to it any more."""
-    argv = flags(shards, tmp_path, **QUICK | {"save_every": 0, "max_steps": 100_000, "sample_tokens": 32})
-
-    def train_on_terminal() -> int:
-        set_stream("stdout")
-        set_stream("stderr")
-        return train.main(argv)
-
-    process_id, terminal = run_in_fork(train_on_terminal, pty.fork)
-    deadline = time.monotonic() + 60
-    while '"step": 3' not in (shown := read_if_there(tmp_path / "run" / "metrics.jsonl")):
-        assert time.monotonic() < deadline, shown
-        time.sleep(0.02)
-        drain(terminal)
-    os.close(terminal)
-    assert wait_for_code(process_id) == 75
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    run, argv = tmp_path / "run", flags(shards, tmp_path, **QUICK | {"save_every": 0, "max_steps": 100_000})
+    script = f"from standard_streams import *\nend(run_on_terminal({argv!r}, Path({str(run)!r})))"
+    assert server.run("standard_streams", [], tmp_path, script=script).code == 75
+    status = json.loads((run / "status.json").read_text())
     assert status["status"] == "preempted" and status["step"] >= 3
-    assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:07d}").is_dir()
+    assert (run / "checkpoints" / f"step_{status['step']:07d}").is_dir()
 
 
-def read_if_there(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def drain(terminal: int) -> None:
-    os.set_blocking(terminal, False)
-    with outliving_readers():
-        os.read(terminal, 65536)
-
-
-def test_what_could_not_be_written_is_forgotten(tmp_path):
-    def leave_unwritten() -> int:
-        give_nobody("full")
-        sys.stdout.write("text")
-        discard_unwritten()
-        return 0
-
-    assert wait_for_code(run_in_fork(leave_unwritten)[0]) == 0
+def test_of_two_runs_of_one_name_one_is_told_of_the_other(shards, tmp_path, server):
+    """As by `srun -n 2 python train.py`, or a requeue that overlaps."""
+    argv = flags(shards, tmp_path, **QUICK | {"sample_every": 0, "save_every": 0, "max_steps": 40})
+    result = server.run(
+        "standard_streams", [], tmp_path, script=f"from standard_streams import *\nrun_twice(train.main, {argv!r})"
+    )
+    codes = {int(code): int(process) for process, code in map(str.split, result.out.splitlines()[-2:])}
+    assert sorted(codes) == [0, 2], result.err
+    (line,) = [line for line in result.err.splitlines() if "error: " in line]
+    assert f"process {codes[0]} on {os.uname().nodename}, since 20" in line
+    assert list(read_losses(tmp_path / "run")) == list(range(1, 41))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"

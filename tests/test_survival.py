@@ -146,34 +146,6 @@ def test_status_tells_whether_the_process_of_a_run_is_alive(shards, tmp_path, mo
     assert read_status(run)["status"] == "finished" and not (run / "lock").exists()
 
 
-def test_a_run_that_was_started_twice_has_one_writer(shards, tmp_path):
-    """As by `srun -n 2 python train.py`, or a requeue that overlaps."""
-    argv = flags(shards, tmp_path, **BARE, save_every=0, max_steps=40)
-    names = [tmp_path / "first", tmp_path / "second"]
-    processes = [start_fork(argv, name) for name in names]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    assert sorted(codes) == [0, 2], [name.read_text() for name in names]
-    loser, winner = codes.index(2), processes[codes.index(0)]
-    (line,) = [line for line in names[loser].read_text().splitlines() if "error: " in line]
-    assert f"process {winner} on {os.uname().nodename}, since 20" in line
-    assert list(read_losses(tmp_path / "run")) == list(range(1, 41))
-    assert read_status(tmp_path / "run")["status"] == "finished"
-
-
-def start_fork(argv: list[str], stderr: Path) -> int:
-    """Run train.py in a fork of this process, and return its id."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        code = train.main(argv)
-    finally:
-        os._exit(code)
-
-
 def test_a_run_that_lost_its_folder_writes_nothing_more(shards, tmp_path, monkeypatch, capsys):
     """As one that was suspended for so long that another machine took it for dead."""
     log = RunRecord.log
@@ -199,6 +171,14 @@ def test_a_signal_that_comes_later_again_stops_at_once(shards, tmp_path, monkeyp
     assert train.main(flags(shards, tmp_path, save_every=0)) == 130
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert read_status(tmp_path / "run")["status"] == "failed"
+
+
+def test_what_the_system_repeats_is_heard_once(shards, tmp_path, monkeypatch):
+    """As SIGXCPU, which comes every second, and a batch system's warning, which SIGTERM follows."""
+    monkeypatch.setattr(preemption, "SECONDS_OF_ONE_REQUEST", 0.0)
+    stop_at(monkeypatch, 4, signal.SIGXCPU, signal.SIGXCPU, signal.SIGUSR1, signal.SIGTERM)
+    assert train.main(flags(shards, tmp_path, save_every=0)) == 75
+    assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
 
 
 def test_signals_that_come_together_are_one_request(shards, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def finish_publishing(final: Path) -> None:
     sync_folder(final.parent)
     work_path = get_work_path(final)
     if work_path.is_dir():  # what had the name before, unless somebody has begun to work there
-        with _locked(work_path, alone=True):
+        with _build_lock(work_path, alone=True):
             if not (work_path / PLAN_NAME).exists():
                 set_aside(work_path, final)
     restore_folder(final)
@@ -167,7 +167,7 @@ def open_work_folder(
     """
     work = WorkFolder(final)
     _check_is_free(work.path)
-    with _locked(work.path, alone) as work.lock:
+    with _build_lock(work.path, alone) as work.lock:
         _check_is_free(work.path)  # another process may just have put there what it replaced
         if overwrite:
             for path in work.path.iterdir():
@@ -209,12 +209,5 @@ def _check_is_free(work_path: Path) -> None:
             )
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, alone: bool) -> Iterator[FolderLock]:
-    """Lock `folder`; at first exclusively in any case, so that a single process writes the plan."""
-    lock = FolderLock(folder, LOCK_NAME, "another prepare_data.py is working on", is_shared=not alone)
-    lock.acquire()
-    try:
-        yield lock
-    finally:
-        lock.release()
+def _build_lock(folder: Path, alone: bool) -> FolderLock:
+    return FolderLock(folder, LOCK_NAME, "another prepare_data.py is working on", is_shared=not alone)

@@ -16,21 +16,23 @@ PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of BSD's sysexits.h: try again later
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # what a shell says of who was stopped and leaves nothing to go on from
 # A batch system that signals every process, and a launcher that passes the signal on, are one request.
 SECONDS_OF_ONE_REQUEST = 5.0
+# Which of the signals, sent again, end a run that is about to save. The system may repeat others, as SIGXCPU.
+INSISTENT = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, torchrun
 
 
 class Preemption:
     """Takes the stop signals of a process. A context.
 
-    A signal raises `KeyboardInterrupt` or `Terminated`, but inside `deferred` the first one is noted, for the loop to
-    ask for at each step. One that comes `SECONDS_OF_ONE_REQUEST` later raises there too, and the next one ends the
-    process at once. A worker of a launcher also takes the launcher's death for a request: a lone one gets no signal
-    then, and would run on unseen. Made at the start of the process, to know the launcher.
+    A signal raises `KeyboardInterrupt` or `Terminated`, but inside `deferred` it is noted, for the loop to ask for at
+    each step. An insistent one that comes again `SECONDS_OF_ONE_REQUEST` later raises there too, and after that the
+    next signal ends the process at once. A worker of a launcher also takes the launcher's death for a request: a lone
+    one gets no signal then, and would run on unseen. Made at the start of the process, to know the launcher.
     """
 
     def __init__(self):
-        self._requested_at: float | None = None
-        self._is_deferred = False
+        self._requests: dict[int, float] = {}  # when each signal came first
+        self._is_deferred = self._has_lost_launcher = False
         self._handlers = handled_stop_signals(self._handle)
         self._restore_handlers: Callable[[], None]
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
@@ -55,9 +57,8 @@ class Preemption:
 
     def is_requested(self, accelerator: Accelerator) -> bool:
         """Tell whether any process was asked to stop; every process gets the same answer, at the same step."""
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self._requested_at = time.monotonic()
-        is_requested = self._requested_at is not None
+        self._has_lost_launcher |= self._launcher is not None and os.getppid() != self._launcher
+        is_requested = bool(self._requests) or self._has_lost_launcher
         if accelerator.num_processes == 1:
             return is_requested
         requests = torch.tensor(float(is_requested), device=accelerator.device)
@@ -65,13 +66,13 @@ class Preemption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        is_first = self._requested_at is None
-        if is_first:
-            self._requested_at = now
-        elif now - self._requested_at < SECONDS_OF_ONE_REQUEST:
+        # While the loop may still save, only a person or a batch system that insists is heard again.
+        earlier = self._requests.get(number) if self._is_deferred else min(self._requests.values(), default=None)
+        self._requests.setdefault(number, now)
+        if earlier is None and self._is_deferred:
             return
-        if is_first and self._is_deferred:
-            return
-        if not is_first:
+        if earlier is not None:
+            if now - earlier < SECONDS_OF_ONE_REQUEST or (self._is_deferred and number not in INSISTENT):
+                return
             self._restore_handlers()
         raise_terminated(number, frame)

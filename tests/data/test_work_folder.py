@@ -19,7 +19,7 @@ import pytest
 from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
 
 import prepare_data
-from modeling_gpt2_repro import locks
+from modeling_gpt2_repro import files, locks
 from modeling_gpt2_repro.data import local_files, splits, tokenized, work_folder
 
 FORK = multiprocessing.get_context("fork")
@@ -155,7 +155,7 @@ def test_a_file_system_without_locks_is_named(flags, expected, tmp_path, monkeyp
     def flock(stream, mode):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
     assert prepare_data.main([*flags, "--stage=tokenize"]) == 0
     assert prepare_data.main(flags) == 0
