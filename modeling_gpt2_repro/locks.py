@@ -83,6 +83,7 @@ class FolderLock:
         self.is_shared, self._say = is_shared, say
         self._holder: Holder | None = None
         self._descriptor: int | None = None
+        self._made: list[Path] = []
         self._turns = itertools.cycle((True, False))
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -97,6 +98,7 @@ class FolderLock:
         """
         if self._descriptor is not None:
             return
+        self._made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
         started = time.monotonic()
         first = read_holder(self.path)
         while not self._try_to_take(time.monotonic() - started):
@@ -208,7 +210,7 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Let others have the lock, if this process has it."""
+        """Let others have the lock, if this process has it, and remove the folder if it was made for nothing else."""
         if self._descriptor is None:
             return
         self._end.set()
@@ -222,6 +224,9 @@ class FolderLock:
                     self.path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
+        with contextlib.suppress(OSError):  # of a folder that is not empty
+            for folder in self._made:
+                folder.rmdir()
 
     def _write(self, holder: Holder) -> None:
         # At once and always as long, so that nobody reads half of it; JSON may end in blanks.

@@ -91,6 +91,16 @@ def test_released_it_is_free_and_leaves_nothing(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path, is_used):
+    lock = build_lock(tmp_path / "runs" / "run")
+    lock.acquire()
+    if is_used:
+        (tmp_path / "runs" / "run" / "config.yaml").touch()
+    lock.release()
+    assert (tmp_path / "runs").exists() == is_used
+
+
 @pytest.mark.parametrize("fixture", [None, "without_flock"])
 def test_of_a_process_that_was_killed_it_is_taken_at_once(tmp_path, request, fixture):
     if fixture:

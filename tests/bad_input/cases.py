@@ -203,7 +203,7 @@ def answer(main: Callable, argv: Sequence[str], case: Case, outputs: Sequence[st
             AcceleratorState._reset_state(reset_partial_state=True)
     out, err = (stream.buffer.getvalue().decode() for stream in streams)
     check_answer(Answer(code, out, err), before, case, outputs)
-    assert actions == []
+    assert not actions, actions
     return Answer(code, out, err)
 
 
