@@ -20,16 +20,8 @@ from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
 from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, load_tokenizer
 from modeling_gpt2_repro.errors import UserError, raise_if_refused, reports_user_errors
 from modeling_gpt2_repro.evaluation.models import silence_libraries
-from modeling_gpt2_repro.files import (
-    LLMC_MODEL,
-    SAFETENSORS,
-    TEMPORARY_SUFFIX,
-    ZIP,
-    check_place,
-    create_folder_atomically,
-    describe_content,
-    follow_links,
-)
+from modeling_gpt2_repro.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
 from modeling_gpt2_repro.llmc import FORMAT, read_llmc_model
 from modeling_gpt2_repro.locks import FolderLock
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM

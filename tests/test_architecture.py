@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 PACKAGE = "modeling_gpt2_repro"
 SCRIPTS = ("train", "prepare_data", "eval_hellaswag")
 FOUNDATIONS = (
-    *("environment", "streams", "stop_signals", "refusals", "errors", "files", "locks", "arguments"),
+    *("environment", "streams", "stop_signals", "refusals", "errors", "file_kinds", "files", "locks", "arguments"),
     *("launch_environment", "devices"),
 )
 ROOMS = ("data", "training", "evaluation")

@@ -20,7 +20,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from modeling_gpt2_repro.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.files import check_encoding, is_utf8
+from modeling_gpt2_repro.file_kinds import check_encoding
+from modeling_gpt2_repro.files import is_utf8
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".txt", ".txt.gz")

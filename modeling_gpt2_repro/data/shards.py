@@ -21,16 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_gpt2_repro.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.files import (
-    LLMC_QUESTIONS,
-    LLMC_TOKENS,
-    NUMPY,
-    TEMPORARY_SUFFIX,
-    compute_checksum,
-    describe_content,
-    sync_folder,
-    write_json,
-)
+from modeling_gpt2_repro.file_kinds import LLMC_QUESTIONS, LLMC_TOKENS, NUMPY, describe_content
+from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import ARROW, EMPTY, PARQUET, TEXT, check_encoding, compute_checksum, describe_content
+from modeling_gpt2_repro.file_kinds import ARROW, EMPTY, PARQUET, TEXT, check_encoding, describe_content
+from modeling_gpt2_repro.files import compute_checksum
 
 DATASET_NAME = "Rowan/hellaswag"
 # The Hub repository's head since its conversion to parquet; the validation split has 10,042 rows there.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import check_encoding
+from modeling_gpt2_repro.file_kinds import check_encoding
 from modeling_gpt2_repro.reporting.references import (
     Reference,
     identify_validation,
