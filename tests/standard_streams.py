@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import train
+from modeling_gpt2_repro import locks
 
 
 def set_stream(name: str, encoding: str = "utf-8", errors: str = "strict") -> None:
@@ -63,7 +64,8 @@ def run_on_terminal(argv: Sequence[str], run: Path) -> int:
 
 
 def run_twice(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
-    """Call a script twice at the same time, and print each process's id and exit code."""
+    """Call a script twice at the same time, and print each process's id and exit code; neither waits for long."""
+    locks.PATIENCE_SECONDS = 0.2
     processes = []
     for _ in range(2):
         processes.append(os.fork())

@@ -99,7 +99,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
 @pytest.mark.parametrize("number", sorted(set(STOP_SIGNALS) - {signal.SIGTERM, signal.SIGINT}))
 def test_whatever_asks_it_to_stop_a_run_saves(shards, tmp_path, monkeypatch, number):
     stop_at(monkeypatch, 2, number)
-    assert train.main(flags(shards, tmp_path, **BARE, save_every=0)) == 75
+    assert train.main(flags(shards, tmp_path, **BARE, save_every=0, max_steps=4)) == 75
     assert read_status(tmp_path / "run") == {"status": "preempted", "step": 2}
     assert (tmp_path / "run" / "checkpoints" / "step_0000002").is_dir()
 
@@ -110,7 +110,7 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(shards, t
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         stop_at(monkeypatch, 2, number)
-        run = run_training(shards, tmp_path, **BARE, save_every=0)
+        run = run_training(shards, tmp_path, **BARE, save_every=0, max_steps=4)
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, previous)
@@ -138,7 +138,7 @@ def test_status_tells_whether_the_process_of_a_run_is_alive(shards, tmp_path, mo
         time.sleep(0.15)
 
     monkeypatch.setattr(RunRecord, "log", log_and_look)
-    run = run_training(shards, tmp_path, **BARE, save_every=0)
+    run = run_training(shards, tmp_path, **BARE, save_every=0, max_steps=4)
     for state in states:
         assert (state["status"], state["host"], state["process_id"]) == ("running", os.uname().nodename, os.getpid())
     beats = [datetime.fromisoformat(state["heartbeat"]) for state in states]

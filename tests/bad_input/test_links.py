@@ -39,7 +39,10 @@ PLACES = {
     "checkpoints": ["run/checkpoints/step_0000001", "run/checkpoints/step_0000002"],
     "what is in checkpoints": [f"run/checkpoints/step_0000002/{name}" for name in ("training_state", "config.json")],
 }
-KINDS = ("another disk", "relative", "nowhere", "nowhere far")
+KINDS = ("another disk", "nowhere", "relative", "nowhere far")
+EACH_KIND = pytest.mark.parametrize(
+    "kind", [*KINDS[:2], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[2:])]
+)
 PREPARE = {
     **{"files": "../given/corpus/a.jsonl", "tokenizer": "../given/tokenizer", "num_workers": 1},
     **{"val_tokens": 200, "shard_size": 900, "output_dir": "data"},
@@ -132,7 +135,7 @@ def expect(operation: str, places: str, lacks: bool) -> dict:
         return describe_run(runs / "run")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("operation", RUNS)
 def test_a_run(operation, places, kind, disk):
@@ -218,7 +221,7 @@ def read_shards(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize(
     ("place", "operation"),
     [

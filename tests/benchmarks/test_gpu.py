@@ -28,6 +28,7 @@ def run_parts(output: Path, *arguments: str) -> list[Result]:
     return results
 
 
+@pytest.mark.slow
 def test_parts_run_to_their_end_and_write_their_figures(shards, tmp_path):
     results = run_parts(tmp_path / "gpu.json", "speed", "sizes", f"--data_dir={shards}")
     assert {each.name for each in results if each.part == "speed"} >= {

@@ -51,7 +51,7 @@ def build(model_type, **changes):
     return AutoModelForCausalLM.from_config(build_config(model_type, **changes)).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_causal_models_are_known_in_any_precision(model_type, dtype):
     models.check_causal(build(model_type).to(dtype), "x")
