@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train.py", "prepare_data.py", "eval_hellaswag.py")
 # Of folders that cannot be made torch does not even load, whether anything is to be compiled or not.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR",)
@@ -24,7 +25,8 @@ def is_command() -> bool:
     """Tell whether this process was started to run a script or a module of ours, and not one that imports us."""
     if sys.argv[0] == "-m":  # as long as the module itself is looked for
         return any(__package__ in argument for argument in sys.orig_argv)
-    return Path(sys.argv[0]).name in SCRIPTS
+    script = Path(sys.argv[0])
+    return script.name in SCRIPTS and script.resolve().parent == ROOT  # other people have a train.py, too
 
 
 def drop_caches_that_cannot_be() -> None:
