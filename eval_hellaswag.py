@@ -16,21 +16,15 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 # isort: split
 import torch
 
-from modeling_gpt2_repro.arguments import parse_arguments, setting
-from modeling_gpt2_repro.devices import prepare_cpu_process, start_accelerator
-from modeling_gpt2_repro.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.core.arguments import parse_arguments, setting
+from modeling_gpt2_repro.core.devices import prepare_cpu_process, start_accelerator
+from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
-from modeling_gpt2_repro.evaluation.models import check_causal, check_token_ids, load_causal_lm, silence_libraries
-from modeling_gpt2_repro.evaluation.published import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
-from modeling_gpt2_repro.files import (
-    check_place,
-    follow_links,
-    identify_weights,
-    make_folder,
-    open_atomically,
-    write_json,
-)
+from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
+from modeling_gpt2_repro.model.folder import identify_weights
+from modeling_gpt2_repro.model.loading import check_causal, check_token_ids, load_causal_lm, silence_libraries
 
 
 @dataclass

@@ -16,8 +16,23 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.arguments import parse_arguments, setting
-from modeling_gpt2_repro.data.corpora import (
+from modeling_gpt2_repro.core.arguments import parse_arguments, setting
+from modeling_gpt2_repro.core.devices import count_cores
+from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
+from modeling_gpt2_repro.core.files import check_place, follow_links
+from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
+from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
+from modeling_gpt2_repro.data.dataset import load_data_tokenizer
+from modeling_gpt2_repro.data.inspection import inspect_folder
+from modeling_gpt2_repro.data.prepare.pipeline import Request, ShardOptions, build_shards, run_stage
+from modeling_gpt2_repro.data.prepare.work_folder import (
+    count_finished_pieces,
+    finish_publishing,
+    get_work_path,
+    load_begun_source,
+)
+from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, Manifest, find_foreign_file, load_manifest
+from modeling_gpt2_repro.data.sources.corpus import (
     DEFAULT_CONFIGS,
     DOCSTRINGS,
     FINEWEB_EDU,
@@ -26,25 +41,10 @@ from modeling_gpt2_repro.data.corpora import (
     build_file_corpus,
     build_hub_corpus,
 )
-from modeling_gpt2_repro.data.dataset import load_data_tokenizer
-from modeling_gpt2_repro.data.inspection import inspect_folder
-from modeling_gpt2_repro.data.local_files import TEXT_SUFFIXES
-from modeling_gpt2_repro.data.pipeline import Request, ShardOptions, build_shards, run_stage
-from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, Manifest, find_foreign_file, load_manifest
-from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.data.sources.local_files import TEXT_SUFFIXES
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 from modeling_gpt2_repro.data.verification import verify_folder
-from modeling_gpt2_repro.data.work_folder import (
-    count_finished_pieces,
-    finish_publishing,
-    get_work_path,
-    load_begun_source,
-)
-from modeling_gpt2_repro.devices import count_cores
-from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
-from modeling_gpt2_repro.files import check_place, follow_links
-from modeling_gpt2_repro.refusals import describe_refusal, find_refusal
-from modeling_gpt2_repro.reporting.corpus_text import PREVIEW_IDS, describe_inspection
-from modeling_gpt2_repro.stop_signals import handled_stop_signals, raise_terminated
+from modeling_gpt2_repro.plots.corpus_text import PREVIEW_IDS, describe_inspection
 
 
 @dataclasses.dataclass
@@ -103,7 +103,7 @@ class PrepareSettings:
     )
 
 
-KNOWN_ELSEWHERE = {
+FOREIGN_FLAGS = {
     "dataset_path": "the dataset is --dataset_name",
     "data_dir": "the folder for the shards is --output_dir",
     "local_dir": "the folder for the shards is --output_dir",
@@ -134,7 +134,7 @@ NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "stage", "task", "veri
 def main(argv: Sequence[str] | None = None) -> int:
     # What is imported stays. The collector, walking it whenever a tokenizer's tables are read, doubles the start-up.
     gc.freeze()
-    settings = parse_arguments(PrepareSettings, argv, description=__doc__, known_elsewhere=KNOWN_ELSEWHERE)
+    settings = parse_arguments(PrepareSettings, argv, description=__doc__, foreign_flags=FOREIGN_FLAGS)
     folder = Path(settings.output_dir)
     check_settings(settings)
     if settings.verify:
@@ -354,7 +354,7 @@ def doubt_separator(manifest: Manifest) -> str | None:
 def inspect(folder: Path, n_documents: int, seed: int) -> None:
     """Print what lies in `folder`, and draw it."""
     # Matplotlib takes half a second to load, and nothing else here needs it.
-    from modeling_gpt2_repro.reporting.corpus_figure import draw_inspection
+    from modeling_gpt2_repro.plots.corpus_figure import draw_inspection
 
     with tqdm(unit=" tokens", unit_scale=True, disable=None, delay=1) as bar:
 

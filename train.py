@@ -19,38 +19,39 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from modeling_gpt2_repro.arguments import parse_arguments
-from modeling_gpt2_repro.data.dataset import read_ahead
+from modeling_gpt2_repro.core.arguments import parse_arguments
+from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
+from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
+from modeling_gpt2_repro.core.streams import discard_unwritten
+from modeling_gpt2_repro.data.dataset import prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
-from modeling_gpt2_repro.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
-from modeling_gpt2_repro.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.eval_only import evaluate_only
+from modeling_gpt2_repro.evaluation.eval_only import evaluate_only
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
-from modeling_gpt2_repro.evaluation.sampling import generate_samples
+from modeling_gpt2_repro.evaluation.samples import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
-from modeling_gpt2_repro.files import create_folder_atomically, write_json
-from modeling_gpt2_repro.reporting.background import CurveDrawer
-from modeling_gpt2_repro.reporting.model_card import write_model_card
-from modeling_gpt2_repro.reporting.publisher import Publisher
-from modeling_gpt2_repro.run import Run, build_run, describe_plan
-from modeling_gpt2_repro.streams import discard_unwritten
+from modeling_gpt2_repro.model.folder import save_model, save_published_model
+from modeling_gpt2_repro.plots.drawer import CurveDrawer
+from modeling_gpt2_repro.publishing.model_card import write_model_card
+from modeling_gpt2_repro.publishing.uploader import Publisher
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
-from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
+from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
 from modeling_gpt2_repro.training.optim import set_learning_rate
 from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
+from modeling_gpt2_repro.training.record import BEST, BEST_METRICS, CHECKPOINTS, FINAL, RunRecord
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
+from modeling_gpt2_repro.training.setup import Run, build_run, describe_plan
 from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
-from modeling_gpt2_repro.training.tracking import BEST, BEST_METRICS, CHECKPOINTS, FINAL, RunRecord
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Train GPT-2 from the token shards that prepare_data.py writes."""
-    config = parse_arguments(TrainingConfig, argv, description=main.__doc__, known_elsewhere=KNOWN_ELSEWHERE)
+    config = parse_arguments(TrainingConfig, argv, description=main.__doc__, foreign_flags=FOREIGN_FLAGS)
     transformers_logging.disable_progress_bar()
     if config.plan:
         if os.environ.get("RANK", "0") == "0":
@@ -88,7 +89,7 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
     """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
     with (
         faults.explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
-        faults.explained_write_failures(run.record.folder, run.describe_way_back),
+        faults.explained_write_failures(run.record.folder, run.resume_hint),
         preemption.deferred(),
     ):
         with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
@@ -98,7 +99,7 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
             return INTERRUPTED_EXIT_CODE
         if step < run.plan.last_step:
             run.record.set_status("preempted", step=step)
-            run.console.say(f"stopped after {step:,} steps, as asked: {run.describe_way_back()}")
+            run.console.say(f"stopped after {step:,} steps, as asked: {run.resume_hint()}")
             return PREEMPTED_EXIT_CODE
         finish_smoke_test(run) if run.config.smoke else publish(run)
     return 0
@@ -112,13 +113,13 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
     micro_batches = order.divide_steps(
         made, config.windows_per_step, plan.n_processes, run.accelerator.process_index, plan.micro_batch_size
     )
-    batches = read_ahead(run.inputs.train_set, micro_batches, run.accelerator.device)
+    batches = prefetch(run.inputs.train_set, micro_batches, run.accelerator.device)
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
         is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
         if is_asked_to_stop and config.smoke:
             break
-        is_evaluated = not plan.is_looked_at(config, step) or (step == plan.first_step and run.is_first_step_evaluated)
+        is_evaluated = not plan.is_eval_step(config, step) or (step == plan.first_step and run.is_first_step_evaluated)
         # Who asks to stop waits for seconds, and an evaluation can take minutes: the resumed run will make it.
         if not is_evaluated and not is_asked_to_stop:
             with run.clock.measure("evaluation"):
@@ -129,7 +130,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
             with run.clock.measure("checkpoint"):
                 is_saved = save(run, step, is_evaluated)
             if is_asked_to_stop and not is_saved:
-                raise UserError(f"asked to stop, the run could not save: {run.describe_way_back()}")
+                raise UserError(f"asked to stop, the run could not save: {run.resume_hint()}")
         if is_asked_to_stop:
             break
         if step < plan.last_step and not is_skipped(step + 1, run.skips):
@@ -212,7 +213,7 @@ def evaluate(run: Run, step: int) -> None:
                 faults.tolerated_write_failures("the best model was not written", run.console.say),
                 create_folder_atomically(run.record.folder / BEST) as folder,
             ):
-                checkpoints.save_model(folder, run.model, inputs.tokenizer)
+                save_model(folder, run.model, inputs.tokenizer)
                 write_json(folder / BEST_METRICS, {"step": step, **metrics})
             run.record.read_best(step)  # where only the last of it failed, it is there
     if plan.is_due(config.hellaswag_every, step):
@@ -269,7 +270,7 @@ def publish(run: Run) -> None:
     run.record.check_claim()
     if run.accelerator.is_main_process:
         with create_folder_atomically(run.record.folder / FINAL) as folder:
-            checkpoints.save_published_model(folder, run.model, run.inputs.tokenizer)
+            save_published_model(folder, run.model, run.inputs.tokenizer)
             write_model_card(folder, run.record.folder)
         run.record.finish(run.plan.max_steps)
         run.console.say(f"finished: {run.record.folder / FINAL} holds the model, and curves.png beside it the curves")

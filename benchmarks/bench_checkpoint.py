@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.data.dataset import TokenDataset, read_ahead
+from modeling_gpt2_repro.data.dataset import TokenDataset, prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
-from modeling_gpt2_repro.data.tokenization import load_tokenizer
+from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 from modeling_gpt2_repro.training.checkpoint import TrainingState, check_reload, check_whole, save_checkpoint
 from modeling_gpt2_repro.training.optim import build_adamw
 
@@ -54,7 +54,7 @@ def read_first_batch(folder: Path, step: int) -> None:
     dataset = TokenDataset(str(folder), "train", 1024, 50257)
     order = WindowOrder(len(dataset), seed=1337)
     micro_batches = order.divide_steps([step], WINDOWS_PER_STEP, n_ranks=1, rank=0, micro_batch_size=8)
-    batches = read_ahead(dataset, micro_batches, torch.device("cpu"))
+    batches = prefetch(dataset, micro_batches, torch.device("cpu"))
     next(batches)
     batches.close()
 

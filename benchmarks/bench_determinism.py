@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_training_step import WARMUP_STEPS, OurLoop
 from benchmarks.measurements import Result, describe_machine, format_table, write_results
-from modeling_gpt2_repro import MODEL_SIZES, devices
+from modeling_gpt2_repro import MODEL_SIZES
+from modeling_gpt2_repro.core import devices
 
 RESULTS = Path(__file__).resolve().parent / "results" / "determinism.json"
 PEERS = ("deterministic", "free")

@@ -27,8 +27,8 @@ import torch
 from harness import HFLM, build_task, silence_harness
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from modeling_gpt2_repro.data.tokenization import load_tokenizer
-from modeling_gpt2_repro.devices import prepare_cpu_process
+from modeling_gpt2_repro.core.devices import prepare_cpu_process
+from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem, load_hellaswag
 from modeling_gpt2_repro.evaluation.multiple_choice import pick_endings

@@ -20,7 +20,7 @@ import torch
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy, pad
 
-from modeling_gpt2_repro.devices import prepare_cpu_process
+from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
 
 VOCAB_SIZE = 50257

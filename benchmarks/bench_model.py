@@ -21,7 +21,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.devices import measure_peak_memory, prepare_cpu_process
+from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CLASSES = {"ours": (GPT2ReproForCausalLM, GPT2ReproConfig), "stock": (GPT2LMHeadModel, GPT2Config)}

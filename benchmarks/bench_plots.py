@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_tracking import STEP_METRICS
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.arguments import write_settings
-from modeling_gpt2_repro.reporting.background import CurveDrawer
-from modeling_gpt2_repro.reporting.plots import CURVES, draw_curves
+from modeling_gpt2_repro.core.arguments import write_settings
+from modeling_gpt2_repro.plots.drawer import CurveDrawer
+from modeling_gpt2_repro.plots.run_figure import CURVES, draw_curves
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 EVALUATION_METRICS = ("val/loss", "val/bpb", "hellaswag/acc_norm", "hellaswag/acc")
@@ -97,7 +97,7 @@ def main() -> None:
         write_run(folder, arguments.steps)
         size = (folder / "metrics.jsonl").stat().st_size / 1e6
         print(f"a run of {arguments.steps:,} steps, {size:.1f} MB of metrics")
-        command = [sys.executable, "-m", "modeling_gpt2_repro.reporting.plots", str(folder)]
+        command = [sys.executable, "-m", "modeling_gpt2_repro.plots.run_figure", str(folder)]
         environment = {**os.environ, "PYTHONPATH": sys.path[0]}
         run = functools.partial(subprocess.run, command, check=True, env=environment, stdout=subprocess.DEVNULL)
         calls = {"the whole command": run, "reading and drawing": functools.partial(draw_curves, folder)}

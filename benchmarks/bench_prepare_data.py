@@ -31,10 +31,10 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prepare_data
-from modeling_gpt2_repro.data.corpora import build_docstring_corpus
+from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.data.shards import load_manifest
-from modeling_gpt2_repro.data.tokenization import load_tokenizer
-from modeling_gpt2_repro.devices import count_cores
+from modeling_gpt2_repro.data.sources.corpus import build_docstring_corpus
+from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 
 # tiktoken_ext/openai_public.py, gpt2
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_prepare_data import BYTES_PER_TOKEN, SCHEMA, list_documents, write_corpus
 
+from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.data.shards import load_manifest
-from modeling_gpt2_repro.devices import count_cores
 
 SCRIPT = Path(__file__).resolve().parent.parent / "prepare_data.py"
 POLL_SECONDS = 0.05

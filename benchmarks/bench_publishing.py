@@ -56,9 +56,9 @@ def main() -> None:
     from transformers.utils import logging as transformers_logging
 
     from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-    from modeling_gpt2_repro.arguments import write_settings
-    from modeling_gpt2_repro.reporting.publisher import Publisher
-    from modeling_gpt2_repro.training.checkpoint import save_model
+    from modeling_gpt2_repro.core.arguments import write_settings
+    from modeling_gpt2_repro.model.folder import save_model
+    from modeling_gpt2_repro.publishing.uploader import Publisher
     from modeling_gpt2_repro.training.config import TrainingConfig
     from modeling_gpt2_repro.training.optim import build_adamw
 

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modeling_gpt2_repro.data.dataset import TokenDataset, read_ahead
+from modeling_gpt2_repro.data.dataset import TokenDataset, prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
 
 MICRO_BATCH, SEQUENCE_LENGTH, VOCAB_SIZE = 64, 1024, 50257
@@ -51,7 +51,7 @@ def open_batches(folder: Path, first_permuted_epoch: int):
     order = WindowOrder(len(dataset), seed=0, first_permuted_epoch=first_permuted_epoch)
     steps = range(len(dataset) // MICRO_BATCH)
     micro_batches = order.divide_steps(steps, MICRO_BATCH, n_ranks=1, rank=0, micro_batch_size=MICRO_BATCH)
-    return dataset, micro_batches, read_ahead(dataset, micro_batches, torch.device("cpu"))
+    return dataset, micro_batches, prefetch(dataset, micro_batches, torch.device("cpu"))
 
 
 def time_finding_windows(n_windows: int, step: int) -> float:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate import Accelerator
 
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
-from modeling_gpt2_repro.training.tracking import RunRecord
+from modeling_gpt2_repro.training.record import RunRecord
 
 STEP_METRICS = (
     *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/data_wait_seconds"),

@@ -50,21 +50,21 @@ from benchmarks.measurements import (
     write_results,
 )
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.data.tokenization import load_tokenizer
-from modeling_gpt2_repro.devices import (
+from modeling_gpt2_repro.core.devices import (
     is_out_of_memory,
     measure_peak_memory,
     prepare_cpu_process,
     reset_peak_memory,
     start_accelerator,
 )
+from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
+from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.checkpoint import TrainingState, save_checkpoint
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import count_flops_per_token
 from modeling_gpt2_repro.training.throughput import choose_peak, measure_peak_flops

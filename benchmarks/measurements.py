@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from modeling_gpt2_repro.devices import count_cores, list_versions
-from modeling_gpt2_repro.files import write_json
+from modeling_gpt2_repro.core.devices import count_cores, list_versions
+from modeling_gpt2_repro.core.files import write_json
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"

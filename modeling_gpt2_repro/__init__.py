@@ -4,7 +4,7 @@ Importing the package registers the model with the Auto classes, so that `AutoMo
 the run's checkpoints.
 """
 
-from . import environment  # noqa: F401  libraries read it when they are imported
+from .core import environment  # noqa: F401  libraries read it when they are imported
 
 # isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

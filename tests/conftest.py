@@ -29,7 +29,7 @@ STORY = (
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from modeling_gpt2_repro.data.tokenization import load_tokenizer
+    from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 
     return load_tokenizer()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import train
-from modeling_gpt2_repro import locks
+from modeling_gpt2_repro.core import locks
 
 
 def set_stream(name: str, encoding: str = "utf-8", errors: str = "strict") -> None:

@@ -1,6 +1,7 @@
-"""The house: imports go down only, and the two files that travel with a checkpoint import nothing of ours."""
+"""The house: an ordered list of floors, imports that go down or stay on one, and no circle."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -8,70 +9,74 @@ from conftest import REPOSITORY
 
 PACKAGE = "modeling_gpt2_repro"
 SCRIPTS = ("train", "prepare_data", "eval_hellaswag")
-FOUNDATIONS = (
-    *("environment", "streams", "stop_signals", "refusals", "errors", "file_kinds", "files", "locks", "arguments"),
-    *("launch_environment", "devices"),
+# From the ground up. A floor is its modules, or the folders of them.
+FLOORS = (
+    # The two files that travel with every checkpoint import nothing of ours but each other.
+    ("configuration_gpt2_repro",),
+    (PACKAGE,),
+    ("core",),
+    ("__init__",),
+    ("data",),
+    ("model",),
+    ("evaluation",),
+    ("training",),
+    ("plots",),
+    ("publishing",),
+    ("commands",),
+    SCRIPTS,
 )
-ROOMS = ("data", "training", "evaluation")
-COMMANDS = ("nanogpt",)
 
 MODULES = sorted([*(REPOSITORY / PACKAGE).rglob("*.py"), *(REPOSITORY / f"{name}.py" for name in SCRIPTS)])
 
 
+def name_module(path: Path) -> str:
+    """Return what a module of ours is called here, as `data.shards` or `train`."""
+    root = REPOSITORY / PACKAGE if path.is_relative_to(REPOSITORY / PACKAGE) else REPOSITORY
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
 def list_imports(path: Path) -> set[str]:
-    """Return the modules of ours that a file imports anywhere in it, as `data.shards` or `train`."""
+    """Return the modules of ours that a file imports anywhere in it."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = f"{PACKAGE}.{node.module}" if node.level else node.module
-            imported |= {module} if node.module != PACKAGE else {f"{module}.{alias.name}" for alias in node.names}
-    ours = {name.removeprefix(f"{PACKAGE}.") for name in imported if name.startswith(f"{PACKAGE}.")}
-    return ours | {name for name in imported if name in SCRIPTS}
+            imported |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    known = {name_module(module) for module in MODULES}
+    return known & {name.removeprefix(f"{PACKAGE}.") if name != PACKAGE else "__init__" for name in imported}
 
 
-def may_import(importer: str, imported: str) -> bool:
-    """Tell whether one of our modules may import another."""
-    importer_room, imported_room = importer.split(".")[0], imported.split(".")[0]
-    if imported in SCRIPTS:
-        return False
-    if importer in SCRIPTS or importer in ("__init__", *COMMANDS):
-        return imported not in COMMANDS
-    if importer in ("run", "device_fit"):
-        return imported not in COMMANDS and imported_room != "reporting"
-    if importer in ("configuration_gpt2_repro", PACKAGE):
-        return importer == PACKAGE and imported == "configuration_gpt2_repro"
-    if importer == "weights":
-        return imported in (*FOUNDATIONS, PACKAGE, "configuration_gpt2_repro")
-    if importer == "eval_only":
-        return imported_room in ("data", "evaluation") or imported in FOUNDATIONS
-    if importer in FOUNDATIONS:
-        return imported in FOUNDATIONS[: FOUNDATIONS.index(importer)]
-    if importer_room == imported_room or imported in FOUNDATIONS:
-        return True
-    return importer_room == "reporting" and imported_room in ROOMS
+def find_floor(module: str) -> int:
+    """Return on which floor a module is: where its own name stands, or its folder's."""
+    floors = [number for number, names in enumerate(FLOORS) if {module, module.split(".")[0]} & set(names)]
+    assert floors, f"{module} is on no floor"
+    return floors[0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", MODULES, ids=name_module)
 def test_imports_go_down(path):
-    relative = path.relative_to(REPOSITORY / PACKAGE if path.is_relative_to(REPOSITORY / PACKAGE) else REPOSITORY)
-    importer = ".".join(relative.with_suffix("").parts)
-    wrong = [imported for imported in list_imports(path) if not may_import(importer, imported)]
+    importer = name_module(path)
+    wrong = [imported for imported in list_imports(path) if find_floor(imported) > find_floor(importer)]
     assert not wrong, f"{importer} may not import {wrong}"
 
 
+def test_the_two_files_that_travel_need_nothing_of_ours():
+    imported = {name: list_imports(REPOSITORY / PACKAGE / f"{name}.py") for (name,) in FLOORS[:2]}
+    assert imported == {"configuration_gpt2_repro": set(), PACKAGE: {"configuration_gpt2_repro"}}
+
+
+def test_scripts_do_not_import_scripts():
+    assert not any(list_imports(path) & set(SCRIPTS) for path in MODULES)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter({name_module(path): list_imports(path) for path in MODULES}).prepare()
+
+
 def test_the_walk_sees_imports():
-    assert {"data.dataset", "run", "reporting.model_card"} <= list_imports(REPOSITORY / "train.py")
-    assert not may_import("training.plan", "evaluation.sampling")
-    assert not may_import("data.shards", "reporting.plots")
-    assert not may_import("evaluation.sampling", PACKAGE)
-    assert not may_import("evaluation.baseline", "eval_only")
-    assert not may_import("eval_only", PACKAGE)
-    assert not may_import("reporting.plots", PACKAGE)
-    assert not may_import("training.memory", PACKAGE) and not may_import("training.plan", "device_fit")
-
-
-def test_scripts_stay_stories():
-    assert len((REPOSITORY / "train.py").read_text().splitlines()) <= 300
-    assert len((REPOSITORY / PACKAGE / f"{PACKAGE}.py").read_text().splitlines()) <= 350
+    assert {"__init__", "data.dataset", "training.setup", "publishing.model_card"} <= list_imports(
+        REPOSITORY / "train.py"
+    )
+    assert find_floor("data.sources.corpus") < find_floor("evaluation.hellaswag") < find_floor("train")

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, GPT2LMHeadModel, GPT2Model, StaticCache, Trainer, TrainingArguments, pipeline
 
 from modeling_gpt2_repro import GPT2ReproForCausalLM, GPT2ReproModel
-from modeling_gpt2_repro.devices import can_compile
-from modeling_gpt2_repro.training.checkpoint import save_model, save_published_model
+from modeling_gpt2_repro.core.devices import can_compile
+from modeling_gpt2_repro.model.folder import save_model, save_published_model
 
 SHAPES = {
     "tied": {},

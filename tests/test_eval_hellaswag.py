@@ -14,9 +14,9 @@ from small_runs import read_series, run_training
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import eval_hellaswag
+from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
-from modeling_gpt2_repro.files import compute_checksum
 
 REPOSITORY = Path(eval_hellaswag.__file__).parent
 LIMIT = 6

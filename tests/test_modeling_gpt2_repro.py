@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM, GPT2ReproModel
+from modeling_gpt2_repro.model.folder import save_published_model
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
-from modeling_gpt2_repro.training.checkpoint import save_published_model
 
 # What a user without this package has: transformers and the folder.
 WITHOUT_PACKAGE = """

@@ -24,16 +24,16 @@ from small_runs import flags
 import prepare_data
 import train
 from eval_hellaswag import EvaluationSettings
-from modeling_gpt2_repro.arguments import parse_arguments
+from modeling_gpt2_repro.core.arguments import parse_arguments
 from modeling_gpt2_repro.data.shards import open_split
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.evaluation.sampling import SamplingConfig
-from modeling_gpt2_repro.nanogpt import NanoGPTConfig
-from modeling_gpt2_repro.reporting import plots
-from modeling_gpt2_repro.reporting.hub import UploadSettings
-from modeling_gpt2_repro.reporting.publisher import Publisher
-from modeling_gpt2_repro.reporting.run_folder import read_settings
+from modeling_gpt2_repro.evaluation.samples import SamplingConfig
+from modeling_gpt2_repro.model.convert_nanogpt import NanoGPTConfig
+from modeling_gpt2_repro.plots import run_figure
+from modeling_gpt2_repro.publishing.hub import UploadSettings
+from modeling_gpt2_repro.publishing.uploader import Publisher
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.run_folder import read_settings
 from modeling_gpt2_repro.training.throughput import Peak
 from prepare_data import PrepareSettings
 
@@ -42,9 +42,9 @@ SETTINGS = {
     "train.py": TrainingConfig,
     "prepare_data.py": PrepareSettings,
     "eval_hellaswag.py": EvaluationSettings,
-    "modeling_gpt2_repro.nanogpt": NanoGPTConfig,
-    "modeling_gpt2_repro.evaluation.sampling": SamplingConfig,
-    "modeling_gpt2_repro.reporting.hub": UploadSettings,
+    "modeling_gpt2_repro.model.convert_nanogpt": NanoGPTConfig,
+    "modeling_gpt2_repro.evaluation.samples": SamplingConfig,
+    "modeling_gpt2_repro.publishing.hub": UploadSettings,
 }
 # What stands for the reader's own, or is there before the first command.
 GIVEN = {
@@ -107,12 +107,12 @@ def follow(command: list[str], made: set[str]) -> None:
 def read_files(name: str, argv: list[str], made: set[str]) -> None:
     """Parse a program's arguments, check that what it reads was made, and add what it makes."""
     read: list[str] = []
-    if name == "modeling_gpt2_repro.reporting.plots":
-        read = plots.build_parser().parse_args(argv).runs
-    elif name == "modeling_gpt2_repro.reporting.summary":
+    if name == "modeling_gpt2_repro.plots.run_figure":
+        read = run_figure.build_parser().parse_args(argv).runs
+    elif name == "modeling_gpt2_repro.commands.summary":
         (path,) = argv
         read = [path]
-    elif name == "modeling_gpt2_repro.reporting.hub":
+    elif name == "modeling_gpt2_repro.publishing.hub":
         read = argv[:1]
         parse(name, argv[1:])
     elif name == "benchmarks/gpu.py":
@@ -260,7 +260,9 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path / "first")
     argv = ["--files", *files, f"--output_dir={data_dir}", "--document_separator=\n-\n", "--val_tokens=300"]
     assert prepare_data.main([*argv, "--num_workers=1"]) == 0
-    monkeypatch.setattr("modeling_gpt2_repro.run.choose_peak", lambda *_: Peak(1e9, "a test"))  # takes a second
+    monkeypatch.setattr(
+        "modeling_gpt2_repro.training.setup.choose_peak", lambda *_: Peak(1e9, "a test")
+    )  # takes a second
     monkeypatch.setattr("train.CurveDrawer", mock.MagicMock())
     small = {
         "max_steps": 2,
@@ -297,7 +299,7 @@ def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
     def refuse(*_):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("modeling_gpt2_repro.reporting.publisher.open_repository", refuse)
+    monkeypatch.setattr("modeling_gpt2_repro.publishing.uploader.open_repository", refuse)
     said: list[str] = []
     config = TrainingConfig(run_name="it's", hub_model_id="me/mine", hub_public=True)
     Publisher(Path("my runs/it's"), config, is_enabled=True, say=said.append).finish()

@@ -18,8 +18,9 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
-from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM, devices
-from modeling_gpt2_repro.training.micro_step import WindowLoss, fit_micro_batch
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2_repro.core import devices
+from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not devices.can_compile(CPU), reason="torch.compile needs a C++ compiler on a CPU")
@@ -60,7 +61,7 @@ else:
 
 @pytest.fixture(scope="module")
 def server():
-    modules = ["train", "torch._inductor.compile_fx", "modeling_gpt2_repro.reporting.background"]
+    modules = ["train", "torch._inductor.compile_fx", "modeling_gpt2_repro.plots.drawer"]
     # Threads that wait in a loop for others would keep these from a busy core, and take minutes.
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE"}
     with serve_forks(modules, environment) as server:

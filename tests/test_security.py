@@ -19,9 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval_hellaswag
 import train
-from modeling_gpt2_repro import nanogpt
+from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.model import convert_nanogpt
 
 FOLDERS = ("modeling_gpt2_repro", "benchmarks")
 SOURCES = sorted([*REPOSITORY.glob("*.py"), *(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))])
@@ -168,10 +168,10 @@ def test_a_pickle_as_a_checkpoint_of_nanogpt_is_refused_unread(tmp_path, trap, c
     for content in ({"model": trap}, {"model": {}, "config": trap}, trap):
         torch.save(content, tmp_path / "ckpt.pt")
         argv = [f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}", "--tokenizer=none"]
-        assert nanogpt.main(argv) == 2
+        assert convert_nanogpt.main(argv) == 2
         assert "would run code" in capsys.readouterr().err
     (tmp_path / "ckpt.pt").write_bytes(pickle.dumps({"model": trap}))
-    assert nanogpt.main(argv) == 2
+    assert convert_nanogpt.main(argv) == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 from small_runs import N_STEPS, flags, launch, list_launch_command, read_losses, read_series, run_training
 
 import train
-from modeling_gpt2_repro import files, locks
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
-from modeling_gpt2_repro.files import compute_checksum
-from modeling_gpt2_repro.stop_signals import STOP_SIGNALS
+from modeling_gpt2_repro.core import files, locks
+from modeling_gpt2_repro.core.files import compute_checksum
+from modeling_gpt2_repro.core.stop_signals import STOP_SIGNALS
 from modeling_gpt2_repro.training import preemption
 from modeling_gpt2_repro.training.checkpoint import load_state
-from modeling_gpt2_repro.training.tracking import RunRecord
+from modeling_gpt2_repro.training.record import RunRecord
 
 N_KILLS = 20
 # Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
@@ -120,7 +120,9 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(shards, t
 def test_a_run_that_is_ended_while_it_is_built_says_so(shards, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"status": "preempted", "step": 4}')
-    monkeypatch.setattr("modeling_gpt2_repro.run.fit_to_device", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(
+        "modeling_gpt2_repro.training.setup.fit_to_device", lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
+    )
     with pytest.raises(SystemExit) as caught:
         train.main(flags(shards, tmp_path, **BARE))
     assert caught.value.code == 128 + signal.SIGUSR1
@@ -200,7 +202,7 @@ def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_pat
     (own,) = (tmp_path / "run" / "checkpoints").glob("*4")
     disk_full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoints, "save_published_model", mock.Mock(side_effect=disk_full))
+        patch.setattr(train, "save_published_model", mock.Mock(side_effect=disk_full))
         assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
     assert f"No space left on device. Make room: {way}" in capsys.readouterr().err
     with monkeypatch.context() as patch:

@@ -19,12 +19,12 @@ import eval_hellaswag
 import modeling_gpt2_repro
 import prepare_data
 import train
-from modeling_gpt2_repro import device_fit
 from modeling_gpt2_repro.data.dataset import TokenDataset
+from modeling_gpt2_repro.model.building import build_model
 from modeling_gpt2_repro.training import checkpoint as checkpoint_module
+from modeling_gpt2_repro.training import device_fit
+from modeling_gpt2_repro.training.batch_fit import WindowLoss
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.micro_step import WindowLoss
-from modeling_gpt2_repro.weights import build_model
 
 
 @pytest.fixture(scope="module")
@@ -537,9 +537,11 @@ def test_a_resumed_run_keeps_the_micro_batch_that_its_hardware_took(shards, tmp_
 def test_what_fits_is_tried_before_the_moments_of_a_checkpoint_take_their_room(shards, tmp_path, monkeypatch):
     folder = run_training(shards, tmp_path, max_steps=6, lr_schedule="constant")
     shutil.rmtree(folder / "final")
-    order, fit, load = [], device_fit.fit_micro_batch, checkpoint_module.load_moving_parts
+    order, fit, load = [], device_fit.fit_micro_batch, checkpoint_module.load_optimizer_state
     monkeypatch.setattr(device_fit, "fit_micro_batch", lambda *args: order.append("trial") or fit(*args))
-    monkeypatch.setattr(checkpoint_module, "load_moving_parts", lambda *args: order.append("moments") or load(*args))
+    monkeypatch.setattr(
+        checkpoint_module, "load_optimizer_state", lambda *args: order.append("moments") or load(*args)
+    )
     run_training(shards, tmp_path, max_steps=7, lr_schedule="constant")
     assert order == ["trial", "moments"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.arguments import write_settings
+from modeling_gpt2_repro.core.arguments import write_settings
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.data.shards import Manifest, Shard, SplitWriter, Totals, save_manifest
-from modeling_gpt2_repro.files import compute_checksum
 
 EOT = 99
 

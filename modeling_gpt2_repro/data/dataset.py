@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_gpt2_repro.core.devices import enter_device, name_device
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, load_manifest, open_split
-from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
-from modeling_gpt2_repro.devices import enter_device, name_device
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
 
 # Micro-batches read before they are asked for; each is half a megabyte at 64 x 1,024 tokens.
-READ_AHEAD = 4
+PREFETCHED = 4
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -89,8 +89,8 @@ class TokenDataset(torch.utils.data.Dataset):
         return pieces
 
 
-def read_ahead(
-    dataset: TokenDataset, micro_batches: Iterable[np.ndarray], device: torch.device, depth: int = READ_AHEAD
+def prefetch(
+    dataset: TokenDataset, micro_batches: Iterable[np.ndarray], device: torch.device, depth: int = PREFETCHED
 ) -> Iterator[torch.Tensor]:
     """Yield `dataset.read(micro_batch)` on `device` for each of `micro_batches`, reading up to `depth` of them ahead.
 

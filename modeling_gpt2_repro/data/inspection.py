@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.dataset import load_data_tokenizer
 from modeling_gpt2_repro.data.shards import (
     Manifest,
@@ -23,8 +24,7 @@ from modeling_gpt2_repro.data.shards import (
     load_manifest,
     map_files,
 )
-from modeling_gpt2_repro.data.tokenization import GPT2_TOKENIZER, MAX_VOCAB_SIZE, token_byte_lengths
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, MAX_VOCAB_SIZE, token_byte_lengths
 
 # Lengths are collected up to this many, 8 MB, before they are counted.
 PENDING_LENGTHS = 2**20

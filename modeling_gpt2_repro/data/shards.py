@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from modeling_gpt2_repro.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.file_kinds import LLMC_QUESTIONS, LLMC_TOKENS, NUMPY, describe_content
-from modeling_gpt2_repro.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
+from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.core.file_kinds import LLMC_QUESTIONS, LLMC_TOKENS, NUMPY, describe_content
+from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
@@ -443,7 +443,7 @@ def _map_nanogpt_shard(path: Path) -> np.ndarray:
 
 def _describe_other_data(folder: Path) -> str:
     """Say what a folder without shards has that could be made into some: a clause to end a sentence with."""
-    from modeling_gpt2_repro.data.local_files import SUFFIXES  # with much that a run does without
+    from modeling_gpt2_repro.data.sources.local_files import SUFFIXES  # with much that a run does without
 
     if any(_list_names(folder, split, None) for split in SPLITS):
         return ""

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_gpt2_repro.core.errors import RefusedError, UserError
+from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.data.shards import (
     MANIFEST_NAME,
     SHARD_SUFFIXES,
@@ -16,8 +18,6 @@ from modeling_gpt2_repro.data.shards import (
     load_manifest,
     map_shard,
 )
-from modeling_gpt2_repro.errors import RefusedError, UserError
-from modeling_gpt2_repro.files import compute_checksum
 
 
 def verify_folder(folder: str | Path) -> Manifest:

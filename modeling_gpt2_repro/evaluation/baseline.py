@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from modeling_gpt2_repro.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.core.files import follow_links, write_json
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
 from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
-from modeling_gpt2_repro.files import follow_links, write_json
 
 # OpenAI's smallest model by its names on the Hub, which curves are compared with.
 GPT2_124M_NAMES = ("openai-community/gpt2", "gpt2")

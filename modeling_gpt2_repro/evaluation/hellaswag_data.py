@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.file_kinds import ARROW, EMPTY, PARQUET, TEXT, check_encoding, describe_content
-from modeling_gpt2_repro.files import compute_checksum
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.file_kinds import ARROW, EMPTY, PARQUET, TEXT, check_encoding, describe_content
+from modeling_gpt2_repro.core.files import compute_checksum
 
 DATASET_NAME = "Rowan/hellaswag"
 # The Hub repository's head since its conversion to parquet; the validation split has 10,042 rows there.

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_gpt2_repro.devices import is_out_of_memory, measure_free_memory
-from modeling_gpt2_repro.evaluation.rows import Batch, EncodedChoices, build_rows, collate_rows, fits_in_one_row
+from modeling_gpt2_repro.core.devices import is_out_of_memory, measure_free_memory
+from modeling_gpt2_repro.evaluation.shared_context import (
+    Batch,
+    EncodedChoices,
+    build_rows,
+    collate_rows,
+    fits_in_one_row,
+)
 
 # More tokens at once only cost memory: the rate of GPT-2 124M on a CPU is level from 512 to 1,024 and falls slowly
 # from there. The number for other devices is a guess.
@@ -30,12 +36,6 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def get_max_positions(model: torch.nn.Module) -> int | None:
-    """Return how many tokens the model can attend to, or `None` where its configuration sets no limit."""
-    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if n_positions == -1 else n_positions  # XLNet's word for no limit
 
 
 def choose_batch_tokens(model: torch.nn.Module) -> int:

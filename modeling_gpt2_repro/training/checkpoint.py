@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.errors import RefusedError, UserError, raise_if_refused
-from modeling_gpt2_repro.files import (
+from modeling_gpt2_repro.core.errors import RefusedError, UserError, raise_if_refused
+from modeling_gpt2_repro.core.files import (
     TEMPORARY_SUFFIX,
     clear_leftovers,
     compute_checksum,
@@ -33,6 +33,7 @@ from modeling_gpt2_repro.files import (
     sync_folder,
     write_json,
 )
+from modeling_gpt2_repro.model.folder import save_model
 
 TRAINING_STATE = "training_state"
 # Parts of an experiment that say nothing to a person, and what it means that they differ.
@@ -154,7 +155,7 @@ def read_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def lies_in(checkpoint: str | Path, folder: Path) -> bool:
+def is_own_checkpoint(checkpoint: str | Path, folder: Path) -> bool:
     """Tell whether a checkpoint is one of a run's own, given the run's checkpoint folder."""
     place = follow_links(checkpoint)
     return place.parent == follow_links(folder) or place in map(follow_links, folder.glob("step_*"))
@@ -177,18 +178,18 @@ def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) 
         return _find_newest(folder, say)
     given = Path(requested)
     check_whole(given)
-    newest = None if lies_in(given, folder) else _find_newest(folder, say)
+    newest = None if is_own_checkpoint(given, folder) else _find_newest(folder, say)
     if newest is None or read_step(newest) <= load_state(given).step:
         return given
     say(f"the run goes on from its own {newest}, newer than {given}: another --run_name begins there once more")
     return newest
 
 
-def describe_way_back(requested: str, folder: Path) -> str:
+def resume_hint(requested: str, folder: Path) -> str:
     """Say how a run that ended early goes on, given its `resume_from_checkpoint` and its checkpoint folder."""
     if not list_checkpoints(folder):
         return "it has no checkpoint yet, and the same command starts it again"
-    goes_back = requested == "never" or (requested != "auto" and lies_in(requested, folder))
+    goes_back = requested == "never" or (requested != "auto" and is_own_checkpoint(requested, folder))
     way = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
     return f"{way} goes on from its last checkpoint"
 
@@ -283,7 +284,7 @@ def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[s
         )
 
 
-def load_moving_parts(
+def load_optimizer_state(
     checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> None:
     """Give the optimizer its moments and update counts, and the loss scaler its scale, as a checkpoint has them.
@@ -325,34 +326,3 @@ def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.opti
 def _list_files(folder: Path) -> list[str]:
     found = {*folder.rglob("*"), *(folder / TRAINING_STATE).rglob("*")}  # no glob enters a link, as the second may be
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write weights, configuration, the model's two code files, generation settings and the tokenizer, if any."""
-    eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
-    model.generation_config = GenerationConfig(
-        bos_token_id=eos_token_id, eos_token_id=eos_token_id, do_sample=True, top_k=50
-    )
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def save_published_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write a model folder that names itself GPT-2, which is what its tensors are.
-
-    Plain `AutoModelForCausalLM.from_pretrained(folder)` opens it as transformers' own `GPT2LMHeadModel`, with nothing
-    of ours installed; with `trust_remote_code=True` the code files in it give our class. Dropout belongs to a run and
-    not to the weights: it is written as 0.0.
-    """
-    save_model(folder, model, tokenizer)
-    write_json(folder / "config.json", describe_as_gpt2(model.config))
-
-
-def describe_as_gpt2(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what `config.json` says in a folder that names itself GPT-2, given our configuration."""
-    # to_dict and not a saved file, which leaves out what equals our defaults: stock GPT-2's dropouts default to 0.1.
-    content = {name: 0.0 if name.endswith("_pdrop") else value for name, value in config.to_dict().items()}
-    # n_ctx is n_positions in OpenAI's files, and llama.cpp's converter asks for it.
-    names = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": content["n_positions"]}
-    return content | names

@@ -6,12 +6,12 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from modeling_gpt2_repro.arguments import setting
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.arguments import setting
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training.skipping import parse_skips
 
 # Names that people bring along from nanoGPT, llm.c and the transformers Trainer.
-KNOWN_ELSEWHERE = {
+FOREIGN_FLAGS = {
     "batch_size": "the batch is set by --tokens_per_step (tokens, all devices together) and what fits on a device by "
     "--micro_batch_size (sequences)",
     "block_size": "use --sequence_length (tokens)",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modeling_gpt2_repro.devices import is_out_of_memory
-from modeling_gpt2_repro.errors import SYSTEM_REFUSALS, UserError
-from modeling_gpt2_repro.refusals import describe_refusal, find_refusal
+from modeling_gpt2_repro.core.devices import is_out_of_memory
+from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError
+from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
 
 # "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598" (torch),
 # "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).
@@ -125,12 +125,12 @@ def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[
 
 
 @contextlib.contextmanager
-def explained_write_failures(folder: Path, describe_way_back: Callable[[], str]) -> Iterator[None]:
+def explained_write_failures(folder: Path, resume_hint: Callable[[], str]) -> Iterator[None]:
     """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it.
 
     Args:
         folder: of the run.
-        describe_way_back: says how it goes on.
+        resume_hint: says how it goes on.
     """
     try:
         yield
@@ -139,4 +139,4 @@ def explained_write_failures(folder: Path, describe_way_back: Callable[[], str])
             raise
         refusal = find_refusal(error)
         reason = describe_refusal(refusal) if refusal else error
-        raise UserError(f"cannot write to {folder}: {reason}. Make room: {describe_way_back()}") from error
+        raise UserError(f"cannot write to {folder}: {reason}. Make room: {resume_hint()}") from error

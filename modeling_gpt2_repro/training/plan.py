@@ -47,7 +47,7 @@ class Plan:
         """Tell whether what happens every `every` steps (0: never), and at the end, happens after `step` updates."""
         return every > 0 and (step % every == 0 or step == self.last_step)
 
-    def is_looked_at(self, config: TrainingConfig, step: int) -> bool:
+    def is_eval_step(self, config: TrainingConfig, step: int) -> bool:
         """Tell whether the model after `step` updates is validated, scored or sampled, or is the last one."""
         every = (config.eval_every, config.hellaswag_every, config.sample_every)
         return step == self.last_step or any(self.is_due(each, step) for each in every)

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
-from modeling_gpt2_repro.stop_signals import handled_stop_signals, raise_terminated
+from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of BSD's sysexits.h: try again later
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # what a shell says of who was stopped and leaves nothing to go on from

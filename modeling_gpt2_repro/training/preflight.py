@@ -4,10 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import check_place, follow_links, is_utf8
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import check_place, follow_links, is_utf8
 from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.tracking import CHECKPOINTS, CONFIG, FILES, REPLACED_FILES, REPLACED_FOLDERS
+from modeling_gpt2_repro.training.record import CHECKPOINTS, CONFIG, FILES, REPLACED_FILES, REPLACED_FOLDERS
 
 # Float32 weights, and AdamW's two moments of each.
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import yaml
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import make_folder
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import make_folder
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
 
 TENSORBOARD = "tensorboard"

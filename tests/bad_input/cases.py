@@ -33,9 +33,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 import eval_hellaswag
 import prepare_data
 import train
-from modeling_gpt2_repro.errors import reports_user_errors
+from modeling_gpt2_repro.core.errors import reports_user_errors
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.reporting.plots import draw_curves
+from modeling_gpt2_repro.plots.run_figure import draw_curves
 from modeling_gpt2_repro.training.throughput import Peak
 
 # A case takes a tenth of a second; what takes this long would never end.
@@ -242,7 +242,7 @@ def hash_tree(folder: Path) -> dict[str, str]:
 def quick_machine() -> Iterator[None]:
     """Leave out what takes a second and does not depend on the input: timing the machine, and drawing in a run."""
     with (
-        mock.patch("modeling_gpt2_repro.run.choose_peak", lambda *_: Peak(1e9, "a test")),
+        mock.patch("modeling_gpt2_repro.training.setup.choose_peak", lambda *_: Peak(1e9, "a test")),
         mock.patch("train.CurveDrawer", mock.MagicMock()),
     ):
         yield

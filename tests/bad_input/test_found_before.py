@@ -11,9 +11,9 @@ from test_run_folders import LONGER
 import eval_hellaswag
 import prepare_data
 import train
-from modeling_gpt2_repro.errors import format_line
-from modeling_gpt2_repro.evaluation import sampling
-from modeling_gpt2_repro.reporting import summary
+from modeling_gpt2_repro.commands import summary
+from modeling_gpt2_repro.core.errors import format_line
+from modeling_gpt2_repro.evaluation import samples
 
 PLAN = TINY | {"plan": True}
 LONG_NAME = "a" * 300
@@ -144,7 +144,7 @@ def test_records_of_a_run_that_goes_on(name, content):
 def test_samples(settings):
     with open_case("model") as case:
         base = {"model": "../given/model", "prompt": "a", "n_tokens": 8}
-        assert "has to be 1 or more" in answer(sampling.main, to_flags(base | settings), case).err
+        assert "has to be 1 or more" in answer(samples.main, to_flags(base | settings), case).err
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"])

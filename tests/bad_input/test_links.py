@@ -18,10 +18,11 @@ from tiny_models import build_model
 import eval_hellaswag
 import prepare_data
 import train
-from modeling_gpt2_repro import nanogpt
-from modeling_gpt2_repro.evaluation import sampling
-from modeling_gpt2_repro.reporting import plots, summary
-from modeling_gpt2_repro.training.tracking import CURVES, FILES, REPLACED_FOLDERS, read_metrics
+from modeling_gpt2_repro.commands import summary
+from modeling_gpt2_repro.evaluation import samples
+from modeling_gpt2_repro.model import convert_nanogpt
+from modeling_gpt2_repro.plots import run_figure
+from modeling_gpt2_repro.training.record import CURVES, FILES, REPLACED_FOLDERS, read_metrics
 
 # A constant rate, so that a run may be prolonged; and all that a run can write, so that every place is written to.
 BEFORE = TINY | {"lr_schedule": "constant", "save_best": True, "report_to": "tensorboard"}
@@ -254,7 +255,7 @@ def test_a_data_folder(place, operation, kind, disk):
     [
         (eval_hellaswag, "output", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
         (eval_hellaswag, "per_example", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
-        (nanogpt, "output_dir", {"checkpoint": "../given/ckpt.pt", "tokenizer": "../given/tokenizer"}),
+        (convert_nanogpt, "output_dir", {"checkpoint": "../given/ckpt.pt", "tokenizer": "../given/tokenizer"}),
         (prepare_data, "output_dir", PREPARE),
     ],
 )
@@ -265,7 +266,7 @@ def test_a_result(script, flag, given, disk):
         for number, kind in enumerate(KINDS):
             path = case.folder / "cwd" / f"result{number}{'' if is_folder else '.json'}"
             target = put_link(path, kind, case, disk)
-            if script is nanogpt and target.exists():
+            if script is convert_nanogpt and target.exists():
                 target.rmdir()  # it has to be new
             ended = answer(script.main, to_flags(given | {flag: path}), case)
             assert ended.code == 0, ended.err
@@ -297,9 +298,9 @@ def test_no_command_makes_a_folder_called_tilde(monkeypatch):
             (train.main, to_flags(training)),
             (train.main, to_flags(training | {"resume": "~/runs/run/checkpoints/step_0000001", "run_name": "fork"})),
             (eval_hellaswag.main, to_flags(evaluation | {"per_example": "~/answers.jsonl"})),
-            (plots.main, ["~/runs/run", "~/runs/fork", "--output=~/curves.png"]),
+            (run_figure.main, ["~/runs/run", "~/runs/fork", "--output=~/curves.png"]),
             (summary.main, ["~/runs/run"]),
-            (sampling.main, to_flags({"model": "~/runs/run/final", "prompt": "~", "n_tokens": 4})),
+            (samples.main, to_flags({"model": "~/runs/run/final", "prompt": "~", "n_tokens": 4})),
         ):
             given = answer(main, argv, case)
             assert given.code == 0, given.err

@@ -17,11 +17,11 @@ from test_flags import EVALUATE, PREPARE
 
 PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for name in ("", "bad_input"))])
 HELPFUL = (
-    *("train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.nanogpt"),
+    *("train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.model.convert_nanogpt"),
     *(
-        "modeling_gpt2_repro.evaluation.sampling",
-        "modeling_gpt2_repro.reporting.plots",
-        "modeling_gpt2_repro.reporting.hub",
+        "modeling_gpt2_repro.evaluation.samples",
+        "modeling_gpt2_repro.plots.run_figure",
+        "modeling_gpt2_repro.publishing.hub",
     ),
 )
 MODULES = (*HELPFUL, "cases")
@@ -79,7 +79,7 @@ READ = {
     "a parquet file": ("prepare_data", PREPARE | {"files": "../given/corpus/e.parquet"}, "corpus/e.parquet"),
     "a compressed file": ("prepare_data", PREPARE | {"files": "../given/corpus/f.jsonl.zst"}, "corpus/f.jsonl.zst"),
     "a checkpoint of nanoGPT": (
-        "modeling_gpt2_repro.nanogpt",
+        "modeling_gpt2_repro.model.convert_nanogpt",
         {"checkpoint": "../given/corpus/a.jsonl", "output_dir": "out", "tokenizer": "none"},
         "corpus/a.jsonl",
     ),
@@ -153,7 +153,7 @@ def test_pictures_are_the_same_whatever_matplotlib_is_told(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "modeling_gpt2_repro.reporting.plots",
+        "modeling_gpt2_repro.plots.run_figure",
         build_originals() / "run",
         "--output=a.png",
     ]
@@ -187,7 +187,7 @@ def test_names_that_are_not_utf8(forks):
 def test_a_cache_that_cannot_be_made_is_named(forks):
     with open_case("run", "items.jsonl") as case:
         settings = EVALUATE | {"model": "../given/run/final", "trust_remote_code": True}
-        nowhere = "import transformers.dynamic_module_utils as d, modeling_gpt2_repro.evaluation.models as m\n"
+        nowhere = "import transformers.dynamic_module_utils as d, modeling_gpt2_repro.model.loading as m\n"
         nowhere += f"d.HF_MODULES_CACHE = m.HF_MODULES_CACHE = {os.devnull + '/cache'!r}"
         given = run(forks, case, "eval_hellaswag", settings, nowhere)
     assert given.code == 2 and "set HF_MODULES_CACHE to" in given.err

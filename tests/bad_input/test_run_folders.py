@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, put_in_place
 
 import train
-from modeling_gpt2_repro.files import compute_checksum
-from modeling_gpt2_repro.reporting import summary
+from modeling_gpt2_repro.commands import summary
+from modeling_gpt2_repro.core.files import compute_checksum
 
 # With which the original run was made.
 LONGER = {"sequence_length": 64, "tokens_per_step": 128, "eval_tokens": 64, "warmup_tokens": 128}

@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 from crashing import Crasher, CrashTests, Scenario, list_tree
 from fork_server import serve_forks
 
-from modeling_gpt2_repro.files import REPLACED_SUFFIX
+from modeling_gpt2_repro.core.files import REPLACED_SUFFIX
 
 OLD, NEW = {"a.txt": b"old a", "sub": b"", "sub/b.txt": b"old b"}, {"a.txt": b"new a", "sub": b"", "sub/c.txt": b"new"}
 WRITE = "\n    ".join(
@@ -52,7 +52,7 @@ def build(name: str, exists: bool) -> Scenario:
 
     def script(folder):
         imports = (
-            f"import os, pathlib\nfrom modeling_gpt2_repro import files\nfolder = pathlib.Path({str(folder)!r})\n"
+            f"import os, pathlib\nfrom modeling_gpt2_repro.core import files\nfolder = pathlib.Path({str(folder)!r})\n"
         )
         return f"{imports}try:\n{textwrap.indent(SCRIPTS[name], '    ')}\nexcept OSError:\n    os._exit(2)"
 
@@ -62,7 +62,7 @@ def build(name: str, exists: bool) -> Scenario:
 @pytest.fixture(scope="module")
 def server():
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with serve_forks(["modeling_gpt2_repro.files"], environment) as server:
+    with serve_forks(["modeling_gpt2_repro.core.files"], environment) as server:
         yield server
 
 

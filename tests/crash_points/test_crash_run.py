@@ -14,8 +14,8 @@ from fork_server import serve_forks
 from small_corpora import write_small_data
 from tracing import Call
 
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 from modeling_gpt2_repro.training.checkpoint import check_whole, list_checkpoints, read_step
 
 # Its best model is that of step 4, and at the end there are checkpoints of steps 4 and 6 and the model of step 2.
@@ -29,10 +29,10 @@ SETTINGS = {
 # that draws beside the run, whose pictures the run draws once more at its end.
 QUICKER = """
 import matplotlib.figure
-import modeling_gpt2_repro.run
-from modeling_gpt2_repro.reporting.background import CurveDrawer
+import modeling_gpt2_repro.training.setup
+from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.training.throughput import Peak
-modeling_gpt2_repro.run.choose_peak = lambda *_: Peak(1e12, "not measured")
+modeling_gpt2_repro.training.setup.choose_peak = lambda *_: Peak(1e12, "not measured")
 CurveDrawer.request = lambda self: None
 matplotlib.figure.Figure.savefig = lambda self, stream, **_: stream.write(bytes(100_000))
 """

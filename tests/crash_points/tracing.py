@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from modeling_gpt2_repro.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
+from modeling_gpt2_repro.core.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 
 NAMING = ("rename", "renameat", "renameat2", "link", "linkat")
 REMOVING = ("unlink", "unlinkat", "rmdir")

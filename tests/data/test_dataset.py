@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_gpt2_repro.core.devices import enter_device, name_device
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data import dataset as data_module
-from modeling_gpt2_repro.data.dataset import TokenDataset, read_ahead
-from modeling_gpt2_repro.devices import enter_device, name_device
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.data.dataset import TokenDataset, prefetch
 
 
 def write_shards(folder: Path, *lengths: int) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_reading_ahead_gives_the_same_batches_in_order(tmp_path):
     np.save(tmp_path / "train_000001.npy", np.arange(1000, dtype=np.uint16))
     dataset = TokenDataset(str(tmp_path), "train", 8, 1000)
     micro_batches = build_batches(len(dataset))
-    batches = list(read_ahead(dataset, iter(micro_batches), torch.device("cpu")))
+    batches = list(prefetch(dataset, iter(micro_batches), torch.device("cpu")))
     assert len(batches) == len(micro_batches)
     assert all(torch.equal(batch, dataset.read(ids)) for batch, ids in zip(batches, micro_batches, strict=True))
 
@@ -90,12 +90,12 @@ def test_reading_ahead_raises_where_the_batch_is_due_and_leaves_no_thread(tmp_pa
     in_order = np.arange(99)[:, None]
     n_read = 0
     with pytest.raises(UserError, match="token id 60000"):
-        for _ in read_ahead(dataset, in_order, torch.device("cpu")):
+        for _ in prefetch(dataset, in_order, torch.device("cpu")):
             n_read += 1
     assert n_read == 49  # window 49 holds tokens 490 to 500
 
     others = set(threading.enumerate())
-    batches = read_ahead(dataset, in_order, torch.device("cpu"))
+    batches = prefetch(dataset, in_order, torch.device("cpu"))
     next(batches)
     batches.close()
     assert set(threading.enumerate()) <= others
@@ -110,7 +110,7 @@ def test_the_reader_works_on_the_device_that_its_batches_go_to(tmp_path, monkeyp
     dataset = TokenDataset(str(tmp_path), "train", 8, 1000)
     read = dataset.read
     monkeypatch.setattr(dataset, "read", lambda ids: (readers.add(threading.current_thread().name), read(ids))[1])
-    list(read_ahead(dataset, build_batches(len(dataset)), device))
+    list(prefetch(dataset, build_batches(len(dataset)), device))
     ((entered_device, thread),) = entered
     assert entered_device == device and {thread} == readers and thread != threading.current_thread().name
 

@@ -7,9 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data import inspection, shards
 from modeling_gpt2_repro.data.inspection import choose_documents, inspect_folder, scan_split
-from modeling_gpt2_repro.errors import UserError
 
 EOT, VOCAB_SIZE = 9, 12
 BYTE_LENGTHS = np.array([1, 1, 1, 2, 2, 3, 4, 1, 7, 0, 1, 1])

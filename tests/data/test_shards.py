@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from written_shards import DAMAGES, write_shards
 
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.data.shards import (
     BASELINES_NAME,
     MANIFEST_NAME,
@@ -21,8 +23,6 @@ from modeling_gpt2_repro.data.shards import (
     open_split,
     save_manifest,
 )
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum
 
 
 @pytest.fixture

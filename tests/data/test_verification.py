@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from written_shards import DAMAGES, EOT, write_shards
 
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, MANIFEST_NAME, load_manifest, open_split
 from modeling_gpt2_repro.data.verification import verify_folder
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.files import compute_checksum
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from tiny_models import build_stock_model, draw_ids
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.evaluation.baseline import (
     Baseline,
     format_baseline,

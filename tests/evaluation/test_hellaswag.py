@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from modeling_gpt2_repro import devices
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core import devices
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.evaluation import hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag import (
     EncodedHellaSwag,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag_data import (
     DATASET_NAME,
     DATASET_REVISION,

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from modeling_gpt2_repro.evaluation import scoring
-from modeling_gpt2_repro.evaluation.rows import EncodedChoices, build_rows
+from modeling_gpt2_repro.evaluation.shared_context import EncodedChoices, build_rows
 
 VOCAB_SIZE = 301
 

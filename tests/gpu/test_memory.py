@@ -9,8 +9,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 import train
 from gpu.drawn_models import VOCAB_SIZE
-from modeling_gpt2_repro.devices import ACCELERATOR_MICRO_BATCH_SIZE
-from modeling_gpt2_repro.training import micro_step
+from modeling_gpt2_repro.core.devices import ACCELERATOR_MICRO_BATCH_SIZE
+from modeling_gpt2_repro.training import batch_fit
 from modeling_gpt2_repro.training.memory import StepMemory
 
 LENGTH = 1024
@@ -27,7 +27,7 @@ def test_where_memory_runs_out_the_run_takes_less_at_once_and_stays_compiled(
         is_checkpointed=False,
         loss_chunk_tokens=1024,
     )
-    tried, runs, time_micro_step, update = [], [], micro_step._time_micro_step, train.update
+    tried, runs, time_micro_step, update = [], [], batch_fit._time_micro_step, train.update
 
     def note_size(loss_model, dataset, size, accelerator):
         tried.append(size)
@@ -37,7 +37,7 @@ def test_where_memory_runs_out_the_run_takes_less_at_once_and_stays_compiled(
         runs.append(run)
         update(run, *arguments)
 
-    monkeypatch.setattr(micro_step, "_time_micro_step", note_size)
+    monkeypatch.setattr(batch_fit, "_time_micro_step", note_size)
     monkeypatch.setattr(train, "update", note_run)
     torch._dynamo.reset()
     gc.collect()

@@ -8,7 +8,7 @@ import torch
 
 from gpu.conftest import Scale
 from gpu.drawn_models import assert_gradients_close, compute_gradients, draw_model, draw_windows
-from modeling_gpt2_repro.training.micro_step import WindowLoss
+from modeling_gpt2_repro.training.batch_fit import WindowLoss
 
 N_LAYERS = 4
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from modeling_gpt2_repro.errors import UserError
-from modeling_gpt2_repro.training.config import KNOWN_ELSEWHERE, TrainingConfig
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
 
 
 def test_defaults_are_the_reproduction():
@@ -55,9 +55,9 @@ def test_windows_are_permuted_from_the_second_epoch_over_a_shuffled_corpus():
 
 def test_names_from_elsewhere_point_at_ours():
     ours = set(TrainingConfig.__dataclass_fields__)
-    assert not ours & set(KNOWN_ELSEWHERE)
+    assert not ours & set(FOREIGN_FLAGS)
     for name in (
         *("batch_size", "block_size", "max_iters", "eval_interval", "total_batch_size", "out_dir", "max_train_steps"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "warmup_iters"),
     ):
-        assert any(f"--{setting}" in KNOWN_ELSEWHERE[name] for setting in ours), name
+        assert any(f"--{setting}" in FOREIGN_FLAGS[name] for setting in ours), name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training.faults import (
     NonFiniteError,
     explained_nondeterminism,

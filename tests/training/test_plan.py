@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from modeling_gpt2_repro.model.building import build_skeleton
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.plan import Plan, count_flops_per_token
-from modeling_gpt2_repro.weights import build_skeleton
 
 REPRODUCTION = Plan(
     n_processes=8,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training.preflight import check_disk, check_duration, estimate_disk_bytes, measure_folder
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training.skipping import is_skipped, merge_skips, parse_skips
 
 

@@ -21,12 +21,12 @@ from conftest import REPOSITORY
 from small_runs import flags, read_series
 from tracker_files import PATIENCE_SECONDS, read_tensorboard, read_wandb_run
 
-from modeling_gpt2_repro.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training import trackers
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.record import RunRecord, read_json_lines
 from modeling_gpt2_repro.training.trackers import choose_trackers, has_wandb_key
-from modeling_gpt2_repro.training.tracking import RunRecord, read_json_lines
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,78 @@
+"""What a file is, told by how it begins: people have many things under the name of another."""
+
+import codecs
+import re
+from pathlib import Path
+
+from modeling_gpt2_repro.core.errors import UserError
+
+# The longer marks first: one of UTF-16 begins as one of UTF-32 does.
+WIDE_MARKS = {
+    **{codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"},
+    **{codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"},
+}
+
+# What people have under the name of a file, by the regular expression of how it begins; long enough that token ids
+# without any header do not begin so.
+LLMC_TOKENS = "a token shard of llm.c"
+LLMC_QUESTIONS = "a file of multiple-choice questions of llm.c"
+LLMC_MODEL = "a GPT-2 model of llm.c"
+NUMPY = "a NumPy array"
+ZIP = "a zip archive"
+SAFETENSORS = "a safetensors file"
+PARQUET = "a parquet file"
+ARROW = "an Arrow file"
+COMPRESSED = "a compressed file: decompress it first"
+EMPTY, TEXT = "empty", "text"
+CONTENTS = {
+    rb"version https://git-lfs": "a Git LFS pointer and not the file itself: fetch that with git lfs pull",
+    rb"\s*<(?i:!doctype|html|\?xml)": "a web page and not the file itself: download it again",
+    rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh[1-9]1AY": COMPRESSED,
+    rb"PK\x03\x04": ZIP,
+    rb"\x93NUMPY": NUMPY,
+    rb"PAR1": PARQUET,
+    rb"ARROW1|\xff\xff\xff\xff": ARROW,
+    rb"\x89HDF": "an HDF5 file",
+    rb"GGUF": "a GGUF model of llama.cpp",
+    rb"(?s).{4}\0{4}\{\"": SAFETENSORS,
+    rb"(?s).{257}ustar": "a tar archive",
+} | {
+    re.escape(magic.to_bytes(4, "little")): text
+    for magic, text in {
+        20240326: LLMC_MODEL,
+        20240327: "a debug state of llm.c",
+        20240328: "a tokenizer of llm.c",
+        20240520: LLMC_TOKENS,
+        20240522: LLMC_QUESTIONS,
+        20240527: "a training state of llm.c",
+        20240801: "a token shard of llm.c for Llama 3",
+        20240803: "a Llama 3 model of llm.c",
+    }.items()
+}
+
+
+def describe_content(file: str | Path | bytes) -> str | None:
+    """Say what a file, or its content, is by how it begins, to follow "it is"; `None` for what is not known."""
+    if isinstance(file, bytes):
+        head = file[:512]
+    else:
+        with open(file, "rb") as stream:
+            head = stream.read(512)
+    if not head:
+        return EMPTY
+    if known := next((text for pattern, text in CONTENTS.items() if re.match(pattern, head)), None):
+        return known
+    return TEXT if len(head) >= 16 and re.fullmatch(rb"[\t\n\r -~]+", head) else None
+
+
+def check_encoding(head: bytes, source: str | Path) -> None:
+    """Check that text that begins with the four bytes `head` is not in UTF-16 or UTF-32, as Windows writes it.
+
+    Raises:
+        UserError: it is, by its byte order mark, or by zeros in the place of every other byte of its first letters.
+    """
+    name = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+    if name is None and (head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0"):
+        name = "UTF-32" if head[:4].count(0) == 3 else "UTF-16"
+    if name is not None and head.strip(b"\0"):
+        raise UserError(f"{source} is {name}, not UTF-8: convert it first (iconv -f {name} -t UTF-8)")

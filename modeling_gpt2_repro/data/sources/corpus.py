@@ -1,0 +1,112 @@
+"""Corpora: where documents come from, as independent tasks in source order."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import huggingface_hub
+import pyarrow as pa
+
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.hub_client import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
+from modeling_gpt2_repro.data.sources.docstrings import describe_packages, list_docstring_tasks
+from modeling_gpt2_repro.data.sources.hub_datasets import list_hub_tasks
+from modeling_gpt2_repro.data.sources.local_files import find_files, list_file_tasks
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+DEFAULT_CONFIGS = {FINEWEB_EDU: "sample-10BT"}
+DOCSTRINGS = "docstrings"
+
+
+class Task(Protocol):
+    """A part of a corpus that a worker process reads on its own; it travels there by pickle."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+
+    def read_batches(self) -> Iterator[pa.LargeStringArray]:
+        """Yield documents in source order; empty ones and nulls are the reader's to skip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A source of documents.
+
+    Attributes:
+        source: what the manifest records: `id`, and `config`, `split`, `revision` or `files`.
+        state: by which a run that goes on knows that the documents are still the same. The manifest, which does not
+            depend on when files were copied, leaves it out.
+        prefix: how the names of its shards begin.
+        tasks: in source order, listed as they are asked for.
+    """
+
+    source: dict[str, Any]
+    state: str
+    prefix: str
+    tasks: Iterable[Task]
+
+
+def build_file_corpus(patterns: list[str], text_column: str, document_separator: str | None) -> Corpus:
+    """Build the corpus of local files in the order of their sorted paths.
+
+    Raises:
+        UserError: as `find_files`; reading the tasks raises those of `list_file_tasks`.
+    """
+    files = find_files(patterns)
+    source = {"id": "files", "files": [{"path": str(path), "bytes": path.stat().st_size} for path in files]}
+    prefix = _slugify(files[0].name.partition(".")[0]) if len(files) == 1 else "text"
+    return Corpus(source, _describe_files(files), prefix, list_file_tasks(files, text_column, document_separator))
+
+
+def build_docstring_corpus() -> Corpus:
+    """Build the built-in offline corpus (see `data.docstrings`)."""
+    return Corpus({"id": DOCSTRINGS}, describe_packages(), DOCSTRINGS, list_docstring_tasks())
+
+
+def build_hub_corpus(name: str, config: str | None, split: str, revision: str | None, text_column: str) -> Corpus:
+    """Build the corpus of a dataset on the Hub, or in a local folder that `datasets` can load, by streaming it.
+
+    The revision is resolved to a commit, so that the manifest says which data it was.
+
+    Raises:
+        UserError: an unknown dataset, config, split or column, or an unreachable Hub.
+    """
+    config = config or DEFAULT_CONFIGS.get(name)
+    state = ""  # the revision says it all
+    if Path(name).is_dir():
+        state = _describe_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+    else:
+        revision = _resolve_revision(name, revision)
+    tasks = list_hub_tasks(name, config, split, revision, text_column)
+    source = {"id": name, "config": config, "split": split, "revision": revision}
+    prefix = "edufineweb" if name == FINEWEB_EDU else _slugify(Path(name).name)
+    return Corpus(source, state, prefix, tasks)
+
+
+def _describe_files(paths: Iterable[Path]) -> str:
+    facts = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _resolve_revision(name: str, revision: str | None) -> str:
+    api = huggingface_hub.HfApi()
+    what = f"dataset {name!r}"
+    try:
+        info = ask_hub(lambda: api.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS), what)
+        if info.gated:  # everybody may know about it, not everybody may read it
+            ask_hub(lambda: api.auth_check(name, repo_type="dataset"), what)
+    except HubUnreachableError as error:
+        raise UserError(
+            f"cannot reach the Hub for the dataset {name!r} ({error}): check the connection, give --files, or use "
+            f"the built-in corpus with --dataset_name {DOCSTRINGS}"
+        ) from error
+    return info.sha
+
+
+def _slugify(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "text"

@@ -1,0 +1,130 @@
+"""Datasets on the Hub, or in a local folder that `datasets` can load, read as streams: a task is one file.
+
+Of a parquet file only the text column is fetched. Nothing but the dataset's card is copied to disk.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.hub_client import describe_hub_failure
+from modeling_gpt2_repro.data.sources.local_files import BATCH_ROWS, as_texts
+
+# `huggingface_hub` repeats a request for some 25 seconds before it gives up. What it gave up, `datasets` starts again,
+# by default 20 times: a Hub that is down would be noticed after ten minutes, where one that hiccups is back in one.
+READ_TRIES = 2
+SECONDS_BETWEEN_TRIES = 5
+# What a request to a parquet file fetches beyond what was asked for: more than lies between the texts of one row group
+# and those of the next in a text corpus, so that these come in one piece, and little where other columns are large.
+READ_AHEAD_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class HubTask:
+    """One file of a dataset.
+
+    Attributes:
+        name: what to call it in a message.
+        rows: the file's rows, a `datasets.IterableDataset`.
+    """
+
+    name: str
+    rows: Any
+    text_column: str
+
+    def read_batches(self) -> Iterator[pa.LargeStringArray]:
+        """Yield the texts of the file's rows, in order.
+
+        Raises:
+            UserError: the Hub failed for longer than a hiccup, or the file is not what it should be.
+        """
+        _prepare_datasets()
+        with _explained(self.name):
+            for table in self.rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
+                for chunk in table[self.text_column].chunks:
+                    yield as_texts(chunk, self.name)
+
+
+def list_hub_tasks(
+    name: str, config: str | None, split: str, revision: str | None, text_column: str
+) -> Iterator[HubTask]:
+    """Open a dataset and return its tasks, in the order of its files.
+
+    Args:
+        revision: the commit; None for a local folder.
+
+    Raises:
+        UserError: a dataset, config, split or column that is not there or not for this user, or a Hub that fails.
+    """
+    datasets = _prepare_datasets()
+    what = f"the dataset {name!r}"
+    with _explained(what, hint="--dataset_config_name"):
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        if builder.name == "cache":
+            # `datasets` takes what it finds in its cache, of whatever revision, when the Hub fails it.
+            raise ConnectionError("only the cache of `datasets` has a copy")
+    with _explained(what, hint="--split"):
+        dataset = builder.as_streaming_dataset(split=split)
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if text_column not in columns:
+            raise UserError(f"{what} has no column {text_column!r}: give --text_column one of {', '.join(columns)}")
+        if builder.name == "parquet":
+            # `select_columns` drops the other columns once they have been fetched, with whole row groups of theirs.
+            builder.config.columns = [text_column]
+            builder.config.batch_size = BATCH_ROWS
+            # Arrow's own read-ahead keeps what it has read until the file ends: a worker would hold a whole file.
+            builder.config.fragment_scan_options = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+            builder.storage_options = {"hf": {"block_size": READ_AHEAD_BYTES}}
+            datasets.streaming.extend_dataset_builder_for_streaming(builder)  # or the options are not looked at
+            dataset = builder.as_streaming_dataset(split=split)
+        else:
+            dataset = dataset.select_columns([text_column])
+    files = builder.config.data_files.get(split, [])
+    return _cut_into_files(dataset, what, files, text_column)
+
+
+def _cut_into_files(dataset: Any, what: str, files: list[str], text_column: str) -> Iterator[HubTask]:
+    count = dataset.num_shards
+    for index in range(count):
+        file = files[index].rpartition("@")[2].partition("/")[2] if len(files) == count else ""
+        name = f"{what}, file {index + 1} of {count}" + (f" ({file})" if file else "")
+        yield HubTask(name, dataset.shard(num_shards=count, index=index), text_column)
+
+
+def _prepare_datasets() -> Any:
+    """Import `datasets`, and make it brief and quiet: what it logs of an error is said in ours."""
+    import datasets  # here: half a second that local files need not wait for
+
+    config = datasets.config
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = READ_TRIES
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = SECONDS_BETWEEN_TRIES
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = SECONDS_BETWEEN_TRIES
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+@contextlib.contextmanager
+def _explained(what: str, hint: str = "") -> Iterator[None]:
+    """Turn what goes wrong inside into a `UserError` that names `what`.
+
+    Readers of a dozen formats and an HTTP library are at work there, each with errors of its own: all are taken but
+    those that a bug would raise.
+
+    Args:
+        hint: the flag to look at for a plain ValueError, by which `datasets` says that it was asked for nonsense.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, AssertionError, AttributeError, NameError, TypeError):
+        raise
+    except Exception as error:
+        if failure := describe_hub_failure(error):
+            raise UserError(f"{what}: {failure}") from error
+        message = f"cannot read {what}: {error or type(error).__name__}"
+        raise UserError(f"{message} (see {hint})" if hint and type(error) is ValueError else message) from error

@@ -1,0 +1,377 @@
+"""Documents in local `.parquet`, `.jsonl` and `.txt` files.
+
+A task is a part of one file that can be read on its own: some row groups of a parquet file, a range of bytes of a
+JSON Lines file, one whole compressed file, or some text files. Tasks follow each other in the order of the documents.
+"""
+
+import codecs
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet
+
+from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.core.file_kinds import check_encoding
+from modeling_gpt2_repro.core.files import is_utf8
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TEXT_SUFFIXES)
+LINE_END = re.compile(r"\r\n|\n|\r")
+ANY_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"  # a Windows line end is never taken for two
+NOT_UTF8 = "not valid UTF-8: convert it first (text of Windows's: iconv -f CP1252 -t UTF-8)"
+
+# Text per task: enough that starting one costs nothing, few enough bytes that two cores share a small corpus.
+TASK_BYTES = 2**25
+# Text per batch, which is what is decoded and encoded at once.
+BATCH_BYTES = 4 * 2**20
+BATCH_ROWS = 1024
+# What is read at once of a parquet file.
+READ_BYTES = 2**20
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that `patterns` (paths, globs or folders) name, sorted, each once.
+
+    Raises:
+        UserError: a pattern without a match, or a file of a kind that is not read here.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+        if not matches and Path(pattern).exists():  # a name with brackets in it
+            matches = [Path(pattern)]
+        files = {path for path in matches if path.is_file()}
+        for folder in set(matches) - files:
+            # `**` follows links to folders, and passes over hidden files such as macOS leaves beside others.
+            inside = map(Path, glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
+            files.update(path for path in inside if path.is_file() and _has_known_suffix(path))
+        if not files:
+            raise UserError(f"--files {pattern}: no such file, or a folder without {', '.join(SUFFIXES)} files")
+        found |= files
+    for path in found:
+        if not is_utf8(path):
+            raise UserError(f"--files {path}: its name is not UTF-8, and no manifest could say it: rename it")
+        if not _has_known_suffix(path):
+            raise UserError(f"--files {path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}")
+    # Two paths may lead to one file.
+    return sorted({os.path.realpath(path): path for path in sorted(found, reverse=True)}.values())
+
+
+def list_file_tasks(
+    paths: Iterable[Path], text_column: str, document_separator: str | None
+) -> Iterator["FileTask | TextTask"]:
+    """Yield the tasks of some files, in the order of their documents.
+
+    Raises:
+        UserError: a file that cannot be opened, or one without the column `text_column`.
+    """
+    for is_text, group in itertools.groupby(paths, lambda path: path.name.lower().endswith(TEXT_SUFFIXES)):
+        if is_text:
+            yield from _list_text_tasks(group, document_separator)
+            continue
+        for path in group:
+            yield from _list_tasks_of_file(path, text_column)
+
+
+def _has_known_suffix(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _list_tasks_of_file(path: Path, text_column: str) -> Iterator["FileTask"]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        yield from _list_parquet_tasks(str(path), text_column)
+    elif name.endswith(".jsonl"):
+        size = path.stat().st_size
+        for start in range(0, size, TASK_BYTES):
+            yield JsonlTask(str(path), text_column, start, min(start + TASK_BYTES, size))
+    else:
+        yield JsonlTask(str(path), text_column)
+
+
+def _list_text_tasks(paths: Iterable[Path], document_separator: str | None) -> Iterator["TextTask"]:
+    together: list[str] = []
+    size = 0
+    for path in paths:
+        together.append(str(path))
+        size += path.stat().st_size
+        if size >= TASK_BYTES:
+            yield TextTask(tuple(together), document_separator)
+            together, size = [], 0
+    if together:
+        yield TextTask(tuple(together), document_separator)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTask:
+    """A part of the file `path`, whose documents `read_batches()` yields."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetTask(FileTask):
+    """Some row groups of a parquet file; only the text column is read."""
+
+    text_column: str
+    row_groups: tuple[int, ...]
+    rows_per_batch: int
+
+    def read_batches(self) -> Iterator[pa.LargeStringArray]:
+        """Yield the rows' texts; a null stays null."""
+        try:
+            # A buffer of its own, or whole row groups are read ahead: gigabytes, of files that have few of them.
+            with pa.parquet.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+                for batch in file.iter_batches(
+                    self.rows_per_batch, row_groups=self.row_groups, columns=[self.text_column], use_threads=False
+                ):
+                    yield as_texts(batch.column(0), self.path)
+        except (pa.ArrowException, OSError) as error:
+            raise_if_refused(error, self.path)
+            raise UserError(f"{self.path} is not a whole parquet file: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlTask(FileTask):
+    """The lines of a JSON Lines file that begin in the bytes `[start, end)`; `end=None` is the whole file."""
+
+    text_column: str
+    start: int = 0
+    end: int | None = None
+
+    def read_batches(self) -> Iterator[pa.LargeStringArray]:
+        """Yield the lines' texts; a line without the column, or with `null` in it, gives a null."""
+        with _open(self.path) as stream:
+            position = self._find_first_line(stream)
+            checked = position > 0
+            rest = b""
+            while self.end is None or position < self.end:
+                block = _read(stream, max(BATCH_BYTES, len(rest)), self.path)
+                cut = block.rfind(b"\n") + 1
+                if block and cut == 0:  # a line longer than a block
+                    rest += block
+                    continue
+                lines = rest + block[:cut] if block else rest
+                rest = block[cut:]
+                if self.end is not None and position + len(lines) > self.end:
+                    # The line that holds byte end - 1 is the last one of this task.
+                    lines = lines[: (lines.find(b"\n", self.end - position - 1) + 1) or None]
+                if position == 0:
+                    check_encoding(lines[:4], self.path)
+                if not checked and lines.removeprefix(codecs.BOM_UTF8).strip():
+                    self._check_column(lines)
+                    checked = True
+                if lines:
+                    yield self._parse(lines, position)
+                position += len(lines)
+                if not block:
+                    return
+
+    def _find_first_line(self, stream: IO[bytes]) -> int:
+        """Go to the first line that begins at or after `start` and return where that is."""
+        if self.start == 0:
+            return 0
+        stream.seek(self.start - 1)
+        position = self.start - 1
+        while block := _read(stream, BATCH_BYTES, self.path):
+            newline = block.find(b"\n")
+            if newline >= 0:
+                position += newline + 1
+                stream.seek(position)
+                return position
+            position += len(block)
+        return position
+
+    def _check_column(self, lines: bytes) -> None:
+        """Tell a wrong column name from texts that are missing here and there: the first line has to have it."""
+        first = lines.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].partition(b"\r")[0]
+        try:
+            row = json.loads(first)
+        except (ValueError, RecursionError):
+            return  # reported with its line number by _parse
+        if isinstance(row, dict) and self.text_column not in row:
+            raise UserError(_describe_missing_column(self.path, self.text_column, list(row)))
+
+    def _parse(self, lines: bytes, position: int) -> pa.LargeStringArray:
+        if position == 0:
+            lines = lines.removeprefix(codecs.BOM_UTF8)
+        if lines.lstrip().startswith(b"null"):  # of a first row that is none, Arrow 26 dies (a segmentation fault)
+            return self._parse_line_by_line(lines, position)
+        schema = pa.schema([(self.text_column, pa.large_string())])
+        try:
+            table = pa.json.read_json(
+                pa.BufferReader(lines),
+                read_options=pa.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+                parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            )
+            texts = table[self.text_column].combine_chunks()
+            texts.validate(full=True)
+        except (pa.ArrowException, UnicodeDecodeError):
+            return self._parse_line_by_line(lines, position)
+        return texts
+
+    def _parse_line_by_line(self, lines: bytes, position: int) -> pa.LargeStringArray:
+        """Find the line that Arrow cannot read: name it, or read it where Python's parser can."""
+        texts = []
+        for number, line in enumerate(lines.splitlines()):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+                text = None if row is None else row.get(self.text_column)
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f"{self.text_column!r} is a {type(text).__name__}, not a string")
+            except (ValueError, AttributeError, RecursionError) as error:
+                reason = "not a JSON object" if isinstance(error, AttributeError) else error
+                reason = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else reason
+                line_number = self._count_lines_before(position) + number + 1
+                raise UserError(f"{self.path}, line {line_number}: {reason}") from error
+            # Half of a surrogate pair, which texts that were cut by length end with, has no UTF-8.
+            texts.append(text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return pa.array(texts, pa.large_string())
+
+    def _count_lines_before(self, position: int) -> int:
+        lines = 0
+        with _open(self.path) as stream:
+            while position > 0 and (block := stream.read(min(BATCH_BYTES, position))):
+                lines += bytes(block).count(b"\n")
+                position -= len(block)
+        return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """Some text files: one document each, or the pieces between the occurrences of `document_separator`."""
+
+    paths: tuple[str, ...]
+    document_separator: str | None = None
+
+    @property
+    def name(self) -> str:
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        return f"{self.paths[0]}{more}"
+
+    def read_batches(self) -> Iterator[pa.LargeStringArray]:
+        """Yield the files' documents as they stand there: no line end is changed, no space stripped.
+
+        A byte order mark is no text, and line ends in the separator match those of any system.
+        """
+        batch: list[pa.LargeStringArray] = []
+        size = 0
+        for path in self.paths:
+            for documents in self._read_documents(path):
+                batch.append(as_texts(pa.array(documents, pa.large_binary()), path))
+                size += sum(map(len, documents))
+                if size >= BATCH_BYTES:
+                    yield pa.concat_arrays(batch)
+                    batch, size = [], 0
+        if batch:
+            yield pa.concat_arrays(batch)
+
+    def _read_documents(self, path: str) -> Iterator[list[bytes]]:
+        with _open(path) as stream:
+            separator = None if self.document_separator is None else LINE_END.sub("\n", self.document_separator)
+            block = _read(stream, None if separator is None else max(BATCH_BYTES, 4), path)
+            check_encoding(block[:4], path)
+            block = block.removeprefix(codecs.BOM_UTF8)
+            if separator is None:
+                yield [block]
+                return
+            rest = b""
+            while block:
+                text = rest + block
+                # The other half of a line end may be in the next block.
+                held = b"\r" if text.endswith(b"\r") else b""
+                *documents, rest = _split(text.removesuffix(held), separator.encode())
+                rest += held
+                yield documents
+                # As much again as is left over, or text without a separator would be copied over and over.
+                block = _read(stream, max(BATCH_BYTES, len(rest)), path)
+            yield _split(rest, separator.encode())
+
+
+def _split(text: bytes, separator: bytes) -> list[bytes]:
+    """Split text at a separator whose line ends, each a `\\n`, match any other line end as well."""
+    if b"\r" not in text or b"\n" not in separator:
+        return text.split(separator)
+    if text.count(b"\r\n") == text.count(b"\r") == text.count(b"\n"):  # Windows's alone: ten times as fast
+        return text.split(separator.replace(b"\n", b"\r\n"))
+    return re.split(ANY_LINE_END.join(map(re.escape, separator.split(b"\n"))), text)
+
+
+def as_texts(column: pa.Array, source: str) -> pa.LargeStringArray:
+    """Return a column as valid UTF-8 strings, nulls kept.
+
+    Raises:
+        UserError: a column of another type, or bytes that are not UTF-8; the message names `source`.
+    """
+    kind = column.type.value_type if isinstance(column, pa.DictionaryArray) else column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if not (is_text or is_binary or pa.types.is_null(kind)):
+        raise UserError(f"{source}: the text column holds {kind}, not strings (see --text_column)")
+    try:
+        texts = column.cast(pa.large_string())
+        texts.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{source} is {NOT_UTF8}") from error
+    return texts
+
+
+def _list_parquet_tasks(path: str, text_column: str) -> Iterator[ParquetTask]:
+    try:
+        metadata = pa.parquet.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise_if_refused(error, path)
+        raise UserError(f"{path} is not a whole parquet file: {error}") from error
+    names = metadata.schema.to_arrow_schema().names
+    if text_column not in names:
+        raise UserError(_describe_missing_column(path, text_column, names))
+    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    leaf = leaves.index(text_column) if text_column in leaves else 0
+    row_groups: list[int] = []
+    rows = size = 0
+    for i in range(metadata.num_row_groups):
+        row_groups.append(i)
+        rows += metadata.row_group(i).num_rows
+        size += metadata.row_group(i).column(leaf).total_uncompressed_size
+        if size >= TASK_BYTES or i == metadata.num_row_groups - 1:
+            # Books come a few at a time.
+            rows_per_batch = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+            yield ParquetTask(path, text_column, tuple(row_groups), rows_per_batch)
+            row_groups, rows, size = [], 0, 0
+
+
+def _describe_missing_column(path: str, text_column: str, names: list[str]) -> str:
+    return f"{path} has no column {text_column!r}: give --text_column one of {', '.join(map(str, names))}"
+
+
+def _open(path: str) -> IO[bytes]:
+    compression = COMPRESSIONS.get(Path(path).suffix.lower())
+    try:
+        return pa.input_stream(path, compression=compression) if compression else open(path, "rb")
+    except OSError as error:
+        raise_if_refused(error, path)
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _read(stream: IO[bytes], size: int | None, path: str) -> bytes:
+    try:
+        return stream.read(size)
+    except OSError as error:
+        raise_if_refused(error, path)
+        raise UserError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,165 @@
+"""Rows: the sequences in which a model reads a context and the endings that compete to continue it.
+
+An item is one row, context first, with its endings behind it:
+
+    context  ending 0  ending 1  ending 2  ending 3
+    0 1 2 3  4 5 6     4 5       4 5 6 7   4         positions
+
+The positions begin anew with every ending, and a mask hides the endings from each other: each of them is read as if it
+alone followed the context, which is computed once. The last token of an ending is only predicted, never read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from modeling_gpt2_repro.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedChoices:
+    """Token ids of one context and of the endings that compete to continue it; of an item, and of a row."""
+
+    context_ids: list[int]
+    ending_ids: list[list[int]]
+
+    @property
+    def n_read(self) -> int:
+        """Tokens that a model reads where all of it is one row."""
+        return len(self.context_ids) + sum(len(ids) - 1 for ids in self.ending_ids)
+
+    @property
+    def n_read_of_longest(self) -> int:
+        """Tokens that a model reads of the context and the longest ending."""
+        return len(self.context_ids) + max(map(len, self.ending_ids)) - 1
+
+
+def truncate_context(context_ids: list[int], ending_ids: list[int], max_positions: int | None) -> list[int]:
+    """Drop tokens from the left of a context until it and the ending fit into the model.
+
+    One token more than `max_positions` fits, because the last one is only predicted, never read.
+
+    Raises:
+        UserError: the ending alone does not fit.
+    """
+    if max_positions is None:
+        return context_ids
+    room = max_positions + 1 - len(ending_ids)
+    if room < 1:
+        raise UserError(f"an ending of {len(ending_ids)} tokens does not fit the model's {max_positions} positions")
+    return context_ids[-room:]
+
+
+def is_truncated(item: EncodedChoices, max_positions: int | None) -> bool:
+    """Say whether the item's context loses tokens before any of its endings."""
+    return any(
+        len(truncate_context(item.context_ids, ids, max_positions)) < len(item.context_ids) for ids in item.ending_ids
+    )
+
+
+def fits_in_one_row(item: EncodedChoices, max_positions: int | None) -> bool:
+    """Say whether all of an item is a row that no model could find too long, though its positions end earlier."""
+    return max_positions is None or item.n_read <= max_positions
+
+
+def build_rows(item: EncodedChoices, max_positions: int | None, shares_context: bool) -> list[EncodedChoices]:
+    """Return the rows of an item, its endings in order: a single one, or one for each ending.
+
+    A context that is too long loses another number of tokens before every ending, so that it cannot be shared.
+    """
+    if shares_context and fits_in_one_row(item, max_positions):
+        return [item]
+    return [EncodedChoices(truncate_context(item.context_ids, ids, max_positions), [ids]) for ids in item.ending_ids]
+
+
+def plan_batches(rows_by_item: Sequence[Sequence[EncodedChoices]], batch_tokens: int) -> list[list[int]]:
+    """Group item indices, longest first, so that a batch's padded rows hold at most `batch_tokens` tokens.
+
+    An item stays whole; one that exceeds the budget alone makes a batch of its own. The plan is a function of the
+    rows and the budget only, so that any number of processes computes the same batches, hence the same numbers.
+    """
+    widths = [max(row.n_read for row in rows) for rows in rows_by_item]
+    batches: list[list[int]] = []
+    used, limit = 0, 0
+    for index in sorted(range(len(widths)), key=lambda index: (-widths[index], index)):
+        n_rows = len(rows_by_item[index])
+        if not batches or used + n_rows > limit:
+            batches.append([])
+            # The first item of a batch is its longest: every later row is padded to its width.
+            used, limit = 0, batch_tokens // widths[index]
+        batches[-1].append(index)
+        used += n_rows
+    return batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, padded on the right.
+
+    Attributes:
+        input_ids, position_ids: (rows, width).
+        segments: (rows, width), 0 in the context, i + 1 in ending i, -1 in the padding.
+        is_plain: no row has more than one ending, so that causal attention alone is right.
+        places: row and column, (places,) each, of every token after which a token of an ending is predicted.
+        target_places: (targets,) into `places`; the last token of a context stands before all of its endings.
+        target_ids: (targets,), the tokens of all endings of all rows, in order.
+        ending_lengths: the number of targets of each ending.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: torch.Tensor
+    is_plain: bool
+    places: tuple[torch.Tensor, torch.Tensor]
+    target_places: torch.Tensor
+    target_ids: torch.Tensor
+    ending_lengths: list[int]
+
+    def build_attention_mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return (rows, 1, width, width) to add to the attention scores: 0 where a token may look, else the least.
+
+        A float mask, because a boolean one is silently misread by some attention implementations.
+        """
+        segments = self.segments.to(device)
+        keys, queries = segments.unsqueeze(1), segments.unsqueeze(2)
+        width = segments.shape[1]
+        is_visible = torch.ones(width, width, dtype=torch.bool, device=device).tril() & (
+            (keys == 0) | (keys == queries)
+        )
+        mask = torch.zeros(is_visible.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~is_visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def collate_rows(rows: Sequence[EncodedChoices]) -> Batch:
+    """Lay rows out as tensors on the CPU."""
+    input_ids, position_ids, segments = [], [], []
+    columns, target_places, target_ids = [], [], []
+    for row in rows:
+        n_context = len(row.context_ids)
+        ids, positions, segment = list(row.context_ids), list(range(n_context)), [0] * n_context
+        last_of_context = len(columns)
+        for number, ending_ids in enumerate(row.ending_ids, start=1):
+            n_read = len(ending_ids) - 1
+            first = last_of_context + 1 + len(ids) - n_context
+            target_places += [last_of_context, *range(first, first + n_read)]
+            target_ids += ending_ids
+            ids += ending_ids[:-1]
+            positions += range(n_context, n_context + n_read)
+            segment += [number] * n_read
+        columns += range(n_context - 1, len(ids))
+        input_ids.append(torch.tensor(ids))
+        position_ids.append(torch.tensor(positions))
+        segments.append(torch.tensor(segment))
+    n_places = torch.tensor([row.n_read - len(row.context_ids) + 1 for row in rows])
+    return Batch(
+        input_ids=pad_sequence(input_ids, batch_first=True),
+        position_ids=pad_sequence(position_ids, batch_first=True),
+        segments=pad_sequence(segments, batch_first=True, padding_value=-1),
+        is_plain=all(len(row.ending_ids) == 1 for row in rows),
+        places=(torch.arange(len(rows)).repeat_interleave(n_places), torch.tensor(columns)),
+        target_places=torch.tensor(target_places),
+        target_ids=torch.tensor(target_ids),
+        ending_lengths=[len(ids) for row in rows for ids in row.ending_ids],
+    )

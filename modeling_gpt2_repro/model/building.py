@@ -1,0 +1,147 @@
+"""Where a model's first weights come from."""
+
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
+from modeling_gpt2_repro.core.devices import measure_total_memory
+from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.model.folder import check_model_folder, check_weight_names
+from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+
+DEFAULT_SIZE = "124M"
+SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+class ShapeSettings(Protocol):
+    """The settings of a run that decide its model; `None` leaves the shape to `model_size`, or to existing weights."""
+
+    init_from: str
+    model_size: str | None
+    n_layer: int | None
+    n_head: int | None
+    n_embd: int | None
+    sequence_length: int
+    dropout: float
+    seed: int
+
+
+def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
+    """Build a model in float32 on the CPU: from `scratch` by the seed alone, or from a folder or Hub id.
+
+    Dropout is the settings' in either case, whatever existing weights were trained with.
+
+    Raises:
+        UserError: no such model, or one that contradicts the settings or the tokenizer.
+    """
+    if source == "scratch":
+        config = _build_config(settings, len(tokenizer), tokenizer.eos_token_id)
+        _check_memory(config)
+        torch.manual_seed(settings.seed)
+        return GPT2ReproForCausalLM(config)
+
+    model = _load_gpt2(source, _get_dropouts(settings))
+    for name, value in {**resolve_shape(settings), "vocab_size": len(tokenizer)}.items():
+        if getattr(model.config, name) != value:
+            asked_by = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
+            raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {asked_by} says {value}")
+    if settings.sequence_length > model.config.n_positions:
+        raise UserError(
+            f"--sequence_length {settings.sequence_length} is longer than the {model.config.n_positions} positions of "
+            f"{source}"
+        )
+    return model
+
+
+def resolve_shape(settings: ShapeSettings) -> dict[str, int]:
+    """Return the layers, heads and width that settings ask for; of existing weights they need not name any.
+
+    Raises:
+        UserError: an unknown `model_size`.
+    """
+    size = settings.model_size or (DEFAULT_SIZE if settings.init_from == "scratch" else None)
+    if size is not None and size not in MODEL_SIZES:
+        raise UserError(f"unknown --model_size {size}: use one of {', '.join(MODEL_SIZES)}")
+    wanted = {name: getattr(settings, name) for name in SHAPE}
+    return MODEL_SIZES.get(size, {}) | {name: value for name, value in wanted.items() if value is not None}
+
+
+def load_shape(source: str) -> dict[str, int]:
+    """Return the layers, heads and width of a model in a folder or on the Hub.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    config = _load_config(source)
+    return {name: getattr(config, name) for name in SHAPE}
+
+
+def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCausalLM:
+    """Build the model that a run would train, without its weights: on the meta device, to count its parameters.
+
+    Raises:
+        UserError: a shape that does not work, or an `init_from` without a configuration.
+    """
+    if settings.init_from == "scratch":
+        config = _build_config(settings, vocab_size, eos_token_id=None)
+    else:
+        config = _load_config(settings.init_from)
+    with torch.device("meta"):
+        return GPT2ReproForCausalLM(config)
+
+
+def _build_config(settings: ShapeSettings, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
+    shape = resolve_shape(settings)
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
+    return GPT2ReproConfig(
+        vocab_size=vocab_size,
+        n_positions=settings.sequence_length,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        **shape,
+        **_get_dropouts(settings),
+    )
+
+
+def _check_memory(config: GPT2ReproConfig) -> None:
+    """Refuse a model whose weights alone the machine cannot hold: to try would end the process, or others."""
+    matrices = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.n_positions) * config.n_embd
+    memory = measure_total_memory()
+    if memory is not None and 4 * matrices > memory:
+        raise UserError(
+            f"a model of {matrices:,} parameters takes {4 * matrices / 1e9:,.1f} GB, and this machine has "
+            f"{memory / 1e9:,.1f} GB: use a smaller --model_size, --n_layer, --n_embd or --sequence_length"
+        )
+
+
+def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+
+
+def _load_config(source: str) -> GPT2ReproConfig:
+    try:
+        check_model_folder(source)
+        return GPT2ReproConfig.from_pretrained(source)
+    except Exception as error:  # of a damaged configuration transformers raises anything
+        raise_if_refused(error, source)
+        raise UserError(f"cannot load the configuration of {source}: {error}") from error
+
+
+def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:
+    """Load a GPT-2-shaped model whole: transformers only warns where it fills a hole with random numbers."""
+    try:
+        check_model_folder(source)
+        check_weight_names(source)
+        _check_memory(GPT2ReproConfig.from_pretrained(source))
+        model, loading_info = GPT2ReproForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **dropouts
+        )
+    except Exception as error:  # of a damaged folder transformers raises anything
+        raise_if_refused(error, source)
+        raise UserError(f"cannot load a model from {source}: {error}") from error
+    if loading_info["missing_keys"]:
+        raise UserError(f"{source} lacks weights that its config.json asks for: {min(loading_info['missing_keys'])}")
+    return model

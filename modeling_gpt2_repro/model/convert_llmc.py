@@ -1,0 +1,62 @@
+"""GPT-2 checkpoints of karpathy/llm.c (`gpt2_124M.bin`, `model_00019560.bin`) as state dicts of nanoGPT's form."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_gpt2_repro.core.errors import UserError
+
+FORMAT = "llm.c"
+# train_gpt2.py, write_model: 256 int32 of header, then the tensors. The versions before were of unpadded vocabularies.
+HEADER_BYTES = 256 * 4
+DTYPES = {3: torch.float32, 5: torch.bfloat16}
+
+
+def read_llmc_model(path: Path) -> dict[str, Any]:
+    """Return `model`, the state dict with weights (out, in), memory-mapped, `model_args`, its shape, and `format`.
+
+    Raises:
+        UserError: another version, or a file of another size than its header says.
+    """
+    header = np.fromfile(path, dtype="<i4", count=256).tolist()
+    if len(header) < 256 or header[1] not in DTYPES:
+        raise UserError(f"{path} is a model of llm.c, but not of its versions {' and '.join(map(str, DTYPES))}")
+    dtype = DTYPES[header[1]]
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    model_args = dict(zip(names, header[2:7], strict=True))
+    if min(header[2:8]) < 1 or header[4] > path.stat().st_size:
+        raise UserError(f"{path} is damaged: its header has {model_args}")
+    shapes = _list_shapes(**model_args, n_rows=header[7])
+    expected = HEADER_BYTES + dtype.itemsize * sum(map(math.prod, shapes.values()))
+    if path.stat().st_size != expected:
+        raise UserError(f"{path} is damaged: its header asks for {expected:,} bytes, it has {path.stat().st_size:,}")
+    integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="c", offset=HEADER_BYTES)
+    parts = torch.from_numpy(integers).view(dtype).split(list(map(math.prod, shapes.values())))
+    weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    # The rows that fill the vocabulary up to a multiple of 128 are zeros.
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model_args["vocab_size"]]
+    return {"model": weights, "model_args": model_args, "format": FORMAT}
+
+
+def _list_shapes(
+    block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, n_rows: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the tensors in the file's order: each kind of all layers, before the next kind."""
+    layer = {
+        **{"ln_1.weight": (n_embd,), "ln_1.bias": (n_embd,)},
+        **{"attn.c_attn.weight": (3 * n_embd, n_embd), "attn.c_attn.bias": (3 * n_embd,)},
+        **{"attn.c_proj.weight": (n_embd, n_embd), "attn.c_proj.bias": (n_embd,)},
+        **{"ln_2.weight": (n_embd,), "ln_2.bias": (n_embd,)},
+        **{"mlp.c_fc.weight": (4 * n_embd, n_embd), "mlp.c_fc.bias": (4 * n_embd,)},
+        **{"mlp.c_proj.weight": (n_embd, 4 * n_embd), "mlp.c_proj.bias": (n_embd,)},
+    }
+    return {
+        "transformer.wte.weight": (n_rows, n_embd),
+        "transformer.wpe.weight": (block_size, n_embd),
+        **{f"transformer.h.{i}.{name}": shape for name, shape in layer.items() for i in range(n_layer)},
+        "transformer.ln_f.weight": (n_embd,),
+        "transformer.ln_f.bias": (n_embd,),
+    }

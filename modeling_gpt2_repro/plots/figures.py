@@ -1,0 +1,72 @@
+"""What all our pictures share: their look, and how they get onto the disk."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import open_atomically
+
+TRAIN_COLOUR, VAL_COLOUR = "#1f77b4", "#d62728"
+SPLIT_COLOURS = {"train": TRAIN_COLOUR, "val": VAL_COLOUR}
+# Apart also for the colour-blind: Okabe and Ito's palette, without its yellow.
+RUN_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+FORMATS = ("png", "svg", "pdf")
+
+
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Draw as matplotlib does by itself, whatever its file of settings says: a picture is the same everywhere.
+
+    Of the settings some are looked up when a figure is built and some when it is saved. Also a decorator.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def build_figure(width: float, height: float) -> Figure:
+    """Build an empty figure, in inches: one of its own and not pyplot's, which keeps state and looks for a display."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def finish_axes(axes: Axes) -> None:
+    """Give axes a faint grid and no frame."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def format_count(value: float, _: int | None = None) -> str:
+    """Write a number as people count tokens: `500k`, `2.5M`, `10B`. It is also a formatter of an axis."""
+    for length, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= length:
+            return f"{value / length:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def make_drawable(text: str, font: FontProperties | None = None) -> str:
+    """Spell characters that the font, the default one unless given, has no picture of as Python does in ASCII."""
+    drawable = get_font(findfont(font or FontProperties())).get_charmap()
+    return "".join(character if ord(character) in drawable else ascii(character)[1:-1] for character in text)
+
+
+@default_style()
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that its file's name ends with, whole or not at all.
+
+    Raises:
+        UserError: another format than PNG, SVG and PDF, or a place that cannot be written to.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise UserError(f"cannot draw {path}: its name has to end with .{', .'.join(FORMATS)}")
+    try:
+        with open_atomically(path, "wb") as stream:
+            figure.savefig(stream, dpi=110, format=kind)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

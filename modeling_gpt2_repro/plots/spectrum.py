@@ -1,0 +1,130 @@
+"""Periods in a train loss: text in the order in which it was crawled comes back to the same kinds every so often."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.mlab import psd
+
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.plots.curves import Curves, Series
+from modeling_gpt2_repro.plots.figures import (
+    RUN_COLOURS,
+    build_figure,
+    default_style,
+    finish_axes,
+    make_drawable,
+)
+
+# The first steps, where the loss falls too fast to be told from what comes back.
+BEGINNING_SHARE = 0.05
+SEGMENT_STEPS, FEWEST_SEGMENTS = 4096, 4
+FEWEST_WAVES = 4  # in a segment, for a period to be told from the trend
+LONGEST_PERIOD = 200
+FEWEST_STEPS = 128
+# Of a loss without periods the highest of some thousand powers lies about 3 times above their median.
+PEAK_POWER = 8.0
+PEAK_DISTANCE = 1.08  # nearer ones, as a ratio of periods, are one peak
+NAMED_PEAKS = 4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The power of a train loss at each period, both float64 and of one length; periods in steps, descending.
+
+    Power is relative to the median of all periods, which is that of a loss without any.
+    """
+
+    periods: np.ndarray
+    powers: np.ndarray
+
+    def list_peaks(self) -> list[tuple[float, float]]:
+        """Return the periods that stand out, the strongest first, each with its power."""
+        powers = self.powers
+        is_peak = (powers[1:-1] >= powers[:-2]) & (powers[1:-1] >= powers[2:]) & (powers[1:-1] >= PEAK_POWER)
+        peaks: list[tuple[float, float]] = []
+        for index in sorted(np.flatnonzero(is_peak) + 1, key=lambda index: -powers[index]):
+            period = self.periods[index]
+            if all(max(period, other) / min(period, other) > PEAK_DISTANCE for other, _ in peaks):
+                peaks.append((float(period), float(powers[index])))
+        return peaks[:NAMED_PEAKS]
+
+
+def compute_spectrum(losses: Series) -> Spectrum:
+    """Compute the power spectrum of a train loss by Welch's method, after its beginning.
+
+    The mean is over segments that overlap by half, each without its linear trend and under a Hann window.
+
+    Steps that are missing are filled in on a straight line.
+
+    Raises:
+        UserError: too few steps to see a period in.
+    """
+    steps = np.arange(losses.steps[0], losses.steps[-1] + 1) if 0 < len(losses) < 10**7 else np.array([])
+    steps = steps[int(len(steps) * BEGINNING_SHARE) :]
+    if len(steps) < FEWEST_STEPS:
+        raise UserError(f"periods show in {FEWEST_STEPS} steps and more, not in {len(steps)}")
+    values = np.interp(steps, losses.steps, losses.values)
+    segment = min(SEGMENT_STEPS, 2 ** int(np.log2(len(values) / FEWEST_SEGMENTS)))
+    powers, frequencies = psd(values, NFFT=segment, Fs=1, noverlap=segment // 2, detrend="linear")
+    is_seen = frequencies >= max(FEWEST_WAVES / segment, 1 / LONGEST_PERIOD)
+    median = np.median(powers[is_seen])
+    if not median > 0:
+        raise UserError("the train loss never changes: it has no periods")
+    return Spectrum(1 / frequencies[is_seen], powers[is_seen] / median)
+
+
+@default_style()
+def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
+    """Build a panel for each run: power over period, the strongest periods named.
+
+    Raises:
+        UserError: a run is too short.
+    """
+    figure = build_figure(11, 1.2 + 3.4 * len(runs))
+    rows = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    spectra = [_compute(run) for run in runs]
+    highest = max(spectrum.powers.max() for spectrum in spectra)
+    for axes, run, spectrum, colour in zip(rows, runs, spectra, RUN_COLOURS * len(runs), strict=False):
+        axes.plot(spectrum.periods, spectrum.powers, color=colour, linewidth=0.9)
+        for period, power in spectrum.list_peaks():
+            place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+            axes.annotate(f"{period:.1f} steps", (period, power), **place)
+            axes.plot(period, power, "o", color=colour, markersize=4)
+        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(0.1, max(30.0, 2.5 * highest))
+        axes.set_title(
+            f"{make_drawable(run.name)}: power of the train loss, its median is 1",
+            fontsize=11,
+            loc="left",
+            parse_math=False,
+        )
+        axes.xaxis.set_major_formatter("{x:g}")
+        finish_axes(axes)
+    rows[-1].set_xticks([2, 3, 5, 10, 20, 30, 50, 100, LONGEST_PERIOD])
+    rows[-1].set_xlabel("period in steps")
+    return figure
+
+
+def describe_spectrum(run: Curves) -> str:
+    """Say in a line which periods stand out of a run's train loss.
+
+    Raises:
+        UserError: the run is too short.
+    """
+    peaks = [f"{period:.1f} steps ({power:,.0f} times the median)" for period, power in _compute(run).list_peaks()]
+    return (
+        f"{run.name}: the train loss has periods of {', '.join(peaks)}"
+        if peaks
+        else f"{run.name}: no period stands out of the train loss"
+    )
+
+
+def _compute(run: Curves) -> Spectrum:
+    try:
+        return compute_spectrum(run.get("train/loss"))
+    except UserError as error:
+        raise UserError(f"{run.name}: {error}") from error

@@ -1,0 +1,70 @@
+"""How a run is made again: the commands, and the versions it ran with."""
+
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modeling_gpt2_repro.core.devices import list_versions
+from modeling_gpt2_repro.data.shards import Manifest
+from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.record import STATUS, read_json_object
+
+# Settings that say where a run lay and whom it told, and change nothing of the model.
+PERSONAL = {
+    *("output_dir", "resume_from_checkpoint", "report_to", "wandb_project", "yes", "micro_batch_size"),
+    *("push_to_hub", "hub_model_id", "hub_public"),
+}
+# Those that name files or folders, or may.
+PATHS = {"data_dir", "dataset_name", "files", "hellaswag_file", "init_from", "output_dir", "tokenizer"}
+
+
+def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
+    """Return the command lines that make the data, of the same commit, and the run on them again."""
+    commands, defaults = [], asdict(TrainingConfig())
+    if manifest is not None:
+        recorded = manifest.settings | {"revision": manifest.source.get("revision"), "tokenizer": manifest.tokenizer}
+        unset = {name: value for name, value in recorded.items() if value is None or value is False or value == []}
+        # Unless told, one script writes to where the other reads.
+        folder = {"output_dir": settings["data_dir"]} if settings["data_dir"] != defaults["data_dir"] else {}
+        commands.append("python prepare_data.py" + _format_flags(recorded | folder, unset))
+    changed = {name: value for name, value in settings.items() if name not in PERSONAL}
+    commands.append("python train.py" + _format_flags(changed, defaults))
+    return "\n".join(commands)
+
+
+def _format_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+    flags = ""
+    for name, value in settings.items():
+        if name in defaults and value == defaults[name]:
+            continue
+        values = [str(each) for each in (value if isinstance(value, list) else [value])]
+        if name in PATHS:
+            values = [shorten(each) for each in values]
+        separator = " " if isinstance(value, list) else "="
+        flags += f" --{name}{separator}{' '.join(map(_quote, values))}"
+    return flags
+
+
+def _quote(text: str) -> str:
+    """Quote a value for bash, on one line: a line of its own could end the block in which the commands stand."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = re.sub(r"[\\']", r"\\\g<0>", text)
+    return "$'" + "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in escaped) + "'"
+
+
+def read_versions(run_folder: Path) -> dict[str, str]:
+    """Return the versions that a finished run says it ran with, else those that are installed."""
+    recorded = read_json_object(run_folder / STATUS).get("versions")
+    return recorded if isinstance(recorded, dict) and recorded else list_versions()
+
+
+def shorten(path: str) -> str:
+    """Return a path, or the name of something on the Hub, but of one out of the working folder only what it ends in.
+
+    Where that lay is nobody's business, and the reader has to put a path of their own.
+    """
+    leads_out = path.startswith(("/", "~")) or ".." in Path(path).parts
+    return f"PATH/TO/{Path(path).name}" if leads_out else path

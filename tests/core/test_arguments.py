@@ -1,0 +1,192 @@
+"""Settings from YAML files and flags."""
+
+import dataclasses
+import pwd
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from eval_hellaswag import EvaluationSettings
+from modeling_gpt2_repro.core.arguments import PATH, parse_arguments, setting, write_settings
+from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.evaluation.samples import SamplingConfig
+from modeling_gpt2_repro.model.convert_nanogpt import NanoGPTConfig
+from modeling_gpt2_repro.publishing.hub import UploadSettings
+from modeling_gpt2_repro.training.config import TrainingConfig
+from prepare_data import PrepareSettings
+
+
+@dataclass
+class Settings:
+    learning_rate: float = setting(6e-4, "peak")
+    n_tokens: int = setting(1000, "tokens")
+    n_steps: int | None = setting(None, "updates")
+    mode: Literal["auto", "on"] = setting("auto", "how")
+    prompt: str = setting("Hello", "text")
+    files: list[str] = setting([], "paths")
+    push: bool = setting(False, "whether")
+    folder: str = setting("runs", "where", path=True)
+    file: str | None = setting(None, "which", path=True)
+    inputs: list[str] = setting([], "from where", path=True)
+
+
+def parse(*argv: str) -> Settings:
+    return parse_arguments(Settings, argv, description="", foreign_flags={"lr": "use --learning_rate"})
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    (tmp_path / "s.yaml").write_text("learning_rate: 1e-3\nn_tokens: 5e3\npush: true\nfiles: [a, b]\nn_steps: null\n")
+    settings = parse("--config", str(tmp_path / "s.yaml"), "--learning_rate=2")
+    assert settings == Settings(learning_rate=2.0, n_tokens=5000, push=True, files=["a", "b"])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_may_come_from_windows(end, encoding, tmp_path):
+    (tmp_path / "s.yaml").write_bytes(end.join(["", "prompt: é", "", "files: [a, b]", "n_steps: 3"]).encode(encoding))
+    assert parse("--config", str(tmp_path / "s.yaml")) == Settings(prompt="é", files=["a", "b"], n_steps=3)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "s.yaml").write_bytes("prompt: é".encode("cp1252"))
+    with pytest.raises(UserError, match=r"cannot read --config .*s\.yaml: 'utf-8' codec can't decode byte 0xe9"):
+        parse("--config", str(tmp_path / "s.yaml"))
+
+
+def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
+    (tmp_path / "s.yaml").write_text("mode: on\npush: yes\n")
+    assert parse("--config", str(tmp_path / "s.yaml")) == Settings(mode="on", push=True)
+
+
+def test_written_settings_come_back(tmp_path):
+    settings = Settings(prompt="a: 'b' -- é\n", files=["x y"], n_steps=3, push=True)
+    write_settings(settings, tmp_path / "s.yaml")
+    assert parse(f"--config={tmp_path / 's.yaml'}") == settings
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(f"--prompt={text}" for text in ("null", "~", "", ".inf", "--push", "-", "a\n\n  b ", "#x", "\u2028")),
+        *("--learning_rate=inf", "--learning_rate=1e-30"),
+    ],
+)
+def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
+    write_settings(parse(argv), tmp_path / "s.yaml")
+    assert parse(f"--config={tmp_path / 's.yaml'}") == parse(argv)
+
+
+@pytest.mark.parametrize(
+    "path, expanded",
+    [
+        *(("~/x", "HOME/x"), ("~", "HOME"), ("~/", "HOME/"), ("~/a b/~", "HOME/a b/~"), ("~root/x", "/root/x")),
+        *((each, each) for each in ("./~/x", "a/~/x", "gpt2", "openai-community/gpt2", "auto", "", "a~")),
+    ],
+)
+def test_a_path_may_begin_at_home(path, expanded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expanded = expanded.replace("HOME", str(tmp_path))
+    wanted = Settings(folder=expanded, file=expanded, inputs=[expanded, expanded], prompt=path, files=[path])
+    flags = [f"--folder={path}", "--file", path, "--inputs", path, path, f"--prompt={path}", "--files", path]
+    assert parse(*flags) == wanted
+    (tmp_path / "s.yaml").write_text(
+        "".join(f"{name}: '{path}'\n" for name in ("folder", "file", "prompt"))
+        + "".join(f"{name}: {values}\n" for name, values in (("inputs", [path, path]), ("files", [path])))
+    )
+    assert parse("--config", "~/s.yaml") == parse("--config=~/s.yaml") == wanted
+    write_settings(wanted, tmp_path / "t.yaml")
+    assert parse("--config=~/t.yaml") == wanted
+
+
+def test_a_bare_tilde_in_a_file_is_nothing(tmp_path):
+    (tmp_path / "s.yaml").write_text("folder: ~\nfile: ~\n")
+    assert parse("--config", str(tmp_path / "s.yaml")) == Settings()
+
+
+def test_a_home_that_nobody_knows_is_told(monkeypatch):
+    def has_no_entry(_):
+        raise KeyError
+
+    for argv in (["--folder=~nobody-of-this-name/x"], ["--config", "~nobody-of-this-name"], ["--folder=~\0"]):
+        with pytest.raises(UserError, match=r"~nobody-of-this-name|null"):
+            parse(*argv)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", has_no_entry)  # as in a container whose user is a number
+    with pytest.raises(UserError, match="~/x: the home folder ~ is not known"):
+        parse("--inputs", "a", "~/x")
+
+
+SCRIPTS = [TrainingConfig, PrepareSettings, EvaluationSettings, NanoGPTConfig, SamplingConfig, UploadSettings]
+NO_PATHS = {"run_name", "hub_model_id", "repo_id", "wandb_project", "document_separator", "text_column", "revision"}
+NO_PATHS |= {"prompt", "sample_prompt", "report_to", "model_size", "micro_batch_size", "skip_steps", "split", "task"}
+NO_PATHS |= {"dataset_config_name"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_text_of_a_script_is_a_path_or_known_to_be_none(script):
+    texts = [field for field in dataclasses.fields(script) if field.type in (str, str | None, list[str])]
+    assert {field.name for field in texts if field.metadata.get("metavar") != PATH} <= NO_PATHS
+    assert not {field.name for field in texts if field.metadata.get("metavar") == PATH} & NO_PATHS
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--learning_rat=1"], "did you mean --learning_rate?"),
+        (["--lr=1"], "unknown setting --lr: use --learning_rate"),
+        (["--zzz"], "unknown setting --zzz"),
+        (["--n_tokens=inf"], "invalid whole_number value: 'inf'"),
+        (["--files", "a", "--files", "b"], "--files is given twice"),
+        (["--n_tokens=1.5"], "invalid whole_number value: '1.5'"),
+        (["--n_tokens"], "expected one argument"),
+        (["--mode=off"], "invalid choice: 'off'"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--config=missing.yaml"], "cannot read --config missing.yaml"),
+    ],
+)
+def test_mistakes_are_explained(argv, message):
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a\n- b\n", "has to hold `name: value` lines"),
+        ("a: [", "is not valid YAML"),
+        ("learning_rat: 1", "did you mean learning_rate?"),
+        ("lr: 1", "use --learning_rate"),
+        ("prompt: {a: b}", "prompt has to be a single value or a list"),
+        ("n_tokens: many", "invalid whole_number value: 'many'"),
+        ("!!python/object/apply:os.system [true]", "has to hold `name: value` lines"),
+    ],
+)
+def test_mistakes_in_a_file_are_explained(text, message, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(f"--config={tmp_path / 's.yaml'}")
+    assert message in str(error.value)
+
+
+def test_help_shows_each_flag_once_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert text.count("--learning_rate") == 1
+    assert "--learning-rate" not in text
+    assert "peak (default: 0.0006)" in text
+
+
+def test_user_errors_become_one_line_and_bugs_keep_their_traceback(capsys):
+    @reports_user_errors
+    def main(argv=None):
+        raise argv[0]
+
+    assert main([UserError("wrong\n  so do that")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(": error: wrong so do that\n") and captured.err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        main([ZeroDivisionError()])

@@ -1,0 +1,104 @@
+"""No variable of accelerate's environment changes an experiment, but for those that start its processes."""
+
+import ast
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import accelerate
+import pytest
+from accelerate.state import AcceleratorState
+from small_runs import flags, read_series, run_training
+
+import eval_hellaswag
+import train
+from modeling_gpt2_repro.core.launch_environment import FLAGS, HEEDED, REFUSED
+from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
+
+# Set by launchers to start processes, and facts of the machine, which accelerate reads too.
+OF_LAUNCHERS = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"),
+    *("OMP_NUM_THREADS", "HF_HOME", "XDG_CACHE_HOME"),
+}
+OF_MPI = ("PMI_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+# Not of a training process: the launcher itself, and accelerate's own tests.
+ELSEWHERE = ("commands", "test_utils")
+SETTINGS = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0, "max_steps": 3}
+
+
+def list_variables() -> Iterator[str]:
+    """Yield the names that accelerate's source gives to what reads the environment, by themselves or with a prefix."""
+    root = Path(accelerate.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] in ELSEWHERE:
+            continue
+        tree = ast.parse(path.read_text())
+        prefixes = {
+            node.value.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and is_text(node.value) and node.value.value.endswith("_")
+        }
+        for node in ast.walk(tree):
+            read = []
+            if isinstance(node, ast.Call) and ("env" in (called := ast.unparse(node.func)) or "environ" in called):
+                read = node.args[:1]
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+                read = [node.slice]
+            for part in read:
+                names = part.elts if isinstance(part, ast.List) else [part]
+                for name in names:
+                    if is_text(name):
+                        yield name.value
+                    elif isinstance(name, ast.BinOp) and is_text(name.right):
+                        yield from (prefix + name.right.value for prefix in prefixes)
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isupper()
+
+
+VARIABLES = sorted(name for name in set(list_variables()) - OF_LAUNCHERS if not name.startswith(OF_MPI))
+
+
+@pytest.fixture(scope="module")
+def expected(shards, tmp_path_factory) -> list[dict]:
+    numbers = read_numbers(run_training(shards, tmp_path_factory.mktemp("expected"), **SETTINGS))
+    AcceleratorState._reset_state(reset_partial_state=True)  # which the first test would go on with
+    return numbers
+
+
+def read_numbers(run: Path) -> list[dict]:
+    return [read_series(run, name) for name in ("train/loss", "train/grad_norm")]
+
+
+def test_the_walk_finds_what_is_known_of_accelerate():
+    assert len(VARIABLES) > 80
+    known = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND", "FSDP_SHARDING_STRATEGY"}
+    assert known | set(REFUSED) | set(FLAGS) - {"ACCELERATE_ENABLE_RICH"} <= set(VARIABLES)
+
+
+@pytest.mark.parametrize("value", ["4", "true", "inductor"])
+def test_no_variable_changes_a_run(shards, tmp_path, expected, monkeypatch, value):
+    for name in set(VARIABLES) - set(HEEDED) - set(REFUSED):
+        monkeypatch.setenv(name, value)
+    assert read_numbers(run_training(shards, tmp_path, **SETTINGS)) == expected
+
+
+def test_what_is_heeded_or_asks_for_nothing_does_not_either(shards, tmp_path, expected, monkeypatch):
+    given = {"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_DEBUG_MODE": "1", "ACCELERATE_CPU_AFFINITY": "0"}
+    for name, value in (given | dict.fromkeys(REFUSED, "false")).items():
+        monkeypatch.setenv(name, value)
+    assert read_numbers(run_training(shards, tmp_path, **SETTINGS)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*itertools.product(REFUSED, ["true", "1"]), *itertools.product(sorted(set(FLAGS)), ["perhaps"])],
+)
+def test_what_a_run_would_not_be_itself_with_is_refused_by_name(shards, tmp_path, monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    assert train.main(flags(shards, tmp_path, **SETTINGS)) == 2
+    assert f"{name}={value}" in capsys.readouterr().err
+    assert eval_hellaswag.main(["--model=gpt2", f"--data_file={SAMPLE_FILE}"]) == 2
+    assert f"{name}={value}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

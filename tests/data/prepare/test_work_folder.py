@@ -1,0 +1,392 @@
+"""Making shards in several goes: killed runs, shares of the work, and everything that may lie in the way."""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
+
+import prepare_data
+from modeling_gpt2_repro.core import files, locks
+from modeling_gpt2_repro.data.prepare import tokenize_stage, work_folder, write_stage
+from modeling_gpt2_repro.data.sources import local_files
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch):
+    """Some 15 tasks and 15 parts, where one of each would do."""
+    monkeypatch.setattr(local_files, "TASK_BYTES", 2500)
+    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_RUN", 500)
+    monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 2000)
+
+
+@pytest.fixture
+def flags(tmp_path, corpus, tokenizer):  # noqa: F811
+    return [f"--files={corpus}", "--shard_size=7000", f"--tokenizer={tokenizer.name_or_path}", "--num_workers=2"]
+
+
+@pytest.fixture
+def expected(flags, tmp_path):
+    """The files of a run that nothing happened to."""
+    assert prepare_data.main([*flags, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    return hash_folder(tmp_path / "whole")
+
+
+def list_pieces(folder) -> dict[str, int]:
+    found = {}
+    for path in (folder.with_name(folder.name + ".partial") / "unfinished").glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # a run that ends removes them
+            found[path.name] = path.stat().st_ino
+    return found
+
+
+def start(flags) -> multiprocessing.Process:
+    process = FORK.Process(target=lambda: sys.exit(prepare_data.main(flags)))
+    process.start()
+    return process
+
+
+def kill_after(process, folder, n_pieces: int) -> dict[str, int]:
+    """Kill the process once it has finished so many pieces, or ends; return what is finished."""
+    while process.is_alive() and len(list_pieces(folder)) < n_pieces:
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    return list_pieces(folder)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, expected, tmp_path, capfd):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    pieces, kills = {}, 0
+    delays = random.Random(0)
+    while not folder.exists():
+        process = start(flags)
+        workers = []
+        while process.is_alive() and not workers:
+            workers = psutil.Process(process.pid).children()
+        time.sleep(delays.uniform(0, 0.01))
+        finished = kill_after(process, folder, len(pieces) + 3)
+        assert psutil.wait_procs(workers, timeout=30)[1] == [], "a worker outlived its parent"
+        if not folder.exists():
+            kills += 1
+            assert pieces.items() <= finished.items(), "a finished piece was made again"
+            pieces = finished
+            assert not (folder.with_name("out.partial") / "manifest.json").exists() or len(pieces) > 20
+    assert kills >= 4
+    assert hash_folder(folder) == expected
+    assert not folder.with_name("out.partial").exists()
+    assert "pieces are finished" in capfd.readouterr().out
+
+
+def test_other_settings_are_named_and_overwrite_starts_afresh(run, corpus, flags, expected, tmp_path):  # noqa: F811
+    folder = tmp_path / "out"
+    kill_after(start([*flags, f"--output_dir={folder}"]), folder, 3)
+    pieces = list_pieces(folder)
+    code, _, err = run(*flags, "--seed", 1, "--shard_size", 9000)
+    assert code == 2
+    assert "was begun with other settings: shard_size (7000 there), seed (1337 there)" in err
+    assert list_pieces(folder) == pieces
+
+    with open(corpus, "a") as stream:
+        stream.write(json.dumps({"text": "one more"}) + "\n")
+    code, _, err = run(*flags)
+    assert code == 2
+    assert "other settings: source" in err
+    assert run(*flags, "--overwrite")[0] == 0
+    assert hash_folder(folder) != expected
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "summary"])
+def test_damaged_piece_is_made_again(flags, expected, tmp_path, damage):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    kill_after(start(flags), folder, 8)
+    pieces = folder.with_name("out.partial") / "unfinished"
+    damaged = (
+        pieces
+        / {
+            "flip": "task-000000.tokens.bin",
+            "truncate": "task-000001.documents.npy",
+            "remove": "task-000000.tokens.bin",
+            "summary": "task-000001.json",
+        }[damage]
+    )
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.unlink() if damage == "remove" else damaged.write_bytes(content[: None if damage == "flip" else 100])
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+
+
+def test_two_runs_on_one_folder(flags, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    first = start(flags)
+    while not list_pieces(folder):
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)
+    for more in ([], ["--stage=tokenize"], ["--overwrite"]):
+        assert prepare_data.main([*flags, *more]) == 2
+        assert (
+            f"another prepare_data.py is working on {folder}.partial: process {first.pid} on" in capfd.readouterr().err
+        )
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0
+
+
+def test_a_file_system_without_locks_is_named(flags, expected, tmp_path, monkeypatch, capfd):
+    def flock(stream, mode):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
+    assert prepare_data.main([*flags, "--stage=tokenize"]) == 0
+    assert prepare_data.main(flags) == 0
+    assert "has no locks" in capfd.readouterr().out
+    assert hash_folder(tmp_path / "out") == expected
+
+
+def test_shares_of_both_stages_in_any_order_make_the_same_folder(flags, expected, tmp_path, capfd):
+    """Each share in a process of its own; those of a stage run at the same time, one of them twice."""
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    for stage in ("tokenize", "write"):
+        shares = [start([*flags, f"--stage={stage}", f"--task={i}/3"]) for i in (2, 0, 2)]
+        for share in shares:
+            share.join()
+            assert share.exitcode == 0
+        if stage == "tokenize":
+            assert prepare_data.main([*flags, "--stage=write"]) == 2
+            assert "task 1 " in (err := capfd.readouterr().err) and "--stage tokenize first" in err
+        assert prepare_data.main([*flags, f"--stage={stage}", "--task=1/3"]) == 0
+    before = list_pieces(folder)
+    assert {name[:4] for name in before} == {"task", "part"}
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+
+
+def test_run_completes_what_a_share_began(flags, expected, tmp_path):
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    assert prepare_data.main([*flags, "--stage=tokenize", "--task=1/2"]) == 0
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (["--task=0/2"], "--task is a share of a --stage"),
+        (["--stage=write", "--task=2/2"], "--task 2/2: has to be i/N"),
+        (["--stage=write", "--task=one"], "--task one: has to be i/N"),
+        (["--stage=tokenize", "--overwrite"], "--overwrite cannot be given with --stage"),
+        (["--stage=tokenise"], "tokenize"),
+    ],
+)
+def test_mistaken_shares(run, flags, more, reason):  # noqa: F811
+    code, _, err = run(*flags, *more)
+    assert code == 2
+    assert reason in err
+
+
+def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noqa: F811
+    code, _, err = run(*flags, "--val_tokens", 10**9)
+    assert code == 2
+    assert "too few for a training split and a validation split" in err
+    pieces = list_pieces(tmp_path / "out")
+    assert pieces
+    code, out, _ = run(*flags, "--val_tokens", 500)
+    assert code == 0
+    assert f"{len(pieces)} pieces are finished" in out
+
+
+def list_command(flags, task_bytes: int = 2500, bucket_tokens: int = 2000) -> list[str]:
+    """Return the command of a real process with the small pieces of these tests."""
+    script = (
+        f"import runpy, sys; sys.path.insert(0, {os.path.dirname(prepare_data.__file__)!r})\n"
+        "from modeling_gpt2_repro.data.prepare import tokenize_stage as t, write_stage as w\n"
+        "from modeling_gpt2_repro.data.sources import local_files as l\n"
+        f"l.TASK_BYTES, t.TOKENS_PER_RUN, w.TOKENS_PER_BUCKET = {task_bytes}, 500, {bucket_tokens}\n"
+        f"runpy.run_path({prepare_data.__file__!r}, run_name='__main__')"
+    )
+    return [sys.executable, "-c", script, *flags]
+
+
+def run_limited(command: list[str], resource_kind: int, limit: int) -> subprocess.CompletedProcess:
+    """Run a process with a limit of the system's."""
+    return subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource_kind, (limit, limit)),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("limit", [3_000, 12_000])
+def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
+    """A real process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    result = run_limited(list_command(flags), resource.RLIMIT_FSIZE, limit)
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr and "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not folder.exists()
+    pieces = list_pieces(folder)
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+    assert bool(pieces) == ("finished pieces are kept" in result.stderr) == (limit > 10_000)
+
+
+def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path):
+    flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
+    result = run_limited(list_command(flags, task_bytes=300, bucket_tokens=10**6), resource.RLIMIT_NOFILE, 64)
+    assert result.returncode == 0, result.stderr
+    assert hash_folder(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("moment", ["sync", "rmtree", "replace"])
+def test_killed_while_it_is_published_it_is_published_by_the_same_command(run, flags, expected, tmp_path, moment):  # noqa: F811
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (work_folder, "take_name")}
+
+    def die_there():
+        owner, name = calls[moment]
+        original = getattr(owner, name)
+
+        def die(path, *arguments, **options):
+            if Path(path) == work.pieces or Path(path) == work.path:
+                os._exit(9)
+            return original(path, *arguments, **options)
+
+        work = work_folder.WorkFolder(folder)
+        setattr(owner, name, die)
+        sys.exit(prepare_data.main(flags))
+
+    process = FORK.Process(target=die_there)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    code, _, err = run(*flags, "--seed", 7)
+    assert code == 2
+    assert "was begun with other settings: seed" in err
+    made = {path.name: path.stat().st_ino for path in folder.with_name("out.partial").glob("*.npy")}
+    assert prepare_data.main(flags) == 0
+    assert hash_folder(folder) == expected
+    assert {path.name: path.stat().st_ino for path in folder.glob("*.npy")} == made
+
+
+def test_files_that_changed_since_are_noticed(run, corpus, flags, tmp_path):  # noqa: F811
+    folder = tmp_path / "out"
+    kill_after(start([*flags, f"--output_dir={folder}"]), folder, 3)
+    content = corpus.read_bytes()
+    corpus.write_bytes(content.swapcase())
+    code, _, err = run(*flags)
+    assert code == 2
+    assert "the files of the corpus have changed since" in err
+
+
+def test_folders_beside_it_that_are_somebody_elses_stay(run, flags, tmp_path):  # noqa: F811
+    assert run(*flags)[0] == 0
+    others = [tmp_path / "out.partial", tmp_path / "out.replaced"]
+    for other in others:
+        other.mkdir()
+        (other / "thesis.tex").write_text("years of work")
+    assert run(*flags)[0] == 0
+    code, _, err = run(*flags, "--overwrite")
+    assert code == 2 and "thesis.tex" in err
+    assert [path.name for other in others for path in other.iterdir()] == ["thesis.tex"] * 2
+
+
+def test_a_finished_folder_may_have_the_name_of_a_work_folder(run, flags, tmp_path):  # noqa: F811
+    for name in ("out", "other"):
+        assert run(*flags, output_dir=tmp_path / name)[0] == 0
+    other = (tmp_path / "other").rename(tmp_path / "out.partial")
+    expected = hash_folder(other)
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--overwrite")[0] == 2
+    assert hash_folder(other) == expected
+
+
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_nothing_is_left_of_a_folder_without_a_manifest_that_is_replaced(run, flags, expected, tmp_path, has_shards):  # noqa: F811
+    if has_shards:
+        assert run(*flags, "--seed=7")[0] == 0
+        (tmp_path / "out" / "manifest.json").unlink()
+    else:
+        (tmp_path / "out").mkdir()
+    assert run(*flags, "--overwrite")[0] == 0
+    assert hash_folder(tmp_path / "out") == expected
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out.")]
+
+
+def test_whoever_publishes_keeps_others_out_until_it_is_done(flags, expected, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
+    folder, reached, go_on = tmp_path / "out", FORK.Event(), FORK.Event()
+    flags = [*flags, f"--output_dir={folder}"]
+    assert prepare_data.main([*flags, "--seed=7"]) == 0
+    sync_tree = work_folder.sync_tree
+
+    def wait_and_sync(path):
+        reached.set()
+        assert go_on.wait(60)
+        sync_tree(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work_folder, "sync_tree", wait_and_sync)
+        process = start([*flags, "--overwrite"])
+    assert reached.wait(60)
+    assert prepare_data.main([*flags, "--overwrite"]) == 2
+    assert "another prepare_data.py is working on" in capfd.readouterr().err
+    go_on.set()
+    process.join()
+    assert process.exitcode == 0 and hash_folder(folder) == expected
+    assert not folder.with_name("out.partial").exists()
+
+
+def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):  # noqa: F811
+    flags = [*flags, "--val_tokens=1000000000"]  # more than there are: what is finished is kept
+    assert run(*flags)[0] == 2
+    pieces = list_pieces(tmp_path / "out")
+    left = tmp_path / "out.partial" / "unfinished" / f"task-000001.tokens.bin.{'0a' * 16}"
+    left.touch()
+    assert run(*flags)[0] == 2
+    assert not left.exists()
+    assert list_pieces(tmp_path / "out") == pieces
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
+def test_stopped_by_a_signal_it_says_what_is_kept(flags, expected, tmp_path, number, code):
+    """To all its processes, as Ctrl-C in a terminal and a batch system send it."""
+    folder = tmp_path / "out"
+    flags = [*flags, f"--output_dir={folder}"]
+    command = list_command(flags, task_bytes=100)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not list_pieces(folder) and process.poll() is None:
+            time.sleep(0.001)
+        os.killpg(process.pid, number)
+        err = process.stderr.read()
+    assert process.returncode == code, err
+    assert "finished pieces are kept" in err
+    assert "Traceback" not in err

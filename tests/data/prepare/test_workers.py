@@ -1,0 +1,88 @@
+"""The pool of workers: order, and what happens to the other jobs when one fails."""
+
+import contextlib
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from modeling_gpt2_repro.data.prepare.workers import WorkerPool, is_over
+
+
+def touch(folder, number):
+    if number == 1:
+        raise ValueError("job 1")
+    time.sleep(0.2 if number > 1 else 0)
+    (folder / str(number)).touch()
+    return number
+
+
+@pytest.fixture(params=[1, 2])
+def pool(request):
+    pool = WorkerPool(request.param, lambda: None, ())
+    yield pool
+    pool.shut_down()
+
+
+def test_results_come_in_the_order_of_the_jobs(pool, tmp_path):
+    jobs = [(tmp_path, number) for number in (5, 0, 4, 0, 0)]
+    assert list(pool.map_in_order(touch, jobs)) == [5, 0, 4, 0, 0]
+
+
+def test_failed_job_lets_no_other_begin(pool, tmp_path):
+    results = pool.map_in_order(touch, ((tmp_path, number) for number in range(20)))
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="job 1"):
+        next(results)
+    time.sleep(0.3)
+    # The two that may have run beside it have ended; those in the queue behind them were not begun.
+    begun = {int(path.name) for path in tmp_path.iterdir()}
+    assert begun <= {0, 2, 3}
+    assert list(pool.map_in_order(touch, [(tmp_path, 7)])) == [7]
+
+
+def work_for_long(folder, number):
+    deadline = time.monotonic() + 30
+    while number > 0 and time.monotonic() < deadline and not is_over():
+        (folder / "begun").touch()
+        time.sleep(0.01)
+    return is_over()
+
+
+def test_a_job_hears_that_nobody_waits_any_more(tmp_path):
+    pool = WorkerPool(2, lambda: None, ())
+    started = time.monotonic()
+    results = pool.map_in_order(work_for_long, [(tmp_path, 0), (tmp_path, 1)])
+    assert next(results) is False
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    results.close()
+    assert time.monotonic() - started < 20
+    pool.shut_down()
+
+
+def refuse_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("name", ["_ExecutorManagerThread", "QueueFeederThread", "in a worker"])
+def test_threads_that_the_machine_refuses_are_an_error_and_leave_no_worker(monkeypatch, name):
+    start = threading.Thread.start
+
+    def start_others(thread):
+        if name in (type(thread).__name__, thread.name):
+            refuse_thread()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    others = set(multiprocessing.active_children())
+    pool = WorkerPool(2, refuse_thread if name == "in a worker" else int, ())
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        list(pool.map_in_order(int, [("1",)] * 9))
+    with contextlib.suppress(RuntimeError):
+        pool.shut_down()
+    for worker in set(multiprocessing.active_children()) - others:
+        worker.join(10)
+        assert worker.exitcode is not None
+    assert threading.excepthook is threading.__excepthook__

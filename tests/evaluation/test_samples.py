@@ -1,0 +1,78 @@
+"""Samples of a model."""
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.evaluation.samples import generate_samples, main
+from modeling_gpt2_repro.model.folder import save_published_model
+
+PROMPT = "Hello, I'm a language model,"
+
+
+@pytest.fixture
+def model() -> GPT2ReproForCausalLM:
+    torch.manual_seed(0)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=16, n_positions=24))
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(12)  # probabilities far from uniform, so that a wrong one would show
+    return model
+
+
+def test_samples_depend_on_the_seed_alone_and_leave_the_rng(model, tokenizer):
+    model.train()
+    random_state = torch.get_rng_state()
+    texts = generate_samples(model, tokenizer, PROMPT, n_tokens=20, seed=5)
+    assert torch.equal(torch.get_rng_state(), random_state) and model.training
+    torch.manual_seed(99)
+    assert generate_samples(model, tokenizer, PROMPT, n_tokens=20, seed=5) == texts
+    assert generate_samples(model, tokenizer, PROMPT, n_tokens=20, seed=6) != texts
+    assert len(set(texts)) == 4
+    assert all(text.startswith(PROMPT) for text in texts)
+
+
+def test_a_sample_does_not_depend_on_the_others(model, tokenizer):
+    texts = generate_samples(model, tokenizer, PROMPT, n_tokens=16, seed=5)
+    assert generate_samples(model, tokenizer, PROMPT, n_tokens=16, seed=5, n_samples=2) == texts[:2]
+
+
+def test_the_likeliest_token_alone_is_greedy_decoding(model, tokenizer):
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    expected = model.eval().generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    text = generate_samples(model, tokenizer, PROMPT, n_tokens=20, top_k=1, n_samples=1)[0]
+    assert text == tokenizer.decode(expected[0])
+
+
+def test_a_model_without_keys_and_values_reads_all_anew(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "initializer_range": 0.3}
+    model = MambaForCausalLM(MambaConfig(vocab_size=50257, **sizes)).eval()
+    (text,) = generate_samples(model, tokenizer, PROMPT, n_tokens=12, top_k=1, n_samples=1)
+    ids = tokenizer(PROMPT)["input_ids"]
+    while len(ids) < 12:
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert text == tokenizer.decode(ids)
+
+
+def test_prompts_that_leave_no_room_are_refused(model, tokenizer):
+    with pytest.raises(UserError, match="no tokens"):
+        generate_samples(model, tokenizer, "")
+    with pytest.raises(UserError, match="8 tokens already"):
+        generate_samples(model, tokenizer, PROMPT, n_tokens=8)
+    with pytest.raises(UserError, match="longer than the model's 24 positions"):
+        generate_samples(model, tokenizer, PROMPT, n_tokens=25)
+
+
+def test_command_prints_samples_of_a_folder(model, tokenizer, tmp_path, capsys):
+    save_published_model(tmp_path, model, tokenizer)
+    assert main([f"--model={tmp_path}", f"--prompt={PROMPT}", "--n_samples=2", "--n_tokens=12"]) == 0
+    assert capsys.readouterr().out.count(f"> {PROMPT}") == 2
+    assert main([]) == 2
+    assert main(["--model=missing/model"]) == 2
+    assert "--model missing/model" in capsys.readouterr().err
+    small = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=100))
+    save_published_model(tmp_path, small, tokenizer)
+    assert main([f"--model={tmp_path}", f"--prompt={PROMPT}"]) == 2
+    assert "has embeddings for 100 token ids" in capsys.readouterr().err

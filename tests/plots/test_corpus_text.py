@@ -1,0 +1,140 @@
+"""A data folder in words."""
+
+import re
+
+import numpy as np
+import pytest
+
+from modeling_gpt2_repro.data.inspection import inspect_folder
+from modeling_gpt2_repro.plots.corpus_text import (
+    PREVIEW_CHARACTERS,
+    PREVIEW_IDS,
+    describe_inspection,
+    escape_controls,
+    quote_tokens,
+)
+
+EOT = 50256
+
+
+def describe(folder, count=0, seed=0, encoding="utf-8"):
+    return describe_inspection(inspect_folder(folder, count, seed, PREVIEW_IDS), encoding)
+
+
+@pytest.fixture
+def write(tmp_path, tokenizer):
+    """Write texts as one shard of a folder without manifest."""
+
+    def write(*texts, split="train", front=()):
+        ids = [index for text in texts for index in (EOT, *tokenizer(text)["input_ids"])]
+        np.save(tmp_path / f"x_{split}_000000.npy", np.array([*front, *ids], np.uint16))
+        return tmp_path
+
+    return write
+
+
+def test_what_a_terminal_acts_upon_is_spelled_out():
+    assert escape_controls("\x1b[31m\x07\r\t\x9b\u202e\u200b\x00\ud800\u2028") == (
+        r"\x1b[31m\x07\r\t\x9b\u202e\u200b\x00\ud800\u2028"
+    )
+    plain = 'naïve 日本語 🙂 it\'s \\ "x"\n\n  y'
+    assert escape_controls(plain) == plain
+
+
+def test_tokens_are_quoted_as_text_or_as_bytes(tokenizer):
+    assert quote_tokens(tokenizer, [262, 198, 447, 247, 6, EOT]) == [
+        "' the'",
+        r"'\n'",
+        r"'\xe2\x80'",
+        r"'\x99'",
+        '"\'"',
+        "'<|endoftext|>'",
+    ]
+
+
+def test_numbers_are_those_of_the_folder(write):
+    write(" the the the the", " the\n", split="val")
+    lines = describe(write("naïve", " a b c d e f g h i", " a")).splitlines()
+    table = {name: cells for name, *cells in (re.split("  +", line.strip()) for line in lines)}
+    assert table["shards"] == ["1", "1"]
+    assert table["tokens"] == ["8", "15"]
+    assert table["documents"] == ["2", "3"]
+    assert table["bytes of text"] == ["21", "26"]
+    assert table["bytes a token"] == [f"{21 / 8:.3f}", f"{26 / 15:.3f}"]
+    assert table["tokens a byte"] == [f"{8 / 21:.3f}", f"{15 / 26:.3f}"]
+    assert table["ids in use"] == ["3", "12"]
+    assert table["shortest"] == ["3", "2"]
+    assert table["median"] == ["3", "3"]
+    assert table["longest"] == ["5", "10"]
+    assert table["mean"] == ["4.0", "5.0"]
+    assert ["1", "5", "62.50%", "'", "the'", "3", "20.00%", "'<|endoftext|>'"] in [line.split() for line in lines]
+    bins = {name: cells for name, cells in table.items() if " to " in name}
+    assert bins == {
+        "2 to 3": ["1", "50.0%", "#" * 24, "2", "66.7%", "#" * 24],
+        "4 to 7": ["1", "50.0%", "#" * 24, "0", "0.0%"],
+        "8 to 15": ["0", "0.0%", "1", "33.3%", "#" * 12],
+    }
+
+
+def test_bars_are_as_long_as_the_counts(write):
+    histogram = describe(write(*["a"] * 4, *["a a a a"] * 2)).split("\n\n")[2].splitlines()
+    assert [line.split() for line in histogram[1:]] == [
+        ["2", "to", "3", "4", "66.7%", "#" * 24],
+        ["4", "to", "7", "2", "33.3%", "#" * 12],
+    ]
+
+
+def test_columns_are_aligned(write):
+    tokens = describe(write("a", "a b c")).split("\n\n")[3].splitlines()
+    assert len(tokens) == 5
+    assert len({line.index("'") for line in tokens[1:]}) == 1
+    assert len({line.index("%") for line in tokens[1:]}) == 1
+
+
+def test_short_documents_are_shown_whole(write):
+    text = "It’s naïve,\n\n  and\tover\x1b[2J.\n"  # noqa: RUF001
+    shown = describe(write(text), 1)
+    assert (
+        f"--- train, x_train_000000.npy, position 0, {len(np.load(write(text) / 'x_train_000000.npy'))} tokens"
+        in shown
+    )
+    assert shown.endswith("It’s naïve,\n\n  and\\tover\\x1b[2J.\n")  # noqa: RUF001
+    assert "more tokens" not in shown
+
+
+# In the last text a token begins in the 600th character and ends in the next.
+@pytest.mark.parametrize(
+    "text", ["word " * 2000, "日本語🙂" * 500, "🙂" * 601, "a" * 601, "x " * 299 + "x" + "\u899a\u9418" * 9]
+)
+def test_long_documents_are_cut_and_what_is_left_out_is_counted(write, tokenizer, text):
+    n_tokens = len(tokenizer(text)["input_ids"])
+    _, header, rest = describe(write(text), 1).partition("--- train")
+    preview, last = rest.split("\n", 1)[1].rsplit("\n", 1)
+    left_out = int(last.removeprefix("[... ").removesuffix(" more tokens]").replace(",", ""))
+    assert header
+    assert text.startswith(preview)
+    assert PREVIEW_CHARACTERS - 20 < len(preview) <= PREVIEW_CHARACTERS
+    assert tokenizer.decode(tokenizer(text)["input_ids"][: n_tokens - left_out]).rstrip("\ufffd") == preview
+
+
+def test_as_many_characters_as_a_preview_holds_are_not_cut(write):
+    assert "more tokens" not in describe(write("🙂" * PREVIEW_CHARACTERS), 1)
+
+
+def test_a_terminal_of_another_encoding_shows_all_of_it(write):
+    shown = describe(write("naïve 日"), 1, encoding="ascii")
+    assert shown.isascii()
+    assert shown.endswith(r"na\xefve \u65e5")
+
+
+def test_a_front_without_document_is_told(write):
+    shown = describe(write("a b", "", front=[5, 6, 7]))
+    assert "no manifest: taken for ids of openai-community/gpt2, 50,257 ids, end-of-text id 50256" in shown
+    assert "train begins inside a document: its 3 tokens before" in shown
+    assert "train has 1 documents without text" in shown
+
+
+def test_no_documents_at_all(write):
+    shown = describe(write(front=[5, 6, 7]), 3)
+    assert "no end-of-text id, and so no documents" in shown
+    assert "---" not in shown

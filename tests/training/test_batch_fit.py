@@ -1,0 +1,213 @@
+"""The trial before the first step: compiling, falling back, and finding what fits in memory."""
+
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import REPOSITORY
+from torch._dynamo.utils import counters
+
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.training import batch_fit
+from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
+
+
+@pytest.fixture
+def model() -> GPT2ReproForCausalLM:
+    torch.manual_seed(0)
+    config = GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=9)
+    return GPT2ReproForCausalLM(config).train()
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def fit(loss_model, windows, sizes, compile="off"):
+    said = []
+    return fit_micro_batch(loss_model, windows, sizes, compile, Accelerator(), said.append), said
+
+
+def test_loss_is_that_of_the_windows_targets(model, windows):
+    expected = model.eval()(windows, labels=windows).loss
+    torch.testing.assert_close(WindowLoss(model.train())(windows), expected)
+
+
+def test_trial_leaves_weights_gradients_and_rng_alone(model, windows):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    found, _ = fit(WindowLoss(model), windows, [4, 2, 1])
+    assert isinstance(found.loss_model, WindowLoss) and found.micro_batch_size == 4 and found.seconds_per_token > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class SmallMemory(WindowLoss):
+    """A model on a device that holds two windows."""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        if len(windows) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(windows)
+
+
+def test_micro_batch_is_the_largest_that_fits(model, windows):
+    assert fit(SmallMemory(model), windows, [4, 2, 1])[0].micro_batch_size == 2
+    with pytest.raises(UserError, match=r"even 4 sequence\(s\) at once do not fit"):
+        fit(SmallMemory(model), windows, [8, 4])
+
+
+def test_an_attempt_that_did_not_fit_leaves_nothing_behind(model, windows):
+    alive = []
+
+    class RunsOutInBackward(WindowLoss):
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            alive.append([reference() is not None for reference in held])
+            activations = torch.zeros(len(windows), requires_grad=True)
+            held.append(weakref.ref(activations))
+            loss = super().forward(windows) + activations.sum()
+            if len(windows) > 1:
+                loss.register_hook(run_out)
+            return loss
+
+    def run_out(gradient):
+        raise torch.OutOfMemoryError("out of memory")
+
+    held = []
+    assert fit(RunsOutInBackward(model), windows, [4, 2, 1])[0].micro_batch_size == 1
+    assert not any(any(each) for each in alive[:3])  # the first three are one attempt each
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_step_has_the_gradients_of_the_eager_one(model, windows):
+    found, said = fit(WindowLoss(model), windows, [4], compile="on")
+    compiled = found.loss_model
+    assert not any("failed" in line for line in said)
+    assert type(compiled) is not WindowLoss
+    gradients = []
+    for loss_model in (WindowLoss(model), compiled):
+        model.zero_grad()
+        loss_model(windows).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    # The plain module inside is still eager: another shape does not compile anything anew.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert model.eval()(windows[:1, :3]).logits.shape == (1, 3, 64)
+
+
+def test_without_a_compiler_the_run_is_eager_and_says_so(model, windows, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found, said = fit(WindowLoss(model), windows, [4], compile="auto")
+    assert type(found.loss_model) is WindowLoss
+    assert "torch.compile is off" in said[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler nothing is compiled on a CPU")
+@pytest.mark.parametrize("fault", ["compiler", "cache"])
+def test_a_compiler_that_fails_leaves_the_run_eager_unless_it_was_asked_for(
+    model, windows, monkeypatch, tmp_path, fault
+):
+    torch._dynamo.reset()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / ("file" if fault == "cache" else "folder")))
+    # By inductor's own means: pytest's would leave a setting behind that is an alias.
+    compiler = {"cpp.cxx": ("no-such-compiler",)} if fault == "compiler" else {}
+    with torch._inductor.config.patch(compiler | {"force_disable_caches": True}):
+        found, said = fit(WindowLoss(model), windows, [4], compile="auto")
+        with pytest.raises(UserError, match=r"^--compile on: torch\.compile (failed|is off): "):
+            fit(WindowLoss(model), windows, [4], compile="on")
+    assert type(found.loss_model) is WindowLoss
+    assert any(line.startswith("the run goes on eagerly: torch.compile ") for line in said)
+
+
+def test_advice_stands_where_nothing_fits(model, windows):
+    with pytest.raises(UserError, match=r"memory: use --micro_batch_size auto, --model_size 124M$"):
+        fit_micro_batch(SmallMemory(model), windows, [4], "off", Accelerator(), print, "--model_size 124M")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_after_sizes_that_do_not_fit_the_next_is_compiled_and_each_makes_one_graph(model, windows, monkeypatch):
+    torch._dynamo.reset()
+    tried, time_micro_step = [], batch_fit._time_micro_step
+
+    def run(loss_model, dataset, size, accelerator):
+        tried.append(size)
+        return time_micro_step(loss_model, dataset, size, accelerator)
+
+    def run_out(gradient):  # at the end of a compiled backward pass, as of a real device
+        if tried[-1] > 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(batch_fit, "_time_micro_step", run)
+    hook = model.transformer.wpe.weight.register_hook(run_out)
+    counters["stats"].clear()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        found, said = fit(WindowLoss(model), windows, [2, 1], compile="on")
+    assert tried == [2, 1] and found.micro_batch_size == 1
+    assert counters["stats"]["unique_graphs"] == len(tried)
+    assert not any("failed" in line for line in said) and type(found.loss_model) is not WindowLoss
+    hook.remove()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found.loss_model(windows[:1]).backward()
+
+
+TWO_PROCESSES = """
+import os, sys
+if os.environ["RANK"] == "1":
+    os.environ |= {{"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": {cache!r}}}
+sys.path.insert(0, {repository!r})
+import torch
+from accelerate import Accelerator
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
+torch.manual_seed(0)
+model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=9)).train()
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+windows = torch.randint(0, 64, (4, 9))
+class Fails(WindowLoss):
+    def forward(self, windows):
+        if rank == 1 and {runs_out} and len(windows) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(windows)
+say = lambda line: sys.stdout.write(f"{{rank}}: {{line}}\\n")  # at once, or lines of both would mix
+try:
+    fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
+except ValueError as error:
+    sys.exit(say(f"refuses: {{error}}") and None)
+say(f"answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
+"""
+
+
+def run_two_processes(tmp_path, compile, runs_out=False) -> list[str]:
+    script, facts = tmp_path / "script.py", {"repository": str(REPOSITORY), "cache": str(tmp_path / "cache")}
+    script.write_text(TWO_PROCESSES.format(compile=compile, runs_out=runs_out, **facts))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-endpoint=localhost:0"]
+    result = subprocess.run([*command, "--rdzv-backend=c10d", str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("compile, reason", [("auto", "there is no compiler"), ("on", "torch.compile failed")])
+def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile, reason):
+    lines = run_two_processes(tmp_path, compile)
+    answers = {f"{process}: answers Fails 4" for process in "01"}
+    assert answers <= set(lines) if compile == "auto" else not answers & set(lines)
+    consequence = "all processes run eagerly" if compile == "auto" else "refuses"
+    for process in "01":
+        (said,) = [line for line in lines if line.startswith(f"{process}: {consequence}")]
+        assert "in process 1" in said and reason in said
+
+
+def test_the_process_with_the_least_memory_decides_for_all(tmp_path):
+    lines = run_two_processes(tmp_path, "off", runs_out=True)
+    assert {"0: answers Fails 2", "1: answers Fails 2"} <= set(lines)
