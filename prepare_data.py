@@ -22,7 +22,6 @@ from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError, reports_
 from modeling_gpt2_repro.core.files import check_place, follow_links
 from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
-from modeling_gpt2_repro.data.dataset import load_data_tokenizer
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.prepare.pipeline import Request, ShardOptions, build_shards, run_stage
 from modeling_gpt2_repro.data.prepare.work_folder import (
@@ -31,7 +30,7 @@ from modeling_gpt2_repro.data.prepare.work_folder import (
     get_work_path,
     load_begun_source,
 )
-from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, Manifest, find_foreign_file, load_manifest
+from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.sources.corpus import (
     DEFAULT_CONFIGS,
     DOCSTRINGS,
@@ -42,7 +41,12 @@ from modeling_gpt2_repro.data.sources.corpus import (
     build_hub_corpus,
 )
 from modeling_gpt2_repro.data.sources.local_files import TEXT_SUFFIXES
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.data.tokenizer import (
+    GPT2_TOKENIZER,
+    fingerprint_tokenizer,
+    load_tokenizer,
+    load_tokenizer_for,
+)
 from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.plots.corpus_text import PREVIEW_IDS, describe_inspection
 
@@ -144,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect(folder, settings.inspect, settings.seed)
     if settings.verify or settings.inspect is not None:
         return 0
-    tokenizer = load_asked_tokenizer(folder, settings)
+    if settings.overwrite:
+        tokenizer = load_tokenizer(settings.tokenizer)
+    else:
+        tokenizer = load_tokenizer_for(folder, settings.tokenizer)
     finish_publishing(folder)
     if is_already_there(folder, settings, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
@@ -232,18 +239,6 @@ def parse_share(task: str) -> tuple[int, int]:
     if match is None or not int(match[1]) < int(match[2]):
         raise UserError(f"--task {task}: has to be i/N with i from 0 to N-1, such as 0/8")
     return int(match[1]), int(match[2])
-
-
-def load_asked_tokenizer(folder: Path, settings: PrepareSettings) -> PreTrainedTokenizerFast:
-    """Load `--tokenizer`; where that is out of reach, it is what `folder` carries if it was made with the same."""
-    try:
-        return load_tokenizer(settings.tokenizer)
-    except UserError:
-        manifest = load_manifest(folder) if folder.is_dir() and not settings.overwrite else None
-        is_same = manifest is not None and manifest.settings.get("tokenizer") == settings.tokenizer
-        if not is_same or not (folder / TOKENIZER_FOLDER).is_dir():
-            raise
-    return load_data_tokenizer(str(folder))
 
 
 def name_tokenizer(name_or_path: str) -> str:

@@ -17,11 +17,15 @@ from transformers import GPT2TokenizerFast
 
 import prepare_data
 import train
-from modeling_gpt2_repro.data.dataset import load_data_tokenizer
 from modeling_gpt2_repro.data.prepare import tokenize_stage, write_stage
 from modeling_gpt2_repro.data.shards import TEXT_BYTES_NAME, load_manifest, open_split
 from modeling_gpt2_repro.data.sources import local_files
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.data.tokenizer import (
+    GPT2_TOKENIZER,
+    fingerprint_tokenizer,
+    load_data_tokenizer,
+    load_tokenizer,
+)
 
 EOT = 256
 

@@ -4,16 +4,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.core.devices import enter_device, name_device
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, load_manifest, open_split
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, fingerprint_tokenizer, load_tokenizer
+from modeling_gpt2_repro.data.shards import load_manifest, open_split
 
 # Micro-batches read before they are asked for; each is half a megabyte at 64 x 1,024 tokens.
 PREFETCHED = 4
@@ -120,26 +117,3 @@ def prefetch(
         while (batch := batches.popleft().result()) is not None:
             batches.append(reader.submit(read_next))
             yield batch.to(device, non_blocking=True)
-
-
-def load_data_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that a folder of shards was written with; GPT-2's where no manifest names one.
-
-    The folder carries it; of one that an older version wrote, or that lost it, it is the one that the manifest names.
-
-    Raises:
-        UserError: the tokenizer is not to be had, or is no longer the one of the shards.
-    """
-    manifest = load_manifest(folder)
-    if manifest is None:
-        return load_tokenizer(GPT2_TOKENIZER)
-    carried = Path(folder) / TOKENIZER_FOLDER
-    name = str(carried) if carried.is_dir() else manifest.tokenizer
-    remedy = f"bring {manifest.tokenizer} back as {carried}, or prepare the data again with --overwrite"
-    try:
-        tokenizer = load_tokenizer(name)
-    except UserError as error:
-        raise UserError(f"{folder} needs the tokenizer that it was written with, but {error}: {remedy}") from error
-    if fingerprint_tokenizer(tokenizer) != manifest.tokenizer_fingerprint:
-        raise UserError(f"the tokenizer {name} is not the one that {folder} was written with: {remedy}")
-    return tokenizer

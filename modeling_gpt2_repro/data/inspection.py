@@ -14,8 +14,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.dataset import load_data_tokenizer
 from modeling_gpt2_repro.data.shards import (
+    MAX_VOCAB_SIZE,
     Manifest,
     Split,
     describe_ids_beyond,
@@ -24,7 +24,7 @@ from modeling_gpt2_repro.data.shards import (
     load_manifest,
     map_files,
 )
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, MAX_VOCAB_SIZE, token_byte_lengths
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_data_tokenizer, token_byte_lengths
 
 # Lengths are collected up to this many, 8 MB, before they are counted.
 PENDING_LENGTHS = 2**20

@@ -51,6 +51,8 @@ LLMC_HEADER_BYTES = 256 * 4
 NANOGPT_NAMES = ("train.bin", "val.bin")
 NANOGPT_CHARACTERS = "meta.pkl"
 
+# Shards hold 16-bit ids.
+MAX_VOCAB_SIZE = 2**16
 SHARD_SUFFIXES = (".npy", ".bin")
 # What is looked at together when a whole shard is: 2 MB of ids, which stay in a processor's cache.
 TOKENS_PER_CHUNK = 2**20
@@ -114,7 +116,7 @@ class Manifest:
         _check_types(self)
         for counted in (self.read, self.train, self.val, self.validation_copies, *self.shards):
             _check_types(counted)
-        if not 0 < self.vocab_size <= 2**16 or not 0 <= self.eot_id < self.vocab_size:
+        if not 0 < self.vocab_size <= MAX_VOCAB_SIZE or not 0 <= self.eot_id < self.vocab_size:
             raise ValueError(f"{self.vocab_size} ids with the end-of-text id {self.eot_id}")
         for file in self.source.get("files", []):
             if not isinstance(file["path"], str):

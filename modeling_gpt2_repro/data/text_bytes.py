@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.data.shards import TOKENS_PER_CHUNK, iterate_chunks, load_text_bytes
-from modeling_gpt2_repro.data.tokenizer import MAX_VOCAB_SIZE, spells_text, token_byte_lengths
+from modeling_gpt2_repro.data.shards import MAX_VOCAB_SIZE, TOKENS_PER_CHUNK, iterate_chunks, load_text_bytes
+from modeling_gpt2_repro.data.tokenizer import spells_text, token_byte_lengths
 
 # What to tell of an estimate.
 NOTE = (

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
+from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
 from modeling_gpt2_repro.data.text_bytes import NOTE, count_text_bytes
-from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
+from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, load_data_tokenizer
 from modeling_gpt2_repro.evaluation.baseline import (
     Baseline,
     format_baseline,

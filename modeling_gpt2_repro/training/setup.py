@@ -19,10 +19,10 @@ from modeling_gpt2_repro.core.devices import (
     reset_peak_memory,
 )
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
+from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
 from modeling_gpt2_repro.data.text_bytes import NOTE, TextBytes, count_text_bytes
-from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
+from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, load_data_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.samples import encode_prompt

@@ -10,10 +10,10 @@ from tiny_tokenizers import FAMILIES
 
 import prepare_data
 import train
-from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
+from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.data.shards import TEXT_BYTES_NAME, load_manifest, open_split
 from modeling_gpt2_repro.data.text_bytes import NOTE, count_text_bytes
-from modeling_gpt2_repro.data.tokenizer import spells_text, token_byte_lengths
+from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer, spells_text, token_byte_lengths
 
 TEXTS = [
     f"{number} The  quick brown Fox\njumps, naïve café {'日本 </s> ' * (number % 3)}"

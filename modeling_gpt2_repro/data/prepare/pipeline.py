@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum, sync_file, sync_folder, sync_tree
+from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_encoder
 from modeling_gpt2_repro.data.prepare.shuffle import Selection
 from modeling_gpt2_repro.data.prepare.tokenize_stage import (
     Run,
@@ -57,12 +58,7 @@ from modeling_gpt2_repro.data.shards import (
     save_text_bytes,
 )
 from modeling_gpt2_repro.data.sources.corpus import Corpus, Task
-from modeling_gpt2_repro.data.tokenizer import (
-    DocumentEncoder,
-    build_encoder,
-    fingerprint_tokenizer,
-    token_byte_lengths,
-)
+from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, token_byte_lengths
 
 Stage = Literal["tokenize", "write"]
 

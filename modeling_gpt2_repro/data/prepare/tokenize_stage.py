@@ -24,9 +24,9 @@ import xxhash
 
 from modeling_gpt2_repro.core.errors import raise_if_refused
 from modeling_gpt2_repro.core.files import sync_file, sync_folder
+from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, get_text_buffers
 from modeling_gpt2_repro.data.prepare.shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
 from modeling_gpt2_repro.data.sources.corpus import Task
-from modeling_gpt2_repro.data.tokenizer import DocumentEncoder, get_text_buffers
 
 # 32 MB of ids; the most that a worker holds beside one batch.
 TOKENS_PER_RUN = 2**24

@@ -1,0 +1,248 @@
+"""Encoding documents for shards, at full speed.
+
+Documents are encoded as ordinary text: a document that spells `<|endoftext|>` gets the ids of those letters, because
+it could otherwise forge a document boundary. That holds for every tokenizer, including those whose model has special
+tokens among its words.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import secrets
+from typing import Any
+
+import gigatoken
+import numpy as np
+import pyarrow as pa
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_gpt2_repro.core.devices import measure_private_memory
+from modeling_gpt2_repro.core.errors import UserError, format_line
+from modeling_gpt2_repro.data.shards import MAX_VOCAB_SIZE
+from modeling_gpt2_repro.data.tokenizer import BYTE_TOKEN, ODD_SAMPLE, list_merges
+
+# gigatoken caches every word it has met, in tables that double as they fill: about 100 bytes a word, without a limit.
+# Prose fills the cache so slowly that rebuilding the engine (0.1 s) at this size costs nothing; text of only new words
+# triggers a rebuild every million words or two, for a fifth of the time.
+ENGINE_BYTES = 96 * 2**20
+# Where a process cannot measure its own memory: the cost of a byte of text if all its words were new.
+ENGINE_BYTES_PER_TEXT_BYTE = 6
+
+# The last code point, which is no character.
+UNKNOWN_TEXT = "\U0010ffff"
+
+
+class UnknownTextError(UserError):
+    """A text contains something that the tokenizer has no token for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSpec:
+    """What a process needs in order to build a `DocumentEncoder`."""
+
+    tokenizer_json: str
+    eot_id: int
+    uses_gigatoken: bool
+
+
+class DocumentEncoder:
+    """Encodes documents as ordinary text, on the calling thread.
+
+    A forked worker inherits its parent's engine; a spawned one, to which the encoder is pickled, builds its own.
+    """
+
+    def __init__(self, spec: EncoderSpec):
+        self.spec = spec
+        self._build_engine()
+
+    def __reduce__(self):
+        return DocumentEncoder, (self.spec,)
+
+    def encode(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a batch.
+
+        Returns:
+            The concatenated ids of all documents, uint16 of shape `(tokens,)`, and where each document begins and the
+            last one ends, int64 of shape `(documents + 1,)`. No end-of-text id is added, and none occurs.
+
+        Raises:
+            UnknownTextError: the tokenizer has no token for a text, not even an unknown one.
+            UserError: the tokenizer makes the end-of-text id of a text.
+        """
+        encode = self._encode_fast if self.spec.uses_gigatoken else self._encode_slowly
+        tokens, offsets = encode(documents)
+        if (tokens == self.spec.eot_id).any():
+            raise UserError(
+                "the tokenizer encodes unknown text as its end-of-text id, which would end the document there: choose "
+                "one whose unk_token is not its eos_token"
+            )
+        return tokens, offsets
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """Encode one document (see `encode`)."""
+        return self.encode(pa.array([text], pa.large_string()))[0]
+
+    def _encode_slowly(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            # One by one: a batch would start threads, which a forked worker must not.
+            encodings = [self._engine.encode(text).ids for text in documents.to_pylist()]
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise UnknownTextError(f"the tokenizer has no tokens for a text: {format_line(str(error))}") from error
+        offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
+        return np.fromiter((i for ids in encodings for i in ids), np.uint16, count=offsets[-1]), offsets
+
+    def _encode_fast(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+        text_offsets, text = get_text_buffers(documents)
+        if self._engine_bytes > ENGINE_BYTES:
+            self._build_engine()
+        texts = _view_as_awkward(text_offsets, text)
+        before = measure_private_memory()
+        encoded = self._engine.encode_batch(texts, parallel=False).layout
+        # Measured around this call alone: a worker's other allocations are as large, and counting them would rebuild
+        # the engine, and lose its cached words, for nothing.
+        if before is not None:
+            self._engine_bytes += max(0, measure_private_memory() - before)
+        else:
+            self._engine_bytes += ENGINE_BYTES_PER_TEXT_BYTE * int(text_offsets[-1] - text_offsets[0])
+        offsets = np.asarray(encoded.offsets.data, dtype=np.int64)
+        tokens = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]].astype(np.uint16)
+        return tokens, offsets - offsets[0]
+
+    def _build_engine(self) -> None:
+        self._engine = None  # the old one first, so that the two never exist together
+        self._engine_bytes = 0
+        if self.spec.uses_gigatoken:
+            import awkward  # noqa: F401  half a second; here, so that a failure is raised where the engine is chosen
+
+            self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.spec.tokenizer_json))
+        else:
+            self._engine = tokenizers.Tokenizer.from_str(self.spec.tokenizer_json)
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> DocumentEncoder:
+    """Check that `tokenizer` can make shards, and choose the engine: gigatoken, or `tokenizers` as a fallback.
+
+    Raises:
+        UserError: more ids than 16 bits hold, no end-of-text token, one that text can make, or an engine that
+            disagrees with the reference.
+    """
+    _check_ids(tokenizer, name)
+    definition = json.dumps(define_text_encoding(tokenizer))
+    spec = EncoderSpec(definition, tokenizer.eos_token_id, uses_gigatoken=True)
+    try:
+        encoder = DocumentEncoder(spec)
+    # What gigatoken raises for features that it lacks, and awkward under `python -X dev`.
+    except (ValueError, RuntimeError, TypeError, NotImplementedError, LookupError) as error:
+        reason = format_line(str(error))
+        print(f"gigatoken does not support the tokenizer {name}; using the slower tokenizers: {reason}", flush=True)
+        encoder = DocumentEncoder(dataclasses.replace(spec, uses_gigatoken=False))
+    else:
+        check_engines_agree(encoder, name)
+    check_boundaries(encoder, tokenizer.eos_token, name)
+    return encoder
+
+
+def define_text_encoding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return `tokenizer`, as in its `tokenizer.json`, for text alone: no text makes a special token or the end-of-text
+    id, and nothing is cut, padded or put around a text. What spells no special token keeps its ids.
+
+    Special tokens are no longer looked for in a text, and in a model that has them among its words they get names that
+    nobody can write.
+    """
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition.update(truncation=None, padding=None, post_processor=None)
+    # An end-of-text token may also be an added one that is not marked as special.
+    special = {token["id"] for token in definition["added_tokens"] if token["special"]} | {tokenizer.eos_token_id}
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] not in special]
+    model = definition["model"]
+    is_list = isinstance(model["vocab"], list)  # Unigram's words with their scores, in the order of the ids
+    words = [(word, i) for i, (word, _) in enumerate(model["vocab"])] if is_list else model["vocab"].items()
+    hidden = {
+        word: f"{word} {secrets.token_hex(16)}"
+        for word, index in words
+        # Bytes and single characters are what other texts are made of.
+        if index == tokenizer.eos_token_id or (index in special and len(word) > 1 and not BYTE_TOKEN.fullmatch(word))
+    }
+    if is_list:
+        model["vocab"] = [[hidden.get(word, word), score] for word, score in model["vocab"]]
+    else:
+        model["vocab"] = {hidden.get(word, word): index for word, index in model["vocab"].items()}
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = hidden[model["unk_token"]]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            (left, right)
+            for left, right in list_merges(model)
+            if hidden.keys().isdisjoint((left, right, left + right.removeprefix(prefix)))
+        ]
+    return definition
+
+
+def check_engines_agree(encoder: DocumentEncoder, name: str) -> None:
+    """Raise a `UserError` when gigatoken and `tokenizers` give a sample of odd texts different ids."""
+    reference = DocumentEncoder(dataclasses.replace(encoder.spec, uses_gigatoken=False))
+    for text in ODD_SAMPLE:
+        if not np.array_equal(encoder.encode_text(text), reference.encode_text(text)):
+            raise UserError(
+                f"gigatoken {importlib.metadata.version('gigatoken')} and tokenizers {tokenizers.__version__} encode "
+                f"{text!r} differently with the tokenizer {name}: install the versions of constraints.txt"
+            )
+
+
+def check_boundaries(encoder: DocumentEncoder, eos_token: str, name: str) -> None:
+    """Raise a `UserError` when text can make the end-of-text id, or would be lost where it spells that token.
+
+    Print a note where the unknown token stands for it, as for a line end if that is the tokenizer's end-of-text token.
+    """
+    encodings = {}
+    for text in (eos_token, UNKNOWN_TEXT, *ODD_SAMPLE):
+        try:
+            encodings[text] = encoder.encode_text(text).tolist()
+        except UnknownTextError:  # the tokenizer knows some texts only
+            continue
+        except UserError as error:
+            raise UserError(f"the tokenizer {name} cannot make shards: {error}") from error
+    if encodings.get(eos_token) == []:
+        raise UserError(
+            f"the tokenizer {name} cannot make shards: it has no other tokens for a text that spells {eos_token!r}, "
+            "its end-of-text token (eos_token)"
+        )
+    if encodings.get(eos_token, []) == encodings.get(UNKNOWN_TEXT):
+        print(
+            f"the tokenizer {name} takes {eos_token!r} in a text, its end-of-text token, for unknown text", flush=True
+        )
+
+
+def get_text_buffers(documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return an array's offsets, int64 of shape `(documents + 1,)`, and its UTF-8 bytes, uint8, without copying."""
+    _, offsets, text = documents.buffers()
+    first = documents.offset
+    return (
+        np.frombuffer(offsets, np.int64)[first : first + len(documents) + 1],
+        np.frombuffer(text, np.uint8) if text is not None else np.empty(0, np.uint8),
+    )
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    if len(tokenizer) > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"the tokenizer {name} has {len(tokenizer):,} ids, but shards hold 16-bit ids: at most {MAX_VOCAB_SIZE:,}"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name} has no end-of-text token (eos_token) to put in front of each document")
+    if max(tokenizer.get_vocab().values()) >= len(tokenizer):
+        raise UserError(
+            f"the tokenizer {name} leaves ids out: shards need {len(tokenizer):,} tokens to have the ids from 0 up"
+        )
+
+
+def _view_as_awkward(offsets: np.ndarray, text: np.ndarray):
+    import awkward
+
+    characters = awkward.contents.NumpyArray(text, parameters={"__array__": "char"})
+    strings = awkward.contents.ListOffsetArray(
+        awkward.index.Index64(offsets), characters, parameters={"__array__": "string"}
+    )
+    return awkward.Array(strings)
