@@ -326,8 +326,8 @@ def report(manifest: Manifest, folder: Path, seconds: float) -> None:
     if manifest.validation_ends_inside_document:
         print("the validation split ends inside a document, whose rest is training text: there was no boundary to use")
     for split, totals in (("train", manifest.train), ("val", manifest.val)):
-        shards = sum(shard.split == split for shard in manifest.shards)
-        print(f"{split}: {totals.tokens:,} tokens, {totals.documents:,} documents, {shards} shards")
+        shards = manifest.list_shards(split)
+        print(f"{split}: {totals.tokens:,} tokens, {totals.documents:,} documents, {len(shards)} shards")
     order = f"shuffled with seed {manifest.seed}" if manifest.shuffled else "in source order"
     print(f"training documents {order}; everything is in {folder}")
 

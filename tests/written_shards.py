@@ -1,4 +1,4 @@
-"""A small folder of shards, and what may befall one of them."""
+"""A small folder of shards, what may befall one of them, and files of other programs."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.data.shards import Manifest, Shard, SplitWriter, Totals, save_manifest
 
 EOT = 99
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 20\n"
 
 
 def write_shards(folder: Path) -> Path:
@@ -42,6 +43,16 @@ def write_shards(folder: Path) -> Path:
     )
     save_manifest(manifest, folder)
     return folder
+
+
+def write_llmc(path, tokens, magic=20240520, count=None, version=1):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
+
+
+def write_bytes(content):
+    return lambda path: path.write_bytes(content)
 
 
 def damage_missing(folder):

@@ -23,6 +23,7 @@ from modeling_gpt2_repro.data.shards import (
     list_splits,
     load_manifest,
     map_files,
+    read_tokens,
 )
 from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_data_tokenizer, token_byte_lengths
 
@@ -73,7 +74,7 @@ class DocumentIndex:
         start, end = self._find_start(number), self._find_start(number + 1)
         file_ends = self._list_file_ends()
         file = bisect.bisect_right(file_ends, start)
-        ids = self._read(start + 1, min(end, start + 1 + max_ids))
+        ids = read_tokens(self._tokens, start + 1, min(end, start + 1 + max_ids))
         position = start - (file_ends[file] - len(self._tokens[file]))
         return Document(self.split, list(self.files)[file].name, position, end - start, ids)
 
@@ -91,16 +92,8 @@ class DocumentIndex:
         chunk = int(np.searchsorted(self.documents_before, number, side="right")) - 1
         start = int(self.chunk_starts[chunk])
         end = int(self.chunk_starts[chunk + 1]) if chunk + 1 < len(self.chunk_starts) else self._list_file_ends()[-1]
-        positions = np.flatnonzero(self._read(start, end) == self.eot_id)
+        positions = np.flatnonzero(read_tokens(self._tokens, start, end) == self.eot_id)
         return start + int(positions[number - self.documents_before[chunk]])
-
-    def _read(self, start: int, end: int) -> np.ndarray:
-        pieces = [np.empty(0, np.uint16)]
-        for tokens in self._tokens:
-            if start < len(tokens) and end > 0:
-                pieces.append(np.asarray(tokens[max(0, start) : end]))
-            start, end = start - len(tokens), end - len(tokens)
-        return np.concatenate(pieces)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,9 +1,9 @@
-"""Token shards on disk: the one module that reads and writes them.
+"""Folders of token shards: the one module that knows their format.
 
-A folder of shards holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
-`manifest.json`, written last. Beside them lies the tokenizer that they were written with, so that the folder can be
-used anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` wrote them, llm.c's `.bin` shards, which
-modded-nanogpt has too, and nanoGPT's `train.bin` and `val.bin` are read as well.
+A folder holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
+`manifest.json`, written last. The tokenizer that they were written with lies beside them, so that the folder can be
+used anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` writes them, and the `.bin` files of other
+programs (`foreign_shards.py`) are read as well.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,40 +21,32 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.file_kinds import LLMC_QUESTIONS, LLMC_TOKENS, NUMPY, describe_content
+from modeling_gpt2_repro.core.file_kinds import NUMPY, describe_content
 from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
+from modeling_gpt2_repro.data.foreign_shards import describe_other_data, is_question_file, locate_tokens
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
 
 MANIFEST_NAME = "manifest.json"
-# What models reach on the validation split, which `train.py --eval_only` keeps beside it.
+# Scores of models on the validation split, which `train.py --eval_only` keeps beside it.
 BASELINES_NAME = "baselines.json"
 FORMAT_VERSION = 1
-# A folder with this in it is being written, or its writer was killed.
+# A folder that contains this one is being written, or its writer was killed.
 WORK_FOLDER = "unfinished"
-# Of a folder that is being written, too; a writer that was killed at the very end leaves them in the finished one.
+# These belong to unfinished folders too; a writer that was killed at the very end leaves them in the finished one.
 PLAN_NAME, LOCK_NAME = "plan.json", "lock"
 # The tokenizer that the shards were written with, as `save_pretrained` writes it.
 TOKENIZER_FOLDER = "tokenizer"
-# The UTF-8 bytes of each validation document. The name has no split in it: build-nanogpt's loader takes every file for
-# a shard that has.
+# The UTF-8 bytes of each validation document (`text_bytes.py`). The name contains no split: build-nanogpt's loader
+# takes every file whose name does for a shard.
 TEXT_BYTES_NAME = "text_bytes.npy"
 # What `prepare_data.py --inspect` draws beside the shards.
 INSPECTION_NAME = "inspection.png"
 
-# llm.c, dev/data/data_common.py: 256 int32 of header (magic, version, number of tokens), then uint16 ids.
-LLMC_VERSION = 1
-LLMC_HEADER_BYTES = 256 * 4
-
-# nanoGPT, data/*/prepare.py: uint16 ids and nothing else. With its vocabulary of characters comes a file that says so.
-NANOGPT_NAMES = ("train.bin", "val.bin")
-NANOGPT_CHARACTERS = "meta.pkl"
-
 # Shards hold 16-bit ids.
 MAX_VOCAB_SIZE = 2**16
-SHARD_SUFFIXES = (".npy", ".bin")
-# What is looked at together when a whole shard is: 2 MB of ids, which stay in a processor's cache.
+# Tokens read at once in a pass over a shard: 2 MB of ids, which stay in a processor's cache.
 TOKENS_PER_CHUNK = 2**20
 
 
@@ -76,6 +68,9 @@ class Totals:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(self.documents + other.documents, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +107,10 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     other_files: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def list_shards(self, split: Split) -> list[Shard]:
+        """Return the shards of a split, in order."""
+        return [shard for shard in self.shards if shard.split == split]
+
     def __post_init__(self):
         _check_types(self)
         for counted in (self.read, self.train, self.val, self.validation_copies, *self.shards):
@@ -124,12 +123,12 @@ class Manifest:
         for name, checksum in self.other_files.items():
             if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name, re.ASCII) or not isinstance(checksum, str):
                 raise ValueError(f"other_files: {name!r:.80} is not a file of its folder with a checksum")
-        parts = (self.train, self.val, self.validation_copies)
+        kept = self.train + self.val + self.validation_copies
         for unit in ("documents", "tokens", "bytes"):
-            if getattr(self.read, unit) != sum(getattr(part, unit) for part in parts):
+            if getattr(self.read, unit) != getattr(kept, unit):
                 raise ValueError(f"{unit} were lost")
         for split in SPLITS:
-            if getattr(self, split).tokens != sum(shard.tokens for shard in self.shards if shard.split == split):
+            if getattr(self, split).tokens != sum(shard.tokens for shard in self.list_shards(split)):
                 raise ValueError(f"the {split} shards have other tokens")
 
 
@@ -227,31 +226,6 @@ def load_manifest(folder: str | Path) -> Manifest | None:
     return manifest
 
 
-def save_text_bytes(folder: str | Path, document_bytes: np.ndarray) -> None:
-    """Write the UTF-8 bytes of each validation document, in the order of the split."""
-    np.save(Path(folder) / TEXT_BYTES_NAME, document_bytes.astype("<u8"))
-
-
-def load_text_bytes(folder: str | Path) -> np.ndarray | None:
-    """Read the UTF-8 bytes of each validation document, uint64 of shape `(documents,)`; None where none were written.
-
-    Raises:
-        UserError: a missing folder, or a manifest or file that cannot be read or contradicts the other.
-    """
-    manifest = load_manifest(folder)
-    if manifest is None or TEXT_BYTES_NAME not in manifest.other_files:
-        return None
-    path = Path(folder) / TEXT_BYTES_NAME
-    try:
-        document_bytes = np.load(path, mmap_mode="r")
-        is_right = document_bytes.dtype == np.uint64 and document_bytes.shape == (manifest.val.documents,)
-    except Exception as error:  # of a damaged header numpy's parser raises also what Python's own one does
-        raise UserError(f"{path} cannot be read ({error}): make the folder again with --overwrite") from error
-    if not is_right or int(document_bytes.sum()) != manifest.val.bytes:
-        raise UserError(f"{path} is not what the manifest counts: make the folder again with --overwrite")
-    return document_bytes
-
-
 def list_splits(folder: str | Path) -> list[Split]:
     """Return the splits of which `folder` has shards, in the order of `SPLITS`.
 
@@ -285,9 +259,8 @@ def map_files(folder: str | Path, split: Split) -> dict[Path, np.ndarray]:
     expected = {shard.file: shard.tokens for shard in manifest.shards} if manifest is not None else {}
     names = _list_names(folder, split, manifest)
     if not names:
-        raise UserError(
-            f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy){_describe_other_data(folder)}"
-        )
+        other_data = "" if list_splits(folder) else describe_other_data(folder)
+        raise UserError(f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy){other_data}")
     shards = {}
     for name in names:
         tokens = map_shard(folder / name)
@@ -312,13 +285,13 @@ def map_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path} is {state}: make the folder again with --overwrite")
     try:
         if path.suffix == ".bin":
-            return _map_bin_shard(path)
+            return _map_tokens(path, *locate_tokens(path))
         tokens = np.load(path, mmap_mode="r")
         if isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.ndim == 1:
             return _map_tokens(path, tokens.offset, len(tokens))
     except UserError:
         raise
-    except Exception as error:  # of a damaged header numpy's parser raises also what Python's own one does
+    except Exception as error:  # for a damaged header numpy also raises whatever Python's parser does
         raise_if_refused(error, path)
         reason = f"it is {content}" if (content := describe_content(path)) not in (None, NUMPY) else error
         raise UserError(f"{path} is no whole .npy file ({reason}): make the folder again") from error
@@ -331,7 +304,7 @@ def map_shard(path: Path) -> np.ndarray:
 
 
 def list_checksums(folder: str | Path, split: Split) -> list[str]:
-    """Return the checksum of each shard of a split, in order: the manifest's word, or computed where there is none.
+    """Return the checksum of each shard of a split, in order: from the manifest, or computed if there is none.
 
     Raises:
         UserError: a missing folder or a manifest that cannot be read.
@@ -339,20 +312,20 @@ def list_checksums(folder: str | Path, split: Split) -> list[str]:
     folder = Path(folder)
     manifest = load_manifest(folder)
     if manifest is not None:
-        return [shard.checksum for shard in manifest.shards if shard.split == split]
+        return [shard.checksum for shard in manifest.list_shards(split)]
     return [compute_checksum(folder / name) for name in _list_names(folder, split, None)]
 
 
 def fingerprint_split(folder: str | Path, split: Split) -> str:
-    """Return `sha256:<hex digest>` by which a split is known again: of its checksums, or, without a manifest, of the
-    names and sizes of its files, because a run cannot wait until a hundred shards are read.
+    """Return `sha256:<hex digest>` to recognize a split by: of its checksums or, without a manifest, of the names and
+    sizes of its files, because a run cannot wait until a hundred shards are read.
 
     Raises:
         UserError: a missing folder or a manifest that cannot be read.
     """
     manifest = load_manifest(folder)
     if manifest is not None:
-        facts = [[shard.tokens, shard.checksum] for shard in manifest.shards if shard.split == split]
+        facts = [[shard.tokens, shard.checksum] for shard in manifest.list_shards(split)]
     else:
         names = _list_names(Path(folder), split, None)
         facts = [[name, (Path(folder) / name).stat().st_size] for name in names]
@@ -360,32 +333,38 @@ def fingerprint_split(folder: str | Path, split: Split) -> str:
 
 
 def iterate_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield a shard piece by piece: the position of each piece's first token, and the piece as a plain array."""
+    """Yield a shard in chunks: the position of each chunk's first token, and the chunk as a plain array."""
     for start in range(0, len(tokens), TOKENS_PER_CHUNK):
         yield start, np.asarray(tokens[start : start + TOKENS_PER_CHUNK])
 
 
+def read_tokens(shards: Iterable[np.ndarray], start: int, end: int) -> np.ndarray:
+    """Return the tokens `[start, end)` of consecutive shards, counted from the first one's start, uint16."""
+    pieces = [np.empty(0, np.uint16)]
+    for tokens in shards:
+        pieces.append(np.asarray(tokens[max(0, start) : max(0, end)]))
+        start, end = start - len(tokens), end - len(tokens)
+    return np.concatenate(pieces)
+
+
 def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
-    """Say how many ids of a shard no vocabulary of `vocab_size` has, and where the first one is; there is one."""
-    beyond = first = 0
-    for start, chunk in iterate_chunks(tokens):
-        positions = np.flatnonzero(chunk >= vocab_size)
-        if len(positions) and not beyond:
-            first = start + int(positions[0])
-        beyond += len(positions)
+    """Describe how many ids of a shard, which has some, are not below `vocab_size`, and where the first one is."""
+    is_beyond = [(start, chunk >= vocab_size) for start, chunk in iterate_chunks(tokens)]
+    beyond = sum(int(np.count_nonzero(flags)) for _, flags in is_beyond)
+    first = next(start + int(np.argmax(flags)) for start, flags in is_beyond if flags.any())
     return (
-        f"holds {beyond:,} ids beyond the vocabulary of {vocab_size:,}, the first, {int(tokens[first])}, at position "
-        f"{first:,}"
+        f"holds {beyond:,} ids beyond the vocabulary of {vocab_size:,}, the first, {int(tokens[first])}, at "
+        f"position {first:,}"
     )
 
 
 def find_foreign_file(folder: str | Path) -> str | None:
-    """Return the name of something in `folder` that is neither a shard nor belongs to them; `None` where all may be
+    """Return the name of something in `folder` that does not belong to a folder of shards; `None` if all of it may be
     replaced. Hidden files, which file managers leave anywhere, do not count."""
     names = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
     shard = re.compile(r".*_(val|train)_\d{6}\.npy")
     ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
-    # Without shards they are somebody's own.
+    # Without shards, files of these names are the user's own.
     if any(name in (MANIFEST_NAME, PLAN_NAME) or shard.fullmatch(name) for name in names):
         ours |= {TOKENIZER_FOLDER, TEXT_BYTES_NAME}
     for name in names:
@@ -397,75 +376,14 @@ def find_foreign_file(folder: str | Path) -> str | None:
 
 def _list_names(folder: Path, split: Split, manifest: Manifest | None) -> list[str]:
     if manifest is not None:
-        return [shard.file for shard in manifest.shards if shard.split == split]
+        return [shard.file for shard in manifest.list_shards(split)]
     pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
     paths = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
-    return sorted(path.name for path in paths if not _is_question_file(path))
-
-
-def _is_question_file(path: Path) -> bool:
-    """Tell llm.c's hellaswag_val.bin and such, which may lie beside its shards and have the names of some."""
-    return path.suffix == ".bin" and path.is_file() and describe_content(path) == LLMC_QUESTIONS
-
-
-def _map_bin_shard(path: Path) -> np.ndarray:
-    content = describe_content(path)
-    if content is None and path.name in NANOGPT_NAMES:
-        return _map_nanogpt_shard(path)
-    if content != LLMC_TOKENS:
-        reason = (
-            f"it is {content}" if content else f"it has no header, as only nanoGPT's {' and '.join(NANOGPT_NAMES)} may"
-        )
-        raise UserError(f"{path} is not a shard of llm.c's uint16 token ids: {reason}")
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) < 3 or header[1] != LLMC_VERSION:
-        raise UserError(f"{path} is not a shard of llm.c's version {LLMC_VERSION}: prepare the data again")
-    size, expected = path.stat().st_size, LLMC_HEADER_BYTES + 2 * int(header[2])
-    if size != expected:
-        state = "truncated" if size < expected else "longer than it says"
-        raise UserError(f"{path} is {state}: its header says {int(header[2]):,} tokens, and it has {size:,} bytes")
-    return _map_tokens(path, LLMC_HEADER_BYTES, int(header[2]))
-
-
-def _map_nanogpt_shard(path: Path) -> np.ndarray:
-    if (path.parent / NANOGPT_CHARACTERS).exists():
-        raise UserError(
-            f"{path} holds characters of a vocabulary of its own, as the {NANOGPT_CHARACTERS} beside it says, and not "
-            "GPT-2's tokens: run prepare_data.py --files on the text that it was made of"
-        )
-    if path.stat().st_size % 2:
-        raise UserError(
-            f"{path} has an odd number of bytes, and nanoGPT's uint16 token ids have two each: copy it again"
-        )
-    tokens = _map_tokens(path, 0, path.stat().st_size // 2)
-    if len(tokens) > 1 and not tokens[1:TOKENS_PER_CHUNK:2].any():
-        raise UserError(f"{path} holds numbers of four bytes or more, not uint16 token ids: prepare the data again")
-    return tokens
-
-
-def _describe_other_data(folder: Path) -> str:
-    """Say what a folder without shards has that could be made into some: a clause to end a sentence with."""
-    from modeling_gpt2_repro.data.sources.local_files import SUFFIXES  # with much that a run does without
-
-    if any(_list_names(folder, split, None) for split in SPLITS):
-        return ""
-    names = {path.name for path in folder.iterdir()}
-    if names & {"dataset_info.json", "dataset_dict.json"}:
-        return "; it is a dataset of save_to_disk: write it with to_parquet, for prepare_data.py --files"
-    for suffix in SUFFIXES:
-        if any(name.endswith(suffix) for name in names):
-            return f"; it holds text: run prepare_data.py --files '{folder}/*{suffix}'"
-    if any(name.endswith(".idx") for name in names):
-        return "; it holds an indexed dataset of Megatron's, which is not read: prepare its text with prepare_data.py"
-    if inside := sorted(path for suffix in SHARD_SUFFIXES for path in folder.glob(f"*/*{suffix}")):
-        return f"; there are some in {inside[0].parent}: those of both splits have to lie in one folder"
-    if others := sorted(name for name in names if name.endswith(SHARD_SUFFIXES)):
-        return f"; it has others, such as {others[0]}"
-    return ": make some with prepare_data.py"
+    return sorted(path.name for path in paths if not is_question_file(path))
 
 
 def _map_tokens(path: Path, offset: int, n_tokens: int) -> np.ndarray:
-    """Map `n_tokens` ids from byte `offset` on. Of numpy's own maps each holds a file open, and a process may have
-    fewer of them than a corpus has shards."""
+    """Map `n_tokens` ids from byte `offset` on, without keeping the file open as `np.memmap` does: a corpus may have
+    more shards than a process may have open files."""
     with pa.memory_map(os.fsencode(path)) as file:
         return np.frombuffer(file.read_buffer(), "<u2", n_tokens, offset)

@@ -6,9 +6,9 @@ import numpy as np
 
 from modeling_gpt2_repro.core.errors import RefusedError, UserError
 from modeling_gpt2_repro.core.files import compute_checksum
+from modeling_gpt2_repro.data.foreign_shards import SHARD_SUFFIXES
 from modeling_gpt2_repro.data.shards import (
     MANIFEST_NAME,
-    SHARD_SUFFIXES,
     SPLITS,
     Manifest,
     Shard,
@@ -76,7 +76,7 @@ def _check_other_files(folder: Path, manifest: Manifest) -> list[str]:
 
 def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
     problems = []
-    shards = [shard for shard in manifest.shards if shard.split == split]
+    shards = manifest.list_shards(split)
     documents, expected = sum(shard.documents for shard in shards), getattr(manifest, split).documents
     if documents != expected:
         problems.append(f"{MANIFEST_NAME} has {documents:,} documents in the {split} shards, {expected:,} in all")

@@ -1,13 +1,12 @@
 """The shards' file format: what is read, and what is refused with a line that names the file."""
 
 import dataclasses
-import gzip
 import json
 import pickle
 
 import numpy as np
 import pytest
-from written_shards import DAMAGES, write_shards
+from written_shards import DAMAGES, LFS_POINTER, write_bytes, write_llmc, write_shards
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum
@@ -66,19 +65,6 @@ def test_reads_a_folder_without_manifest(tmp_path, name):
     assert load_manifest(tmp_path) is None
 
 
-def write_llmc(path, tokens, magic=20240520, count=None, version=1):
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
-
-
-def test_reads_llmc_shards(tmp_path):
-    write_llmc(tmp_path / "tiny_shakespeare_val.bin", [5, 6, 7])
-    write_llmc(tmp_path / "edu_fineweb_train_000001.bin", [1, 2])
-    assert open_split(tmp_path, "val")[0].tolist() == [5, 6, 7]
-    assert open_split(tmp_path, "train")[0].tolist() == [1, 2]
-
-
 def test_checksums_of_a_split_are_the_manifests_or_those_of_its_files(folder):
     from_manifest = {split: list_checksums(folder, split) for split in ("val", "train")}
     assert [len(checksums) for checksums in from_manifest.values()] == [1, 3]
@@ -109,66 +95,14 @@ def test_damaged_shard_is_named(folder, damage):
     assert len(open_split(folder, "val")) == 1
 
 
-def test_bad_llmc_shards_are_refused(tmp_path):
-    write_llmc(tmp_path / "a_train_000000.bin", [1, 2], count=3)
-    with pytest.raises(UserError, match="truncated"):
-        open_split(tmp_path, "train")
-    write_llmc(tmp_path / "a_train_000000.bin", [1, 2], magic=1)
-    with pytest.raises(UserError, match=r"not a shard of llm\.c"):
-        open_split(tmp_path, "train")
-
-
-def test_reads_nanogpt_s_files(tmp_path):
-    """Which have no header: what begins like another file is one all the same, if only by two bytes."""
-    for tokens in ([5, 50256, 7], [0x8B1F, 1, 2], [0x4B50, 1, 0], [1, 2, 3, 4, 0x227B, 9], [7]):
-        np.array(tokens, "<u2").tofile(tmp_path / "train.bin")
-        np.array(tokens[::-1], "<u2").tofile(tmp_path / "val.bin")
-        assert open_split(tmp_path, "train")[0].tolist() == tokens
-        assert open_split(tmp_path, "val")[0].tolist() == tokens[::-1]
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
-    with pytest.raises(UserError, match=r"meta\.pkl.*prepare_data\.py --files"):
-        open_split(tmp_path, "train")
-    # llm.c's own say themselves what they are.
-    write_llmc(tmp_path / "train.bin", [1, 2])
-    assert open_split(tmp_path, "train")[0].tolist() == [1, 2]
-
-
-def test_questions_of_llmc_are_no_shards(tmp_path):
-    write_llmc(tmp_path / "fineweb_val_000000.bin", [5, 6, 7])
-    for name in ("hellaswag_val.bin", "mmlu_val.bin"):
-        write_llmc(tmp_path / name, [65535, 20], magic=20240522)
-    assert [path.name for path in map_files(tmp_path, "val")] == ["fineweb_val_000000.bin"]
-    assert len(list_checksums(tmp_path, "val")) == 1
-
-
-def write_bytes(content):
-    return lambda path: path.write_bytes(content)
-
-
 def save_npz(path):
     with path.open("wb") as stream:
         np.savez(stream, np.ones(9, np.uint16))
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 20\n"
 OTHER_CONTENTS = [
-    ("train.bin", write_bytes(LFS_POINTER), "git lfs pull"),
     ("x_train_000001.npy", write_bytes(LFS_POINTER), "git lfs pull"),
-    ("train.bin", write_bytes(b"<!DOCTYPE html><html>404</html>"), "web page"),
-    ("x_train_000001.bin", write_bytes(b"\n<html>"), "web page"),
-    ("train.bin", write_bytes(b"First Citizen: Before we proceed any further, hear me speak."), "it is text"),
-    ("train.bin", write_bytes(gzip.compress(b"tokens")), "decompress"),
-    ("train.bin", write_bytes(b""), "empty"),
     ("x_train_000001.npy", write_bytes(b""), "empty"),
-    ("train.bin", write_bytes(b"\1\0\2"), "odd number of bytes"),
-    ("train.bin", np.arange(9, dtype="<u4").tofile, "four bytes"),
-    ("train.bin", np.arange(9, dtype="<i8").tofile, "four bytes"),
-    ("x_train_000001.bin", np.arange(9, dtype="<u2").tofile, "no header"),
-    ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240801, version=7), "Llama 3"),
-    ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240326), "GPT-2 model of llm.c"),
-    ("x_train.bin", lambda path: write_llmc(path, [1, 2], version=2), "version 1"),
-    ("x_train.bin", lambda path: write_llmc(path, [1, 2], count=1), "longer than it says"),
-    ("x_train.bin", write_bytes((20240520).to_bytes(4, "little")), "version 1"),
     *(
         ("x_train_000001.npy", lambda path, array=array: np.save(path, array), complaint)
         for array, complaint in [
@@ -192,30 +126,6 @@ def test_what_has_the_name_of_a_shard_is_said_by_its_kind(tmp_path, name, write,
     with pytest.raises(UserError, match=complaint) as raised:
         open_split(tmp_path, "train")
     assert str(tmp_path / name) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("names", "complaint"),
-    [
-        (["dataset_info.json", "state.json", "data-00000-of-00001.arrow"], "save_to_disk.*to_parquet"),
-        (["dataset_dict.json", "train/dataset_info.json"], "save_to_disk"),
-        (["train-00000-of-00001.parquet", "README.md"], r"prepare_data\.py --files '.*/\*\.parquet'"),
-        (["a.jsonl"], r"--files '.*/\*\.jsonl'"),
-        (["a.jsonl.gz"], r"--files '.*/\*\.jsonl\.gz'"),
-        (["input.txt", "prepare.py"], r"--files '.*/\*\.txt'"),
-        (["x_text_document.bin", "x_text_document.idx"], "Megatron"),
-        (["train/x_000001.npy", "val/x_000000.npy"], "there are some in .*train"),
-        (["tokens_0.npy"], r"others, such as tokens_0\.npy"),
-        (["x_test_000000.bin"], "others"),
-        ([], r"prepare_data\.py"),
-    ],
-)
-def test_a_folder_of_other_data_is_told_what_to_do_with_it(tmp_path, names, complaint):
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"holds no train shards .*{complaint}"):
-        open_split(tmp_path, "train")
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):

@@ -55,9 +55,9 @@ from modeling_gpt2_repro.data.shards import (
     Totals,
     load_manifest,
     save_manifest,
-    save_text_bytes,
 )
 from modeling_gpt2_repro.data.sources.corpus import Corpus, Task
+from modeling_gpt2_repro.data.text_bytes import save_text_bytes
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, token_byte_lengths
 
 Stage = Literal["tokenize", "write"]
