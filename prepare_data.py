@@ -23,7 +23,8 @@ from modeling_gpt2_repro.core.files import check_place, follow_links
 from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
 from modeling_gpt2_repro.data.inspection import inspect_folder
-from modeling_gpt2_repro.data.prepare.pipeline import Request, ShardOptions, build_shards, run_stage
+from modeling_gpt2_repro.data.prepare.pipeline import build_shards, run_stage
+from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions
 from modeling_gpt2_repro.data.prepare.work_folder import (
     count_finished_pieces,
     finish_publishing,

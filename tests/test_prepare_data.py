@@ -164,7 +164,7 @@ def test_result_depends_on_seed_and_documents_only(run, corpus, texts, tmp_path,
     # Small limits make many tasks, runs and buckets out of a small corpus.
     monkeypatch.setattr(local_files, "TASK_BYTES", 8000)
     monkeypatch.setattr(local_files, "BATCH_BYTES", 3000)
-    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_RUN", 1500)
+    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_SORTED_CHUNK", 1500)
     monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 4000)
     for i, (files, num_workers) in enumerate(((corpus, 3), (tmp_path / "jsonl", 1), (tmp_path / "parquet", 2))):
         folder = tmp_path / f"out{i}"
@@ -242,7 +242,7 @@ def test_max_tokens_keeps_the_shortest_prefix_and_reads_no_further(run, texts, d
     write_layout(tmp_path / "files", texts[:150], "jsonl")
     (tmp_path / "files" / "4.jsonl").write_text("not JSON")
     ends = np.cumsum([len(document) for document in documents])
-    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_RUN", 1500)
+    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_SORTED_CHUNK", 1500)
     for num_workers, max_tokens in ((1, int(ends[60])), (3, int(ends[60]) - 1)):
         folder = tmp_path / f"out{num_workers}"
         flags = ["--files", tmp_path / "files", "--max_tokens", max_tokens, "--no_shuffle", "--val_tokens", 150]

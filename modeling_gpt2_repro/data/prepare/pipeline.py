@@ -1,41 +1,43 @@
-"""From a corpus to a folder of shards.
+"""From a corpus to a folder of shards, in two stages that workers share.
 
-Stage 1 tokenises each task into a file of its own (data/tokenized.py). Then everything about the result is known
-without touching a token: which documents are validation, and how many tokens each bucket of keys has. Stage 2
-therefore writes the buckets, in any order and by any worker, straight to their places in the final shards.
+Stage 1 tokenizes each task into files of its own (`tokenize_stage.py`). Then everything about the result is known
+without touching a token: which documents are validation, and how many tokens each bucket has. Stage 2 therefore writes
+the parts, in any order and by any worker, straight to their places in the final shards (`write_stage.py`).
 
-The pieces of both stages lie in a work folder (data/work_folder.py), where a run that was interrupted finds those that
-are finished. `run_stage` makes a share of one stage's pieces, for engines that schedule many processes; `build_shards`
-makes all that are left, and the folder.
+    task            a stretch of the corpus that stage 1 reads and tokenizes at once: some files, or some of a file
+    sorted chunk    as many documents of a task as fit in memory, sorted by key
+    bucket          a range of keys that stage 2 sorts at once
+    part            what stage 2 writes at once: a bucket or, in source order, a sorted chunk
+    piece           a finished task or part, as files in the work folder (`work_folder.py`), where an interrupted
+                    preparation finds it
+    share           the tasks or parts i, i + N, i + 2N, ... that one process of `--stage` makes (`--task i/N`)
 """
 
 import contextlib
 import dataclasses
 import itertools
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum, sync_file, sync_folder, sync_tree
 from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_encoder
+from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions
 from modeling_gpt2_repro.data.prepare.shuffle import Selection
 from modeling_gpt2_repro.data.prepare.tokenize_stage import (
-    Run,
+    SortedChunk,
     TaskSummary,
-    list_runs,
+    list_sorted_chunks,
     load_summary,
-    sync_pieces,
+    sync_tasks,
     tokenize_task,
 )
 from modeling_gpt2_repro.data.prepare.work_folder import WorkFolder, open_work_folder
-from modeling_gpt2_repro.data.prepare.workers import START_METHOD, WorkerPool, has_shared_memory, is_over
+from modeling_gpt2_repro.data.prepare.workers import WorkerPool, add_progress
 from modeling_gpt2_repro.data.prepare.write_stage import (
     Part,
     PartOutcome,
@@ -56,58 +58,11 @@ from modeling_gpt2_repro.data.shards import (
     load_manifest,
     save_manifest,
 )
-from modeling_gpt2_repro.data.sources.corpus import Corpus, Task
+from modeling_gpt2_repro.data.sources.corpus import Task
 from modeling_gpt2_repro.data.text_bytes import save_text_bytes
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, token_byte_lengths
 
 Stage = Literal["tokenize", "write"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardOptions:
-    """How documents become shards.
-
-    Attributes:
-        shard_size: tokens in each shard but the last of a split.
-        val_tokens: tokens of the validation split; None for one shard, at most a tenth of the corpus.
-        max_tokens: read the shortest prefix of the corpus that has so many tokens; None for all.
-        seed: key of the shuffle.
-        shuffle: False keeps the source order.
-        num_workers: processes; changes nothing but the time.
-    """
-
-    shard_size: int
-    val_tokens: int | None
-    max_tokens: int | None
-    seed: int
-    shuffle: bool
-    num_workers: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be made, and by what means.
-
-    Attributes:
-        corpus: the documents.
-        tokenizer_name: where `tokenizer` came from.
-        settings: what the manifest records as asked for.
-    """
-
-    corpus: Corpus
-    tokenizer: PreTrainedTokenizerFast
-    tokenizer_name: str
-    options: ShardOptions
-    settings: dict[str, Any]
-
-    def describe(self) -> dict[str, Any]:
-        """Return, as JSON, what two runs have to agree on to work on the same shards."""
-        return {
-            "settings": self.settings,
-            "source": self.corpus.source,
-            "corpus_state": self.corpus.state,
-            "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
-        }
 
 
 def build_shards(
@@ -120,7 +75,7 @@ def build_shards(
     """Make what is left to make of `folder`, which appears, or is replaced, once it is complete.
 
     Args:
-        overwrite: begin afresh.
+        overwrite: discard what earlier runs have finished.
         report_progress: called in this process now and then with the number of tokens read so far.
 
     Raises:
@@ -128,38 +83,13 @@ def build_shards(
             or another request that the work folder belongs to. Finished pieces are kept.
     """
     encoder = build_encoder(request.tokenizer, request.tokenizer_name)
-    plan = request.describe()
     with (
-        open_work_folder(folder, plan, alone=True, overwrite=overwrite) as work,
+        open_work_folder(folder, request.describe(), alone=True, overwrite=overwrite) as work,
         _open_pool(work, encoder, request.options, report_progress) as pool,
     ):
-        if work.is_complete():  # an earlier run was killed while it published them
-            manifest = load_manifest(work.path)
-            work.publish()
-            return manifest
-        summaries = _tokenize(pool, request.options, request.corpus.tasks)
-        read, selection, splits = _plan(work, request, summaries)
-        outcomes = _write(pool, splits, selection, range(len(splits.parts)))
-        manifest = Manifest(
-            source=request.corpus.source,
-            tokenizer=request.tokenizer_name,
-            tokenizer_fingerprint=plan["tokenizer_fingerprint"],
-            vocab_size=len(request.tokenizer),
-            eot_id=request.tokenizer.eos_token_id,
-            seed=request.options.seed,
-            shuffled=request.options.shuffle,
-            settings=request.settings,
-            read=read,
-            train=splits.train,
-            val=splits.val,
-            validation_copies=splits.copies,
-            duplicates=splits.duplicates + sum(outcome.duplicates for outcome in outcomes),
-            empty_documents=sum(summary.empty for summary in summaries),
-            validation_ends_inside_document=selection.cut_tokens > 0,
-            shards=_list_shards(pool, splits, outcomes),
-            other_files=_write_other_files(work, request, list_runs(summaries), selection),
-        )
-        save_manifest(manifest, work.path)
+        if not work.is_complete():  # or else an earlier run was killed while it published them
+            save_manifest(_make_shards(work, request, pool), work.path)
+        manifest = load_manifest(work.path)
         work.publish()
     return manifest
 
@@ -174,36 +104,37 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
         UserError: as `build_shards`, or a second stage before the first one is complete.
     """
     first, count = share
-    plan = request.describe()
-    with open_work_folder(folder, plan, alone=False) as work:
+    with open_work_folder(folder, request.describe(), alone=False) as work:
         if stage == "tokenize":
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
             with _open_pool(work, encoder, request.options) as pool:
-                jobs = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
-                n_pieces = sum(1 for _ in pool.map_in_order(_run_task, jobs))
-            # The other stage reads them without a look at their digests.
-            sync_pieces(work.pieces, range(first, first + n_pieces * count, count))
-            return n_pieces
-        summaries = _collect_summaries(work, request)
-        _, selection, splits = _plan(work, request, summaries)
+                tasks = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
+                n_tasks = sum(1 for _ in pool.map_in_order(_run_task, tasks))
+            # The other stage reads them without checking their digests.
+            sync_tasks(work.pieces, range(first, first + n_tasks * count, count))
+            return n_tasks
+        plan = _plan(work, request, _collect_summaries(work, request))
         with _open_pool(work, None, request.options) as pool:
-            return len(_write(pool, splits, selection, range(first, len(splits.parts), count)))
+            return len(_write(pool, plan, range(first, len(plan.splits.parts), count)))
 
 
-class _SharedState:
-    """What this process and its workers share: where the pieces are, how to make them, and how far they are."""
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What goes where: all that stage 2 needs to know."""
 
-    def __init__(self, work: WorkFolder, encoder: DocumentEncoder | None, options: ShardOptions, num_workers: int):
-        self.pieces = work.pieces
-        self.encoder = encoder
-        self.options = options
-        # Nothing is shared where a single process does it all.
-        self.tokens_read: Any = SimpleNamespace(value=0, get_lock=contextlib.nullcontext)
-        if num_workers > 1:
-            self.tokens_read = multiprocessing.get_context(START_METHOD).Value("q", 0)
+    chunks: list[SortedChunk]
+    read: Totals
+    selection: Selection
+    splits: SplitPlan
 
 
-_state: _SharedState
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """What every worker knows: where the pieces are and how to make them."""
+
+    pieces: Path
+    encoder: DocumentEncoder | None
+    options: ShardOptions
 
 
 @contextlib.contextmanager
@@ -213,138 +144,132 @@ def _open_pool(
     options: ShardOptions,
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[WorkerPool]:
-    num_workers = options.num_workers
-    if num_workers > 1 and not has_shared_memory():
-        print("no shared memory (/dev/shm) can be had for more processes: a single one does the work", flush=True)
-        num_workers = 1
-    state = _SharedState(work, encoder, options, num_workers)
-
-    def on_wait() -> None:
+    def on_wait(progress: int) -> None:
         work.lock.beat()
-        report_progress(state.tokens_read.value)
+        report_progress(progress)
 
-    pool = WorkerPool(num_workers, _start_worker, (state,), on_wait=on_wait)
+    pool = WorkerPool(options.num_workers, _Shared(work.pieces, encoder, options), on_wait)
     try:
         yield pool
     finally:
         pool.shut_down()
 
 
-def _start_worker(state: _SharedState) -> None:
-    global _state
-    _state = state
-
-
-def _tokenize(pool: WorkerPool, options: ShardOptions, tasks: Iterable[Task]) -> list[TaskSummary]:
-    """Run stage 1 until the tasks, or `max_tokens`, are reached; later tasks that were begun are given up."""
-    summaries: list[TaskSummary] = []
-    for summary in pool.map_in_order(_run_task, enumerate(tasks)):
-        summaries.append(summary)
-        if _has_enough(summaries, options):
-            break
-    return summaries
-
-
-def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
-    summaries: list[TaskSummary] = []
-    for number, task in enumerate(request.corpus.tasks):
-        summary = load_summary(work.pieces, number, check=False)
-        if summary is None:
-            raise UserError(f"task {number} ({task.name}) is not tokenized yet: run --stage tokenize first")
-        summaries.append(summary)
-        if _has_enough(summaries, request.options):
-            break
-    return summaries
-
-
-def _has_enough(summaries: list[TaskSummary], options: ShardOptions) -> bool:
-    return options.max_tokens is not None and sum(summary.tokens for summary in summaries) >= options.max_tokens
-
-
-def _run_task(number: int, task: Task) -> TaskSummary | None:
-    def report_tokens(tokens: int) -> None:
-        with _state.tokens_read.get_lock():
-            _state.tokens_read.value += tokens
-
-    finished = load_summary(_state.pieces, number, check=True)
-    if finished is not None:
-        report_tokens(finished.tokens)
-        return finished
-    return tokenize_task(
-        number,
-        task,
-        _state.pieces,
-        _state.encoder,
-        seed=_state.options.seed,
-        shuffle=_state.options.shuffle,
-        max_tokens=_state.options.max_tokens,
-        should_stop=is_over,
-        report_tokens=report_tokens,
+def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manifest:
+    """Run what is left of both stages, and write all files of the folder but its manifest, which is returned."""
+    tasks = pool.map_in_order(_run_task, enumerate(request.corpus.tasks))
+    summaries = _take_enough(tasks, request.options)
+    plan = _plan(work, request, summaries)
+    splits = plan.splits
+    outcomes = _write(pool, plan, range(len(splits.parts)))
+    return Manifest(
+        source=request.corpus.source,
+        tokenizer=request.tokenizer_name,
+        tokenizer_fingerprint=fingerprint_tokenizer(request.tokenizer),
+        vocab_size=len(request.tokenizer),
+        eot_id=request.tokenizer.eos_token_id,
+        seed=request.options.seed,
+        shuffled=request.options.shuffle,
+        settings=request.settings,
+        read=plan.read,
+        train=splits.train,
+        val=splits.val,
+        validation_copies=splits.copies,
+        duplicates=splits.duplicates + sum(outcome.duplicates for outcome in outcomes),
+        empty_documents=sum(summary.empty for summary in summaries),
+        validation_ends_inside_document=plan.selection.cut_tokens > 0,
+        shards=_list_shards(pool, splits, outcomes),
+        other_files=_write_other_files(work, request, plan),
     )
 
 
-def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> tuple[Totals, Selection, SplitPlan]:
+def _take_enough(summaries: Iterable[TaskSummary], options: ShardOptions) -> list[TaskSummary]:
+    """Return the summaries up to the one with which there are `max_tokens` tokens; the tasks after it are given up."""
+    taken: list[TaskSummary] = []
+    tokens = 0
+    for summary in summaries:
+        taken.append(summary)
+        tokens += summary.tokens
+        if options.max_tokens is not None and tokens >= options.max_tokens:
+            break
+    return taken
+
+
+def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
+    def load(number: int, task: Task) -> TaskSummary:
+        summary = load_summary(work.pieces, number, check=False)
+        if summary is None:
+            raise UserError(f"task {number} ({task.name}) is not tokenized yet: run --stage tokenize first")
+        return summary
+
+    return _take_enough(itertools.starmap(load, enumerate(request.corpus.tasks)), request.options)
+
+
+def _run_task(shared: _Shared, number: int, task: Task) -> TaskSummary | None:
+    finished = load_summary(shared.pieces, number, check=True)
+    if finished is None:
+        return tokenize_task(number, task, shared.pieces, shared.encoder, shared.options)
+    add_progress(finished.tokens)
+    return finished
+
+
+def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> _Plan:
     """Decide what goes where: a function of the finished tasks, and so the same in every process."""
 
     def count_bytes(ids: np.ndarray) -> int:
         return int(token_byte_lengths(request.tokenizer)[ids].sum())
 
     options = request.options
-    runs = list_runs(summaries)
+    chunks = list_sorted_chunks(work.pieces, summaries)
     try:
-        read = count_documents(work.pieces, runs, options.max_tokens)
-        selection = choose_splits(work.pieces, runs, read, options.val_tokens, options.shard_size, count_bytes)
-        splits = plan_splits(
-            work.pieces,
-            work.path,
-            request.corpus.prefix,
-            runs,
-            selection,
-            read,
-            shard_size=options.shard_size,
-            shuffle=options.shuffle,
-        )
+        read = count_documents(chunks, options.max_tokens)
+        selection = choose_splits(chunks, read, options, count_bytes)
+        splits = plan_splits(chunks, selection, read, options, work.path, request.corpus.prefix)
     except UserError:
         work.reopen_planning()
         raise
-    return read, selection, splits
+    return _Plan(chunks, read, selection, splits)
 
 
-def _write(pool: WorkerPool, splits: SplitPlan, selection: Selection, numbers: Iterable[int]) -> list[PartOutcome]:
+def _write(pool: WorkerPool, plan: _Plan, numbers: Iterable[int]) -> list[PartOutcome]:
     """Run stage 2 for the parts with these numbers."""
-    for writer in splits.writers:
+    for writer in plan.splits.writers:
         writer.create_files()
-    jobs = ((number, splits.parts[number], selection) for number in numbers)
-    return list(pool.map_in_order(_run_part, jobs))
+    calls = ((number, plan.splits.parts[number], plan.selection) for number in numbers)
+    return list(pool.map_in_order(_run_part, calls))
 
 
-def _run_part(number: int, part: Part, selection: Selection) -> PartOutcome:
-    return load_outcome(_state.pieces, number) or write_part(_state.pieces, number, part, selection)
+def _run_part(shared: _Shared, number: int, part: Part, selection: Selection) -> PartOutcome:
+    return load_outcome(shared.pieces, number) or write_part(shared.pieces, number, part, selection)
 
 
-def _write_other_files(work: WorkFolder, request: Request, runs: list[Run], selection: Selection) -> dict[str, str]:
+def _list_shards(pool: WorkerPool, splits: SplitPlan, outcomes: list[PartOutcome]) -> list[Shard]:
+    shards = []
+    for writer in splits.writers:
+        by_part = [
+            outcome.documents for part, outcome in zip(splits.parts, outcomes, strict=True) if part.writer is writer
+        ]
+        documents = np.sum(by_part, axis=0).tolist()
+        checksums = pool.map_in_order(_compute_checksum, [(writer.folder / name,) for name in writer.names])
+        for name, tokens, begun, checksum in zip(writer.names, writer.sizes, documents, checksums, strict=True):
+            shards.append(Shard(name, writer.split, begun, tokens, checksum))
+    return shards
+
+
+def _compute_checksum(shared: _Shared, path: Path) -> str:
+    return compute_checksum(path)
+
+
+def _write_other_files(work: WorkFolder, request: Request, plan: _Plan) -> dict[str, str]:
     """Write what belongs to the shards, and return its checksums by path in the folder."""
-    save_text_bytes(work.path, list_validation_bytes(work.pieces, runs, selection))
+    save_text_bytes(work.path, list_validation_bytes(plan.chunks, plan.selection))
     tokenizer_folder = work.path / TOKENIZER_FOLDER
-    shutil.rmtree(tokenizer_folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(tokenizer_folder, ignore_errors=True)  # left by a run that was killed
     request.tokenizer.save_pretrained(tokenizer_folder)
     carried = sorted(path for path in tokenizer_folder.rglob("*") if path.is_file())
     paths = [*carried, work.path / TEXT_BYTES_NAME]
-    # Or the manifest, which says that all of it is there, could be all that survives a loss of power.
+    # Otherwise the manifest, which says that all of it is there, could be all that survives a loss of power.
     sync_tree(tokenizer_folder)
     sync_file(work.path / TEXT_BYTES_NAME)
     sync_folder(work.path)
     return {path.relative_to(work.path).as_posix(): compute_checksum(path) for path in paths}
-
-
-def _list_shards(pool: WorkerPool, splits: SplitPlan, outcomes: list[PartOutcome]) -> list[Shard]:
-    documents = {writer.split: np.zeros(len(writer.names), dtype=np.int64) for writer in splits.writers}
-    for part, outcome in zip(splits.parts, outcomes, strict=True):
-        documents[part.writer.split] += np.array(outcome.documents)
-    names = [(writer.folder / name,) for writer in splits.writers for name in writer.names]
-    checksums = pool.map_in_order(compute_checksum, names)
-    return [
-        Shard(name, writer.split, begun, tokens, next(checksums))
-        for writer in splits.writers
-        for name, tokens, begun in zip(writer.names, writer.sizes, documents[writer.split].tolist(), strict=True)
-    ]

@@ -1,7 +1,9 @@
-"""A pool of worker processes whose results come in the order of the jobs."""
+"""A pool of worker processes whose results come in the order of the calls."""
 
 import collections
 import concurrent.futures
+import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -9,109 +11,141 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 from typing import Any
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.stop_signals import STOP_SIGNALS
 
-# Jobs in flight for each worker: enough that none waits for the next, few enough that little is done in vain when the
-# results so far turn out to be all that is needed.
-JOBS_PER_WORKER = 2
+# Calls in flight for each worker: enough that no worker waits for its next one, few enough that little is wasted when
+# the results so far turn out to be all that is needed.
+CALLS_PER_WORKER = 2
 POLL_SECONDS = 0.2
 
-# A forked worker starts at once, where a spawned one imports torch again (seconds). Only Linux forks safely.
+# A forked worker starts at once, while a spawned one imports torch again (seconds). Only Linux forks safely.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
-def has_shared_memory() -> bool:
-    """Tell whether the machine has what several workers share, which lies in /dev/shm: a container may have none."""
-    try:
-        multiprocessing.get_context(START_METHOD).Value("b")
-    except OSError:
-        return False
-    return True
+@dataclasses.dataclass(frozen=True)
+class _Signals:
+    """What the processes tell each other.
+
+    Attributes:
+        is_over: nobody waits for the results any more.
+        progress: the sum of what `add_progress` was called with.
+    """
+
+    is_over: Any
+    progress: Any
+
+
+def _build_signals(num_workers: int) -> _Signals:
+    if num_workers == 1:
+        return _Signals(SimpleNamespace(value=False), SimpleNamespace(value=0, get_lock=contextlib.nullcontext))
+    context = multiprocessing.get_context(START_METHOD)
+    return _Signals(context.Value("b", False), context.Value("q", 0))
+
+
+# Of the process that makes the calls.
+_signals = _build_signals(1)
+_shared: Any = None
+_failure: Exception | None = None
+
+
+def is_over() -> bool:
+    """Return, during a call, whether nobody waits for its result any more."""
+    return bool(_signals.is_over.value)
+
+
+def add_progress(amount: int) -> None:
+    """Report, during a call, how much has been done since the last report."""
+    with _signals.progress.get_lock():
+        _signals.progress.value += amount
 
 
 class WorkerPool:
-    """Runs functions in `num_workers` processes, or in this one where that is 1.
+    """Calls functions in `num_workers` processes, or in this one if that is 1 or if they can share no memory.
 
     Args:
         num_workers: processes.
-        initializer: called with `initargs` in each worker before its first job.
-        on_wait: called here again and again while a result is waited for.
+        shared: the first argument of every call; each worker receives it once.
+        on_wait: called here, with the progress so far, again and again while a result is waited for.
     """
 
-    def __init__(
-        self, num_workers: int, initializer: Callable, initargs: tuple, on_wait: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, num_workers: int, shared: Any, on_wait: Callable[[int], None] = lambda progress: None):
+        try:
+            self._signals = _build_signals(num_workers)
+        except OSError:  # shared memory lies in /dev/shm, which a container may lack
+            print("no shared memory (/dev/shm) can be had for more processes: a single one does the work", flush=True)
+            num_workers = 1
+            self._signals = _build_signals(1)
         self._num_workers = num_workers
         self._on_wait = on_wait
         self._executor = None
         self._thread_error: BaseException | None = None
         self._others = set(multiprocessing.active_children())
         if num_workers == 1:
-            initializer(*initargs)
+            _set_state(self._signals, shared)
         else:
-            # The executor's own threads die where the machine refuses them another one, and no result would ever come.
+            # If the machine refuses one of the executor's own threads another, it dies, and no result would ever come.
             threading.excepthook = self._note_thread_error
-            context = multiprocessing.get_context(START_METHOD)
-            self._is_over = context.Value("b", False)
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 num_workers,
-                mp_context=context,
+                mp_context=multiprocessing.get_context(START_METHOD),
                 initializer=_initialize,
-                initargs=(self._is_over, initializer, initargs),
+                initargs=(self._signals, shared),
             )
 
-    def map_in_order(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
-        """Yield `function(*job)` for each job, in order; jobs are asked for as workers come free.
+    def map_in_order(self, function: Callable, calls: Iterable[tuple]) -> Iterator[Any]:
+        """Yield `function(shared, *call)` for each call, in order; calls are requested as workers come free.
 
-        An exception of a job, or of `jobs` itself, is raised where its result would have come, so that a caller who
-        stops before it never sees it. When it is raised, or the caller stops, no other job begins, and those that run
-        are waited for: they look at `is_over` now and then and give up.
+        An exception of a call, or of `calls` itself, is raised where its result would have come, so that a caller who
+        stops before it never sees it. When it is raised, or the caller stops, no other call begins, and running ones
+        are waited for: they check `is_over` now and then and give up.
         """
         if self._executor is None:
-            for job in jobs:
-                result = function(*job)
-                self._on_wait()
+            for call in calls:
+                result = _call(function, call)
+                self._on_wait(self._signals.progress.value)
                 yield result
             return
-        jobs = iter(jobs)
+        calls = iter(calls)
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         exhausted = False
         try:
             while pending or not exhausted:
-                while not exhausted and len(pending) < JOBS_PER_WORKER * self._num_workers:
-                    exhausted = not self._submit_next(function, jobs, pending)
+                while not exhausted and len(pending) < CALLS_PER_WORKER * self._num_workers:
+                    exhausted = not self._submit_next(function, calls, pending)
                 if pending:
                     yield self._wait(pending.popleft())
         finally:
-            self._is_over.value = True  # `cancel` does not reach those that lie in the queue between the processes
+            self._signals.is_over.value = True  # `cancel` does not reach calls in the queue between the processes
             for future in pending:
                 future.cancel()
             if self._thread_error is None:
                 concurrent.futures.wait(pending)
-            self._is_over.value = False
+            self._signals.is_over.value = False
 
     def shut_down(self) -> None:
         """End the workers."""
-        if self._executor is not None:
-            self._is_over.value = True
-            threading.excepthook = threading.__excepthook__
-            try:
-                self._executor.shutdown(cancel_futures=True)
-            finally:
-                # Where the machine refused a worker, or the thread that leads them, nobody tells the others to end,
-                # and Python would wait for them.
-                for process in set(multiprocessing.active_children()) - self._others:
-                    process.kill()
+        if self._executor is None:
+            return
+        self._signals.is_over.value = True
+        threading.excepthook = threading.__excepthook__
+        try:
+            self._executor.shutdown(cancel_futures=True)
+        finally:
+            # If the machine refused a worker, or the thread that manages them, nothing ends the others, and Python
+            # would wait for them.
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()
 
     def _note_thread_error(self, thread: Any) -> None:
         self._thread_error = thread.exc_value
 
-    def _submit_next(self, function: Callable, jobs: Iterator[tuple], pending: collections.deque) -> bool:
+    def _submit_next(self, function: Callable, calls: Iterator[tuple], pending: collections.deque) -> bool:
         try:
-            job = next(jobs)
+            call = next(calls)
         except StopIteration:
             return False
         except UserError as error:
@@ -119,51 +153,47 @@ class WorkerPool:
             failed.set_exception(error)
             pending.append(failed)
             return False
-        pending.append(self._executor.submit(_run, function, job))
+        pending.append(self._executor.submit(_call, function, call))
         return True
 
     def _wait(self, future: concurrent.futures.Future) -> Any:
         while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
             if self._thread_error is not None:
                 raise self._thread_error
-            self._on_wait()
-        self._on_wait()
+            self._on_wait(self._signals.progress.value)
+        self._on_wait(self._signals.progress.value)
         try:
             return future.result()
         except BrokenProcessPool as error:
             raise UserError("a worker process was killed, most often for memory: lower --num_workers") from error
 
 
-_is_over: Any = None
-_failure: Exception | None = None
+def _set_state(signals: _Signals, shared: Any) -> None:
+    global _signals, _shared
+    _signals, _shared = signals, shared
 
 
-def is_over() -> bool:
-    """Tell, in a worker, that nobody waits for the result of its job any more."""
-    return _is_over is not None and bool(_is_over.value)
-
-
-def _initialize(flag: Any, initializer: Callable, initargs: tuple) -> None:
-    global _is_over, _failure
-    _is_over = flag
-    # Ctrl-C reaches all processes of a terminal, and a batch system's signals often do: what is to become of the jobs
-    # is the parent's to say.
+def _initialize(signals: _Signals, shared: Any) -> None:
+    """Prepare a worker."""
+    global _failure
+    _set_state(signals, shared)
+    # Ctrl-C reaches all processes of a terminal, and a batch system's signals often do: the parent decides what
+    # becomes of the calls.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
-        initializer(*initargs)
+        threading.Thread(target=_exit_with_parent, name="ExitWithParent", daemon=True).start()
     except Exception as error:  # raised here, it would reach the parent as a worker that was killed
         _failure = error
 
 
-def _run(function: Callable, job: tuple) -> Any:
+def _call(function: Callable, call: tuple) -> Any:
     if _failure is not None:
         raise _failure
-    return None if is_over() else function(*job)
+    return None if is_over() else function(_shared, *call)
 
 
 def _exit_with_parent() -> None:
-    """End this worker when its parent was killed: it would wait for jobs for ever."""
+    """End this worker when its parent was killed: it would wait for calls for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -1,17 +1,18 @@
-"""Stage 2: from tokenised documents to the shards of both splits.
+"""Stage 2: from tokenized documents to the shards of both splits.
 
-The documents' rows alone say which split each belongs to and how many tokens every bucket of keys has. So the place of
-each bucket in the final shards is known before a token is touched, and any worker can write any bucket.
+The documents' entries alone determine the split of each document and the number of tokens in every bucket of keys. So
+the place of each bucket in the final shards is known before a token is touched, and any worker can write any bucket.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.data.prepare.records import load_record, save_record
+from modeling_gpt2_repro.data.prepare.request import ShardOptions
 from modeling_gpt2_repro.data.prepare.shuffle import (
     Selection,
     choose_validation_end,
@@ -21,24 +22,37 @@ from modeling_gpt2_repro.data.prepare.shuffle import (
     select_training,
     select_validation,
 )
-from modeling_gpt2_repro.data.prepare.tokenize_stage import Run, copy_tokens, create_piece, read_documents
+from modeling_gpt2_repro.data.prepare.tokenize_stage import SortedChunk
 from modeling_gpt2_repro.data.shards import SplitWriter, Totals
 
 # What a worker holds of a bucket while it sorts it: 32 MB of ids.
 TOKENS_PER_BUCKET = 2**24
-# The default validation split is one shard, but of a small corpus not more than a tenth.
+# The default validation split is one shard, but at most a tenth of a small corpus.
 MIN_TOKENS_PER_VALIDATION_TOKEN = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker writes at once: the documents of `runs` (of one bucket, with keys in `key_range`, where given),
-    to `position`, in tokens from the start of the split."""
+    """What one worker writes at once.
+
+    Attributes:
+        writer: of the split that it belongs to.
+        chunks: where its documents are.
+        key_range: the first and the last key of its bucket; None for all documents of its chunks, in source order.
+        position: where it begins in the split, in tokens.
+    """
 
     writer: SplitWriter
-    runs: list[Run]
+    chunks: list[SortedChunk]
     key_range: tuple[int, int] | None
     position: int
+
+    def select_documents(self, chunk: SortedChunk, selection: Selection) -> np.ndarray:
+        """Return those of a chunk's documents that belong to it."""
+        documents = chunk.read_documents(self.key_range)
+        if self.writer.split == "val":
+            return select_validation(documents, selection)
+        return select_training(documents, selection)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +72,10 @@ class PartOutcome:
 class SplitPlan:
     """Both splits: what they hold, and the parts in which they are written.
 
-    `duplicates` is known here for the source order only; of shuffled documents it is counted bucket by bucket.
+    Attributes:
+        copies: training documents that are left out as copies of validation documents.
+        writers: of the validation and of the training split.
+        duplicates: known here for the source order only; in shuffled documents each bucket counts its own.
     """
 
     val: Totals
@@ -69,190 +86,185 @@ class SplitPlan:
     duplicates: int
 
 
-def count_documents(folder: Path, runs: list[Run], max_tokens: int | None) -> Totals:
+def count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Totals:
     """Return the documents to be used: all, or the shortest prefix of source order that has `max_tokens` tokens."""
-    documents = tokens = text_bytes = 0
-    for run in runs:
-        rows = _in_source_order(read_documents(folder, run))
+    totals = Totals()
+    for _, documents in _read_front(chunks, max_tokens):
         if max_tokens is not None:
-            ends = tokens + np.cumsum(rows["tokens"], dtype=np.int64)
-            rows = rows[: np.searchsorted(ends, max_tokens) + 1]
-        documents += len(rows)
-        tokens += int(rows["tokens"].sum())
-        text_bytes += int(rows["bytes"].sum())
-        if max_tokens is not None and tokens >= max_tokens:
-            break
-    return Totals(documents, tokens, text_bytes)
+            ends = totals.tokens + np.cumsum(documents["tokens"], dtype=np.int64)
+            documents = documents[: np.searchsorted(ends, max_tokens) + 1]
+        totals += _sum_up(documents)
+    return totals
 
 
 def choose_splits(
-    folder: Path,
-    runs: list[Run],
-    read: Totals,
-    val_tokens: int | None,
-    shard_size: int,
-    count_bytes: Callable[[np.ndarray], int],
+    chunks: list[SortedChunk], read: Totals, options: ShardOptions, count_bytes: Callable[[np.ndarray], int]
 ) -> Selection:
-    """Decide which of the `read` documents are validation; `val_tokens=None` is one shard, at most a tenth.
+    """Decide which of the `read` documents are validation.
 
     Args:
-        count_bytes: returns how many UTF-8 bytes token ids are spelled with; called only where a document is cut, to
+        count_bytes: returns how many UTF-8 bytes token ids are spelled with; called only if a document is cut, to
             divide its bytes.
 
     Raises:
         UserError: a corpus too small for both splits.
     """
-    if read.documents == 0:
-        raise UserError("the corpus is empty: no document has any text")
-    wanted = val_tokens if val_tokens is not None else min(shard_size, read.tokens // MIN_TOKENS_PER_VALIDATION_TOKEN)
-    if not 0 < wanted < read.tokens:
-        raise UserError(
-            f"the corpus has {read.tokens:,} tokens, too few for a training split and a validation split"
-            + (f" of --val_tokens {val_tokens:,}" if val_tokens is not None else "")
-        )
-    front: list[np.ndarray] = []
-    tokens = 0
-    for run in runs:
-        front.append(_in_source_order(read_documents(folder, run)))
-        tokens += int(front[-1]["tokens"].sum())
-        if tokens >= wanted:
-            break
-    rows = np.concatenate(front)
-    ends = np.cumsum(rows["tokens"], dtype=np.int64)
-    documents, cut_tokens = choose_validation_end(ends, wanted, read.tokens)
+    val_tokens = _choose_val_tokens(read, options)
+    front = list(_read_front(chunks, val_tokens))
+    documents = np.concatenate([documents for _, documents in front])
+    ends = np.cumsum(documents["tokens"], dtype=np.int64)
+    n_documents, cut_tokens = choose_validation_end(ends, val_tokens, read.tokens)
     cut_bytes = 0
     if cut_tokens:
-        cut = rows[documents : documents + 1]
-        ids = np.empty(cut["tokens"][0], dtype="<u2")
-        copy_tokens(folder, run, cut, ids, np.zeros(1, dtype=np.int64))
-        front, whole = count_bytes(ids[:cut_tokens]), count_bytes(ids)
-        cut_bytes = int(cut["bytes"][0]) * front // whole if whole else 0
-    keys = np.unique(rows["key"][: documents + (cut_tokens > 0)])
-    return Selection(read.documents, documents, cut_tokens, cut_bytes, keys)
+        last_chunk, _ = front[-1]
+        cut = documents[n_documents : n_documents + 1]
+        cut_bytes = _count_cut_bytes(last_chunk, cut, cut_tokens, count_bytes)
+    keys = np.unique(documents["key"][: n_documents + (cut_tokens > 0)])
+    return Selection(read.documents, n_documents, cut_tokens, cut_bytes, keys)
 
 
-def list_validation_bytes(folder: Path, runs: list[Run], selection: Selection) -> np.ndarray:
+def list_validation_bytes(chunks: list[SortedChunk], selection: Selection) -> np.ndarray:
     """Return the UTF-8 bytes of each validation document in the order of the split, uint64 of shape `(documents,)`."""
-    counts = [np.empty(0, np.uint64)]
-    for run in runs:
-        if run.first_position <= selection.validation_documents:
-            counts.append(select_validation(read_documents(folder, run), selection)["bytes"])
-    return np.concatenate(counts)
+    front = [chunk for chunk in chunks if chunk.first_position <= selection.validation_documents]
+    return np.concatenate([select_validation(chunk.read_documents(), selection)["bytes"] for chunk in front])
 
 
 def plan_splits(
-    folder: Path,
-    shard_folder: Path,
-    prefix: str,
-    runs: list[Run],
-    selection: Selection,
-    read: Totals,
-    *,
-    shard_size: int,
-    shuffle: bool,
+    chunks: list[SortedChunk], selection: Selection, read: Totals, options: ShardOptions, folder: Path, prefix: str
 ) -> SplitPlan:
-    """Count what goes where, from the rows in `folder`, for shards in `shard_folder`.
+    """Plan the parts of both splits, with shards in `folder` whose names begin with `prefix`.
 
     Raises:
         UserError: nothing is left for training.
     """
-    key_ranges = divide_key_space(max(1, read.tokens // TOKENS_PER_BUCKET))
-    last_keys = np.array([last for _, last in key_ranges], dtype=np.uint64)
-    bucket_tokens = np.zeros(len(key_ranges), dtype=np.int64)
-    train_run_tokens: list[int] = []
-    val_run_tokens: list[int] = []
-    val = train = copies = Totals()
-    keys: list[np.ndarray] = []
-    for run in runs:
-        rows = read_documents(folder, run)
-        front = select_validation(rows, selection)
-        training, left_out = select_training(rows, selection)
-        val, train, copies = _add(val, front), _add(train, training), _add(copies, left_out)
-        val_run_tokens.append(int(front["tokens"].sum()))
-        train_run_tokens.append(int(training["tokens"].sum()))
-        if shuffle:
-            buckets = np.searchsorted(last_keys, training["key"])
-            bucket_tokens += np.bincount(buckets, training["tokens"], len(key_ranges)).astype(np.int64)
-        else:
-            keys.append(training["key"])
+    buckets = divide_key_space(max(1, read.tokens // TOKENS_PER_BUCKET))
+    counts = [_count_chunk(chunk, selection, buckets) for chunk in chunks]
+    val, train, copies = (
+        sum((getattr(count, name) for count in counts), Totals()) for name in ("val", "train", "copies")
+    )
     if train.tokens == 0:
         raise UserError("nothing is left for training: every other document is a copy of a validation document")
-    if selection.cut_tokens:  # it counts as one document, where it begins
+    val_writer = SplitWriter(folder, prefix, "val", 0, val.tokens, options.shard_size)
+    train_writer = SplitWriter(folder, prefix, "train", len(val_writer.names), train.tokens, options.shard_size)
+    if selection.cut_tokens:  # the document that is cut counts once, where it begins
         train = dataclasses.replace(train, documents=train.documents - 1)
-    val_writer = SplitWriter(shard_folder, prefix, "val", 0, val.tokens, shard_size)
-    train_writer = SplitWriter(shard_folder, prefix, "train", len(val_writer.names), train.tokens, shard_size)
-    parts = _place_runs(val_writer, runs, val_run_tokens)
-    if shuffle:
-        starts = np.cumsum(bucket_tokens) - bucket_tokens
-        parts += [
-            Part(train_writer, runs, key_range, start)
-            for key_range, start in zip(key_ranges, starts.tolist(), strict=True)
-        ]
+    parts = _plan_source_order(val_writer, chunks, [count.val.tokens for count in counts])
+    if options.shuffle:
+        starts = _list_starts(sum(count.bucket_tokens for count in counts)).tolist()
+        parts += [Part(train_writer, chunks, bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
     else:
-        parts += _place_runs(train_writer, runs, train_run_tokens)
-    duplicates = count_repeated(np.sort(np.concatenate(keys))) if keys else 0
+        parts += _plan_source_order(train_writer, chunks, [count.train.tokens for count in counts])
+    duplicates = 0 if options.shuffle else _count_duplicates(chunks, selection)
     return SplitPlan(val, train, copies, parts, [val_writer, train_writer], duplicates)
 
 
 def write_part(folder: Path, number: int, part: Part, selection: Selection) -> PartOutcome:
-    """Write part `number` from the tasks' files in `folder` to its shards, and then its outcome to `folder`."""
-    is_validation = part.writer.split == "val"
-    selected = []
-    for run in part.runs:
-        rows = read_documents(folder, run, part.key_range)
-        selected.append(select_validation(rows, selection) if is_validation else select_training(rows, selection)[0])
-    documents = np.concatenate(selected)
-    in_bucket = part.key_range is not None
-    order = order_by_key(documents) if in_bucket else np.arange(len(documents))
-    ends = np.cumsum(documents["tokens"][order], dtype=np.int64)
+    """Write part `number` to its shards, and then its outcome to `folder`."""
+    by_chunk = [part.select_documents(chunk, selection) for chunk in part.chunks]
+    documents = np.concatenate(by_chunk)
+    is_bucket = part.key_range is not None
+    order = order_by_key(documents) if is_bucket else np.arange(len(documents))
     starts = np.empty(len(documents), dtype=np.int64)
-    starts[order] = ends - documents["tokens"][order]
-    tokens = np.empty(ends[-1] if len(ends) else 0, dtype="<u2")
-    places = np.split(starts, np.cumsum([len(rows) for rows in selected])[:-1])
-    for run, rows, place in zip(part.runs, selected, places, strict=True):
-        copy_tokens(folder, run, rows, tokens, place)
+    starts[order] = _list_starts(documents["tokens"][order])
+    tokens = np.empty(documents["tokens"].sum(), dtype="<u2")
+    first = 0
+    for chunk, of_chunk in zip(part.chunks, by_chunk, strict=True):
+        chunk.copy_tokens(of_chunk, tokens, starts[first : first + len(of_chunk)])
+        first += len(of_chunk)
     part.writer.write(part.position, tokens)
-    starts += part.position
-    if selection.cut_tokens and not is_validation:
-        starts = starts[documents["position"] != selection.validation_documents]
-    begun = np.bincount(starts // part.writer.shard_size, minlength=len(part.writer.names))
-    outcome = PartOutcome(begun.tolist(), count_repeated(documents["key"][order]) if in_bucket else 0)
-    with create_piece(_get_outcome_path(folder, number)) as stream:
-        stream.write(json.dumps(dataclasses.asdict(outcome)).encode())
+    begins = part.position + starts
+    if selection.cut_tokens and part.writer.split == "train":  # the rest of the document that is cut begins no other
+        begins = begins[documents["position"] != selection.validation_documents]
+    by_shard = np.bincount(begins // part.writer.shard_size, minlength=len(part.writer.names))
+    outcome = PartOutcome(by_shard.tolist(), count_repeated(documents["key"][order]) if is_bucket else 0)
+    save_record(_get_outcome_path(folder, number), outcome)
     return outcome
 
 
 def load_outcome(folder: Path, number: int) -> PartOutcome | None:
-    """Return what `write_part` returned, in whichever process; `None` for a part that is not finished."""
-    path = _get_outcome_path(folder, number)
-    try:
-        return PartOutcome(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise_if_refused(error, path)
-        return None
+    """Return what `write_part` returned, in any process; `None` for a part that is not finished."""
+    return load_record(_get_outcome_path(folder, number), PartOutcome)
 
 
 def _get_outcome_path(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.json"
 
 
-def _place_runs(writer: SplitWriter, runs: list[Run], run_tokens: list[int]) -> list[Part]:
-    """Return the parts of a split in source order: a run after the other."""
-    starts = np.cumsum([0, *run_tokens]).tolist()
-    return [
-        Part(writer, [run], None, start)
-        for run, start, tokens in zip(runs, starts, run_tokens, strict=False)
-        if tokens
-    ]
+@dataclasses.dataclass(frozen=True)
+class _ChunkCounts:
+    """What one chunk holds for each split; `bucket_tokens` are those of training documents, int64, by bucket."""
+
+    val: Totals
+    train: Totals
+    copies: Totals
+    bucket_tokens: np.ndarray
 
 
-def _in_source_order(rows: np.ndarray) -> np.ndarray:
-    return rows[np.argsort(rows["position"])]
-
-
-def _add(totals: Totals, rows: np.ndarray) -> Totals:
-    return Totals(
-        totals.documents + len(rows),
-        totals.tokens + int(rows["tokens"].sum()),
-        totals.bytes + int(rows["bytes"].sum()),
+def _count_chunk(chunk: SortedChunk, selection: Selection, buckets: list[tuple[int, int]]) -> _ChunkCounts:
+    documents = chunk.read_documents()
+    training, copies = select_training(documents, selection)
+    last_keys = np.array([last for _, last in buckets], dtype=np.uint64)
+    bucket_of = np.searchsorted(last_keys, training["key"])
+    return _ChunkCounts(
+        val=_sum_up(select_validation(documents, selection)),
+        train=_sum_up(training),
+        copies=_sum_up(copies),
+        bucket_tokens=np.bincount(bucket_of, training["tokens"], len(buckets)).astype(np.int64),
     )
+
+
+def _count_duplicates(chunks: list[SortedChunk], selection: Selection) -> int:
+    keys = [select_training(chunk.read_documents(), selection)[0]["key"] for chunk in chunks]
+    return count_repeated(np.sort(np.concatenate(keys)))
+
+
+def _plan_source_order(writer: SplitWriter, chunks: list[SortedChunk], chunk_tokens: list[int]) -> list[Part]:
+    """Return the parts of a split in source order, one for each chunk that has any of its tokens."""
+    starts = _list_starts(np.array(chunk_tokens)).tolist()
+    places = zip(chunks, starts, chunk_tokens, strict=True)
+    return [Part(writer, [chunk], None, start) for chunk, start, tokens in places if tokens]
+
+
+def _list_starts(lengths: np.ndarray) -> np.ndarray:
+    """Return where each of several consecutive stretches begins, int64."""
+    return np.cumsum(lengths, dtype=np.int64) - lengths
+
+
+def _read_front(chunks: list[SortedChunk], n_tokens: int | None) -> Iterator[tuple[SortedChunk, np.ndarray]]:
+    """Yield chunks with their documents, in source order, until these have `n_tokens` tokens; None for all chunks."""
+    tokens = 0
+    for chunk in chunks:
+        documents = chunk.read_documents()
+        documents = documents[np.argsort(documents["position"])]
+        yield chunk, documents
+        tokens += int(documents["tokens"].sum())
+        if n_tokens is not None and tokens >= n_tokens:
+            return
+
+
+def _sum_up(documents: np.ndarray) -> Totals:
+    return Totals(len(documents), int(documents["tokens"].sum()), int(documents["bytes"].sum()))
+
+
+def _choose_val_tokens(read: Totals, options: ShardOptions) -> int:
+    if read.documents == 0:
+        raise UserError("the corpus is empty: no document has any text")
+    val_tokens = options.val_tokens
+    if val_tokens is None:
+        val_tokens = min(options.shard_size, read.tokens // MIN_TOKENS_PER_VALIDATION_TOKEN)
+    if not 0 < val_tokens < read.tokens:
+        asked = f" of --val_tokens {val_tokens:,}" if options.val_tokens is not None else ""
+        raise UserError(
+            f"the corpus has {read.tokens:,} tokens, too few for a training split and a validation split{asked}"
+        )
+    return val_tokens
+
+
+def _count_cut_bytes(
+    chunk: SortedChunk, document: np.ndarray, cut_tokens: int, count_bytes: Callable[[np.ndarray], int]
+) -> int:
+    """Return the share of a document's UTF-8 bytes that its first `cut_tokens` tokens stand for."""
+    ids = np.empty(document["tokens"][0], dtype="<u2")
+    chunk.copy_tokens(document, ids, np.zeros(1, dtype=np.int64))
+    front, whole = count_bytes(ids[:cut_tokens]), count_bytes(ids)
+    return int(document["bytes"][0]) * front // whole if whole else 0

@@ -30,7 +30,7 @@ FORK = multiprocessing.get_context("fork")
 def many_pieces(monkeypatch):
     """Some 15 tasks and 15 parts, where one of each would do."""
     monkeypatch.setattr(local_files, "TASK_BYTES", 2500)
-    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_RUN", 500)
+    monkeypatch.setattr(tokenize_stage, "TOKENS_PER_SORTED_CHUNK", 500)
     monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 2000)
 
 
@@ -224,7 +224,7 @@ def list_command(flags, task_bytes: int = 2500, bucket_tokens: int = 2000) -> li
         f"import runpy, sys; sys.path.insert(0, {os.path.dirname(prepare_data.__file__)!r})\n"
         "from modeling_gpt2_repro.data.prepare import tokenize_stage as t, write_stage as w\n"
         "from modeling_gpt2_repro.data.sources import local_files as l\n"
-        f"l.TASK_BYTES, t.TOKENS_PER_RUN, w.TOKENS_PER_BUCKET = {task_bytes}, 500, {bucket_tokens}\n"
+        f"l.TASK_BYTES, t.TOKENS_PER_SORTED_CHUNK, w.TOKENS_PER_BUCKET = {task_bytes}, 500, {bucket_tokens}\n"
         f"runpy.run_path({prepare_data.__file__!r}, run_name='__main__')"
     )
     return [sys.executable, "-c", script, *flags]

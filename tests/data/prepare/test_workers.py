@@ -1,4 +1,4 @@
-"""The pool of workers: order, and what happens to the other jobs when one fails."""
+"""The pool of workers: order, and what happens to the other calls when one fails."""
 
 import contextlib
 import multiprocessing
@@ -12,34 +12,34 @@ from modeling_gpt2_repro.data.prepare.workers import WorkerPool, is_over
 
 def touch(folder, number):
     if number == 1:
-        raise ValueError("job 1")
+        raise ValueError("call 1")
     time.sleep(0.2 if number > 1 else 0)
     (folder / str(number)).touch()
     return number
 
 
 @pytest.fixture(params=[1, 2])
-def pool(request):
-    pool = WorkerPool(request.param, lambda: None, ())
+def pool(request, tmp_path):
+    pool = WorkerPool(request.param, tmp_path)
     yield pool
     pool.shut_down()
 
 
-def test_results_come_in_the_order_of_the_jobs(pool, tmp_path):
-    jobs = [(tmp_path, number) for number in (5, 0, 4, 0, 0)]
-    assert list(pool.map_in_order(touch, jobs)) == [5, 0, 4, 0, 0]
+def test_results_come_in_the_order_of_the_calls(pool):
+    calls = [(number,) for number in (5, 0, 4, 0, 0)]
+    assert list(pool.map_in_order(touch, calls)) == [5, 0, 4, 0, 0]
 
 
-def test_failed_job_lets_no_other_begin(pool, tmp_path):
-    results = pool.map_in_order(touch, ((tmp_path, number) for number in range(20)))
+def test_failed_call_lets_no_other_begin(pool, tmp_path):
+    results = pool.map_in_order(touch, ((number,) for number in range(20)))
     assert next(results) == 0
-    with pytest.raises(ValueError, match="job 1"):
+    with pytest.raises(ValueError, match="call 1"):
         next(results)
     time.sleep(0.3)
     # The two that may have run beside it have ended; those in the queue behind them were not begun.
     begun = {int(path.name) for path in tmp_path.iterdir()}
     assert begun <= {0, 2, 3}
-    assert list(pool.map_in_order(touch, [(tmp_path, 7)])) == [7]
+    assert list(pool.map_in_order(touch, [(7,)])) == [7]
 
 
 def work_for_long(folder, number):
@@ -50,10 +50,10 @@ def work_for_long(folder, number):
     return is_over()
 
 
-def test_a_job_hears_that_nobody_waits_any_more(tmp_path):
-    pool = WorkerPool(2, lambda: None, ())
+def test_a_call_hears_that_nobody_waits_any_more(tmp_path):
+    pool = WorkerPool(2, tmp_path)
     started = time.monotonic()
-    results = pool.map_in_order(work_for_long, [(tmp_path, 0), (tmp_path, 1)])
+    results = pool.map_in_order(work_for_long, [(0,), (1,)])
     assert next(results) is False
     while not (tmp_path / "begun").exists():
         time.sleep(0.01)
@@ -66,7 +66,7 @@ def refuse_thread(*_):
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("name", ["_ExecutorManagerThread", "QueueFeederThread", "in a worker"])
+@pytest.mark.parametrize("name", ["_ExecutorManagerThread", "QueueFeederThread", "ExitWithParent"])
 def test_threads_that_the_machine_refuses_are_an_error_and_leave_no_worker(monkeypatch, name):
     start = threading.Thread.start
 
@@ -77,9 +77,9 @@ def test_threads_that_the_machine_refuses_are_an_error_and_leave_no_worker(monke
 
     monkeypatch.setattr(threading.Thread, "start", start_others)
     others = set(multiprocessing.active_children())
-    pool = WorkerPool(2, refuse_thread if name == "in a worker" else int, ())
+    pool = WorkerPool(2, "1")
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        list(pool.map_in_order(int, [("1",)] * 9))
+        list(pool.map_in_order(int, [()] * 9))
     with contextlib.suppress(RuntimeError):
         pool.shut_down()
     for worker in set(multiprocessing.active_children()) - others:
