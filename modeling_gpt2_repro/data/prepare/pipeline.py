@@ -29,7 +29,6 @@ from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_enco
 from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions
 from modeling_gpt2_repro.data.prepare.shuffle import Selection
 from modeling_gpt2_repro.data.prepare.tokenize_stage import (
-    SortedChunk,
     TaskSummary,
     list_sorted_chunks,
     load_summary,
@@ -37,16 +36,13 @@ from modeling_gpt2_repro.data.prepare.tokenize_stage import (
     tokenize_task,
 )
 from modeling_gpt2_repro.data.prepare.work_folder import WorkFolder, open_work_folder
-from modeling_gpt2_repro.data.prepare.workers import WorkerPool, add_progress
+from modeling_gpt2_repro.data.prepare.workers import WorkerPool
 from modeling_gpt2_repro.data.prepare.write_stage import (
     Part,
     PartOutcome,
-    SplitPlan,
-    choose_splits,
-    count_documents,
+    Plan,
     list_validation_bytes,
-    load_outcome,
-    plan_splits,
+    plan_shards,
     write_part,
 )
 from modeling_gpt2_repro.data.shards import (
@@ -54,7 +50,6 @@ from modeling_gpt2_repro.data.shards import (
     TOKENIZER_FOLDER,
     Manifest,
     Shard,
-    Totals,
     load_manifest,
     save_manifest,
 )
@@ -109,23 +104,13 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
             with _open_pool(work, encoder, request.options) as pool:
                 tasks = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
-                n_tasks = sum(1 for _ in pool.map_in_order(_run_task, tasks))
+                n_tasks = sum(1 for _ in pool.map_in_order(_tokenize_task, tasks))
             # The other stage reads them without checking their digests.
             sync_tasks(work.pieces, range(first, first + n_tasks * count, count))
             return n_tasks
         plan = _plan(work, request, _collect_summaries(work, request))
         with _open_pool(work, None, request.options) as pool:
-            return len(_write(pool, plan, range(first, len(plan.splits.parts), count)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What goes where: all that stage 2 needs to know."""
-
-    chunks: list[SortedChunk]
-    read: Totals
-    selection: Selection
-    splits: SplitPlan
+            return len(_write(pool, plan, range(first, len(plan.parts), count)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +142,10 @@ def _open_pool(
 
 def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manifest:
     """Run what is left of both stages, and write all files of the folder but its manifest, which is returned."""
-    tasks = pool.map_in_order(_run_task, enumerate(request.corpus.tasks))
+    tasks = pool.map_in_order(_tokenize_task, enumerate(request.corpus.tasks))
     summaries = _take_enough(tasks, request.options)
     plan = _plan(work, request, summaries)
-    splits = plan.splits
-    outcomes = _write(pool, plan, range(len(splits.parts)))
+    outcomes = _write(pool, plan, range(len(plan.parts)))
     return Manifest(
         source=request.corpus.source,
         tokenizer=request.tokenizer_name,
@@ -172,13 +156,13 @@ def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manife
         shuffled=request.options.shuffle,
         settings=request.settings,
         read=plan.read,
-        train=splits.train,
-        val=splits.val,
-        validation_copies=splits.copies,
-        duplicates=splits.duplicates + sum(outcome.duplicates for outcome in outcomes),
+        train=plan.train,
+        val=plan.val,
+        validation_copies=plan.copies,
+        duplicates=plan.duplicates + sum(outcome.duplicates for outcome in outcomes),
         empty_documents=sum(summary.empty for summary in summaries),
         validation_ends_inside_document=plan.selection.cut_tokens > 0,
-        shards=_list_shards(pool, splits, outcomes),
+        shards=_list_shards(pool, plan, outcomes),
         other_files=_write_other_files(work, request, plan),
     )
 
@@ -205,49 +189,43 @@ def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
     return _take_enough(itertools.starmap(load, enumerate(request.corpus.tasks)), request.options)
 
 
-def _run_task(shared: _Shared, number: int, task: Task) -> TaskSummary | None:
-    finished = load_summary(shared.pieces, number, check=True)
-    if finished is None:
-        return tokenize_task(number, task, shared.pieces, shared.encoder, shared.options)
-    add_progress(finished.tokens)
-    return finished
-
-
-def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> _Plan:
-    """Decide what goes where: a function of the finished tasks, and so the same in every process."""
-
+def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> Plan:
     def count_bytes(ids: np.ndarray) -> int:
         return int(token_byte_lengths(request.tokenizer)[ids].sum())
 
-    options = request.options
     chunks = list_sorted_chunks(work.pieces, summaries)
     try:
-        read = count_documents(chunks, options.max_tokens)
-        selection = choose_splits(chunks, read, options, count_bytes)
-        splits = plan_splits(chunks, selection, read, options, work.path, request.corpus.prefix)
+        return plan_shards(chunks, request.options, work.path, request.corpus.prefix, count_bytes)
     except UserError:
         work.reopen_planning()
         raise
-    return _Plan(chunks, read, selection, splits)
 
 
-def _write(pool: WorkerPool, plan: _Plan, numbers: Iterable[int]) -> list[PartOutcome]:
+def _write(pool: WorkerPool, plan: Plan, numbers: Iterable[int]) -> list[PartOutcome]:
     """Run stage 2 for the parts with these numbers."""
-    for writer in plan.splits.writers:
+    for writer in plan.writers:
         writer.create_files()
-    calls = ((number, plan.splits.parts[number], plan.selection) for number in numbers)
-    return list(pool.map_in_order(_run_part, calls))
+    calls = ((number, plan.parts[number], plan.selection) for number in numbers)
+    return list(pool.map_in_order(_write_part, calls))
 
 
-def _run_part(shared: _Shared, number: int, part: Part, selection: Selection) -> PartOutcome:
-    return load_outcome(shared.pieces, number) or write_part(shared.pieces, number, part, selection)
+def _tokenize_task(shared: _Shared, number: int, task: Task) -> TaskSummary | None:
+    return tokenize_task(number, task, shared.pieces, shared.encoder, shared.options)
 
 
-def _list_shards(pool: WorkerPool, splits: SplitPlan, outcomes: list[PartOutcome]) -> list[Shard]:
+def _write_part(shared: _Shared, number: int, part: Part, selection: Selection) -> PartOutcome:
+    return write_part(shared.pieces, number, part, selection)
+
+
+def _compute_checksum(shared: _Shared, path: Path) -> str:
+    return compute_checksum(path)
+
+
+def _list_shards(pool: WorkerPool, plan: Plan, outcomes: list[PartOutcome]) -> list[Shard]:
     shards = []
-    for writer in splits.writers:
+    for writer in plan.writers:
         by_part = [
-            outcome.documents for part, outcome in zip(splits.parts, outcomes, strict=True) if part.writer is writer
+            outcome.documents for part, outcome in zip(plan.parts, outcomes, strict=True) if part.writer is writer
         ]
         documents = np.sum(by_part, axis=0).tolist()
         checksums = pool.map_in_order(_compute_checksum, [(writer.folder / name,) for name in writer.names])
@@ -256,13 +234,9 @@ def _list_shards(pool: WorkerPool, splits: SplitPlan, outcomes: list[PartOutcome
     return shards
 
 
-def _compute_checksum(shared: _Shared, path: Path) -> str:
-    return compute_checksum(path)
-
-
-def _write_other_files(work: WorkFolder, request: Request, plan: _Plan) -> dict[str, str]:
+def _write_other_files(work: WorkFolder, request: Request, plan: Plan) -> dict[str, str]:
     """Write what belongs to the shards, and return its checksums by path in the folder."""
-    save_text_bytes(work.path, list_validation_bytes(plan.chunks, plan.selection))
+    save_text_bytes(work.path, list_validation_bytes(plan))
     tokenizer_folder = work.path / TOKENIZER_FOLDER
     shutil.rmtree(tokenizer_folder, ignore_errors=True)  # left by a run that was killed
     request.tokenizer.save_pretrained(tokenizer_folder)

@@ -99,10 +99,14 @@ class SortedChunk:
 def tokenize_task(
     number: int, task: Task, folder: Path, encoder: DocumentEncoder, options: ShardOptions
 ) -> TaskSummary | None:
-    """Tokenize task `number` into `folder`; return `None`, and finish nothing, if nobody waits for it any more.
+    """Tokenize task `number` into `folder`, unless it is finished; return `None` if nobody waits for it any more.
 
     Reading ends at the first batch with which the task has `max_tokens` tokens.
     """
+    finished = load_summary(folder, number, check=True)
+    if finished is not None:
+        add_progress(finished.tokens)
+        return finished
     empty = 0
     with create_file(_get_path(folder, number, "tokens.bin")) as stream:
         writer = _ChunkWriter(stream, encoder.spec.eot_id, options.shuffle)

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -109,15 +110,13 @@ class WorkerPool:
                 self._on_wait(self._signals.progress.value)
                 yield result
             return
-        calls = iter(calls)
+        futures = self._submit(function, calls)
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        exhausted = False
         try:
-            while pending or not exhausted:
-                while not exhausted and len(pending) < CALLS_PER_WORKER * self._num_workers:
-                    exhausted = not self._submit_next(function, calls, pending)
-                if pending:
-                    yield self._wait(pending.popleft())
+            pending.extend(itertools.islice(futures, CALLS_PER_WORKER * self._num_workers))
+            while pending:
+                yield self._wait(pending.popleft())
+                pending.extend(itertools.islice(futures, 1))
         finally:
             self._signals.is_over.value = True  # `cancel` does not reach calls in the queue between the processes
             for future in pending:
@@ -143,18 +142,15 @@ class WorkerPool:
     def _note_thread_error(self, thread: Any) -> None:
         self._thread_error = thread.exc_value
 
-    def _submit_next(self, function: Callable, calls: Iterator[tuple], pending: collections.deque) -> bool:
+    def _submit(self, function: Callable, calls: Iterable[tuple]) -> Iterator[concurrent.futures.Future]:
+        """Submit one call for each future that is requested; an error of `calls` itself is in the last future."""
         try:
-            call = next(calls)
-        except StopIteration:
-            return False
+            for call in calls:
+                yield self._executor.submit(_call, function, call)
         except UserError as error:
             failed: concurrent.futures.Future = concurrent.futures.Future()
             failed.set_exception(error)
-            pending.append(failed)
-            return False
-        pending.append(self._executor.submit(_call, function, call))
-        return True
+            yield failed
 
     def _wait(self, future: concurrent.futures.Future) -> Any:
         while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:

@@ -69,15 +69,21 @@ class PartOutcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitPlan:
-    """Both splits: what they hold, and the parts in which they are written.
+class Plan:
+    """What goes where: all that stage 2 needs to know.
 
     Attributes:
+        chunks: of all tasks, in source order.
+        read: the documents to be used.
         copies: training documents that are left out as copies of validation documents.
+        parts: of both splits.
         writers: of the validation and of the training split.
         duplicates: known here for the source order only; in shuffled documents each bucket counts its own.
     """
 
+    chunks: list[SortedChunk]
+    read: Totals
+    selection: Selection
     val: Totals
     train: Totals
     copies: Totals
@@ -86,57 +92,26 @@ class SplitPlan:
     duplicates: int
 
 
-def count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Totals:
-    """Return the documents to be used: all, or the shortest prefix of source order that has `max_tokens` tokens."""
-    totals = Totals()
-    for _, documents in _read_front(chunks, max_tokens):
-        if max_tokens is not None:
-            ends = totals.tokens + np.cumsum(documents["tokens"], dtype=np.int64)
-            documents = documents[: np.searchsorted(ends, max_tokens) + 1]
-        totals += _sum_up(documents)
-    return totals
-
-
-def choose_splits(
-    chunks: list[SortedChunk], read: Totals, options: ShardOptions, count_bytes: Callable[[np.ndarray], int]
-) -> Selection:
-    """Decide which of the `read` documents are validation.
+def plan_shards(
+    chunks: list[SortedChunk],
+    options: ShardOptions,
+    folder: Path,
+    prefix: str,
+    count_bytes: Callable[[np.ndarray], int],
+) -> Plan:
+    """Decide what goes where, a pure function of the finished tasks, so that every process decides the same.
 
     Args:
-        count_bytes: returns how many UTF-8 bytes token ids are spelled with; called only if a document is cut, to
-            divide its bytes.
+        folder: where the shards are made.
+        prefix: how their names begin.
+        count_bytes: returns how many UTF-8 bytes token ids are spelled with; called only if a document is cut between
+            the splits, to divide its bytes.
 
     Raises:
         UserError: a corpus too small for both splits.
     """
-    val_tokens = _choose_val_tokens(read, options)
-    front = list(_read_front(chunks, val_tokens))
-    documents = np.concatenate([documents for _, documents in front])
-    ends = np.cumsum(documents["tokens"], dtype=np.int64)
-    n_documents, cut_tokens = choose_validation_end(ends, val_tokens, read.tokens)
-    cut_bytes = 0
-    if cut_tokens:
-        last_chunk, _ = front[-1]
-        cut = documents[n_documents : n_documents + 1]
-        cut_bytes = _count_cut_bytes(last_chunk, cut, cut_tokens, count_bytes)
-    keys = np.unique(documents["key"][: n_documents + (cut_tokens > 0)])
-    return Selection(read.documents, n_documents, cut_tokens, cut_bytes, keys)
-
-
-def list_validation_bytes(chunks: list[SortedChunk], selection: Selection) -> np.ndarray:
-    """Return the UTF-8 bytes of each validation document in the order of the split, uint64 of shape `(documents,)`."""
-    front = [chunk for chunk in chunks if chunk.first_position <= selection.validation_documents]
-    return np.concatenate([select_validation(chunk.read_documents(), selection)["bytes"] for chunk in front])
-
-
-def plan_splits(
-    chunks: list[SortedChunk], selection: Selection, read: Totals, options: ShardOptions, folder: Path, prefix: str
-) -> SplitPlan:
-    """Plan the parts of both splits, with shards in `folder` whose names begin with `prefix`.
-
-    Raises:
-        UserError: nothing is left for training.
-    """
+    read = _count_documents(chunks, options.max_tokens)
+    selection = _choose_splits(chunks, read, options, count_bytes)
     buckets = divide_key_space(max(1, read.tokens // TOKENS_PER_BUCKET))
     counts = [_count_chunk(chunk, selection, buckets) for chunk in chunks]
     val, train, copies = (
@@ -155,11 +130,20 @@ def plan_splits(
     else:
         parts += _plan_source_order(train_writer, chunks, [count.train.tokens for count in counts])
     duplicates = 0 if options.shuffle else _count_duplicates(chunks, selection)
-    return SplitPlan(val, train, copies, parts, [val_writer, train_writer], duplicates)
+    return Plan(chunks, read, selection, val, train, copies, parts, [val_writer, train_writer], duplicates)
+
+
+def list_validation_bytes(plan: Plan) -> np.ndarray:
+    """Return the UTF-8 bytes of each validation document in the order of the split, uint64 of shape `(documents,)`."""
+    front = [chunk for chunk in plan.chunks if chunk.first_position <= plan.selection.validation_documents]
+    return np.concatenate([select_validation(chunk.read_documents(), plan.selection)["bytes"] for chunk in front])
 
 
 def write_part(folder: Path, number: int, part: Part, selection: Selection) -> PartOutcome:
-    """Write part `number` to its shards, and then its outcome to `folder`."""
+    """Write part `number` to its shards and its outcome to `folder`, unless it is finished; return the outcome."""
+    outcome_path = folder / f"part-{number:06d}.json"
+    if (finished := load_record(outcome_path, PartOutcome)) is not None:
+        return finished
     by_chunk = [part.select_documents(chunk, selection) for chunk in part.chunks]
     documents = np.concatenate(by_chunk)
     is_bucket = part.key_range is not None
@@ -177,17 +161,37 @@ def write_part(folder: Path, number: int, part: Part, selection: Selection) -> P
         begins = begins[documents["position"] != selection.validation_documents]
     by_shard = np.bincount(begins // part.writer.shard_size, minlength=len(part.writer.names))
     outcome = PartOutcome(by_shard.tolist(), count_repeated(documents["key"][order]) if is_bucket else 0)
-    save_record(_get_outcome_path(folder, number), outcome)
+    save_record(outcome_path, outcome)
     return outcome
 
 
-def load_outcome(folder: Path, number: int) -> PartOutcome | None:
-    """Return what `write_part` returned, in any process; `None` for a part that is not finished."""
-    return load_record(_get_outcome_path(folder, number), PartOutcome)
+def _count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Totals:
+    """Return the documents to be used: all, or the shortest prefix of source order that has `max_tokens` tokens."""
+    totals = Totals()
+    for _, documents in _read_front(chunks, max_tokens):
+        if max_tokens is not None:
+            ends = totals.tokens + np.cumsum(documents["tokens"], dtype=np.int64)
+            documents = documents[: np.searchsorted(ends, max_tokens) + 1]
+        totals += _sum_up(documents)
+    return totals
 
 
-def _get_outcome_path(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.json"
+def _choose_splits(
+    chunks: list[SortedChunk], read: Totals, options: ShardOptions, count_bytes: Callable[[np.ndarray], int]
+) -> Selection:
+    """Decide which of the `read` documents are validation."""
+    val_tokens = _choose_val_tokens(read, options)
+    front = list(_read_front(chunks, val_tokens))
+    documents = np.concatenate([documents for _, documents in front])
+    ends = np.cumsum(documents["tokens"], dtype=np.int64)
+    n_documents, cut_tokens = choose_validation_end(ends, val_tokens, read.tokens)
+    cut_bytes = 0
+    if cut_tokens:
+        last_chunk, _ = front[-1]
+        cut = documents[n_documents : n_documents + 1]
+        cut_bytes = _count_cut_bytes(last_chunk, cut, cut_tokens, count_bytes)
+    keys = np.unique(documents["key"][: n_documents + (cut_tokens > 0)])
+    return Selection(read.documents, n_documents, cut_tokens, cut_bytes, keys)
 
 
 @dataclasses.dataclass(frozen=True)
