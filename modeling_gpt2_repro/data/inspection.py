@@ -6,6 +6,7 @@ are small, and so is that of document lengths, because n tokens make documents o
 """
 
 import bisect
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +27,6 @@ from modeling_gpt2_repro.data.shards import (
     read_tokens,
 )
 from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_data_tokenizer, token_byte_lengths
-
-# Lengths are collected up to this many, 8 MB, before they are counted.
-PENDING_LENGTHS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,38 +229,34 @@ def scan_split(
     """
     vocab_size = len(byte_lengths)
     token_counts = np.zeros(MAX_VOCAB_SIZE, dtype=np.int64)
-    lengths = length_counts = last_start = np.empty(0, dtype=np.int64)
-    pending: list[np.ndarray] = []
+    length_counts: collections.Counter[int] = collections.Counter()
     chunk_starts, documents_before = [], [0]
+    last_start = np.empty(0, dtype=np.int64)
     n_tokens = 0
     for path, tokens in files.items():
-        for position, chunk in iterate_chunks(tokens):
-            counts = np.bincount(chunk, minlength=MAX_VOCAB_SIZE)
-            if counts[vocab_size:].any():
-                raise UserError(
-                    f"{path} {describe_ids_beyond(tokens, vocab_size)}: it is damaged, or another tokenizer wrote it"
-                )
-            token_counts += counts
-            starts = np.concatenate([last_start, n_tokens + position + np.flatnonzero(chunk == eot_id)])
-            chunk_starts.append(n_tokens + position)
-            documents_before.append(documents_before[-1] + len(starts) - len(last_start))
-            pending.append(np.diff(starts))
-            last_start = starts[-1:]
-            if sum(map(len, pending)) > PENDING_LENGTHS:
-                lengths, length_counts = _add_lengths(lengths, length_counts, np.concatenate(pending))
-                pending = []
+        for _, chunk in iterate_chunks(tokens):
+            token_counts += np.bincount(chunk, minlength=MAX_VOCAB_SIZE)
+            starts = n_tokens + np.flatnonzero(chunk == eot_id)
+            chunk_starts.append(n_tokens)
+            documents_before.append(documents_before[-1] + len(starts))
+            length_counts.update(np.diff(starts, prepend=last_start).tolist())
+            last_start = starts[-1:] if len(starts) else last_start
+            n_tokens += len(chunk)
             report_progress(len(chunk))
-        n_tokens += len(tokens)
-    pending.append(n_tokens - last_start)
-    lengths, length_counts = _add_lengths(lengths, length_counts, np.concatenate(pending))
+        if token_counts[vocab_size:].any():
+            beyond = describe_ids_beyond(tokens, vocab_size)
+            raise UserError(f"{path} {beyond}: it is damaged, or another tokenizer wrote it")
+    length_counts.update((n_tokens - last_start).tolist())
+    lengths = np.array(sorted(length_counts), dtype=np.int64)
+    counts_by_length = np.array([length_counts[length] for length in lengths.tolist()], dtype=np.int64)
     return SplitStatistics(
         split=split,
         tokens=n_tokens,
-        tokens_before_first=n_tokens - int(lengths @ length_counts),
+        tokens_before_first=n_tokens - int(lengths @ counts_by_length),
         text_bytes=int(token_counts[:vocab_size] @ byte_lengths),
         token_counts=token_counts[:vocab_size],
         lengths=lengths,
-        length_counts=length_counts,
+        length_counts=counts_by_length,
         index=DocumentIndex(split, files, eot_id, np.array(chunk_starts), np.array(documents_before)),
     )
 
@@ -281,12 +275,3 @@ def choose_documents(indices: Sequence[DocumentIndex], count: int, seed: int, ma
         documents += [index.read_document(int(number), max_ids) for number in np.sort(of_split)]
         numbers = numbers - index.documents
     return documents
-
-
-def _add_lengths(lengths: np.ndarray, counts: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Add lengths, one a document, to the counts of the different ones."""
-    new_lengths, new_counts = np.unique(new, return_counts=True)
-    merged, places = np.unique(np.concatenate([lengths, new_lengths]), return_inverse=True)
-    merged_counts = np.zeros(len(merged), dtype=np.int64)
-    np.add.at(merged_counts, places, np.concatenate([counts, new_counts]))
-    return merged, merged_counts

@@ -21,11 +21,11 @@ from modeling_gpt2_repro.data.shards import (
 
 
 def verify_folder(folder: str | Path) -> Manifest:
-    """Check a folder against its manifest, and what every folder of ours holds to.
+    """Check a folder against its manifest and the rules of the format.
 
     Every shard is there under its name, of the right type, size and checksum, and no other shard lies beside them; so
-    is what else belongs to the shards; the documents add up; every id is below `vocab_size`; each split begins with
-    the end-of-text id, and no document is empty.
+    are the manifest's other files; the documents add up; every id is below `vocab_size`; each split begins with the
+    end-of-text id, and no document is empty.
 
     Raises:
         UserError: no manifest, or anything that differs; the message names each by file and position in the file.
@@ -49,19 +49,14 @@ def _check_names(folder: Path, manifest: Manifest) -> list[str]:
     listed = {shard.file for shard in manifest.shards} | {MANIFEST_NAME} | manifest.other_files.keys()
     others = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in listed)
     missing = [shard for shard in manifest.shards if not (folder / shard.file).exists()]
-    elsewhere = {compute_checksum(path): path.name for path in others} if missing else {}
-    renamed = {shard.file: elsewhere[shard.checksum] for shard in missing if shard.checksum in elsewhere}
-    return [
-        *(
-            f"{shard.file} is there as {renamed[shard.file]}" if shard.file in renamed else f"{shard.file} is missing"
-            for shard in missing
-        ),
-        *(
-            f"{path.name} is not in the manifest"
-            for path in others
-            if path.suffix in SHARD_SUFFIXES and path.name not in renamed.values()
-        ),
+    found = {compute_checksum(path): path for path in others} if missing else {}
+    renamed = [found[shard.checksum] for shard in missing if shard.checksum in found]
+    problems = [
+        f"{shard.file} is " + (f"there as {path.name}" if (path := found.get(shard.checksum)) else "missing")
+        for shard in missing
     ]
+    unlisted = [path for path in others if path.suffix in SHARD_SUFFIXES and path not in renamed]
+    return problems + [f"{path.name} is not in the manifest" for path in unlisted]
 
 
 def _check_other_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -80,33 +75,46 @@ def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
     documents, expected = sum(shard.documents for shard in shards), getattr(manifest, split).documents
     if documents != expected:
         problems.append(f"{MANIFEST_NAME} has {documents:,} documents in the {split} shards, {expected:,} in all")
-    # Where the validation split ends inside a document, it may have no more of it than its end-of-text id, and the
-    # document's rest, which has none, lies anywhere in the training split: also at its front.
-    may_begin_inside = split == "train" and manifest.validation_ends_inside_document
-    may_end_empty = split == "val" and manifest.validation_ends_inside_document
     follows_eot = False
     for shard in shards:
         path = folder / shard.file
-        if not path.exists():
-            follows_eot = False
-            continue
         try:
             tokens = map_shard(path)
         except RefusedError:
             raise
         except UserError as error:
-            problems.append(f"{shard.file} cannot be read ({error})")
+            if path.exists():  # `_check_names` reports missing ones
+                problems.append(f"{shard.file} cannot be read ({error})")
             follows_eot = False
             continue
         found = _check_file(path, len(tokens), shard, manifest)
         found += _check_tokens(tokens, shard, manifest, follows_eot)
-        follows_eot = bool(len(tokens)) and int(tokens[-1]) == manifest.eot_id
-        if shard is shards[0] and not may_begin_inside and len(tokens) and int(tokens[0]) != manifest.eot_id:
-            found.append(f"begins inside a document: the id {int(tokens[0])} is at position 0")
-        if shard is shards[-1] and not may_end_empty and follows_eot:
-            found.append(f"ends with an empty document at position {len(tokens) - 1:,}")
+        found += _check_ends(tokens, shard, manifest)
         problems += [f"{shard.file} {problem}" for problem in found]
+        follows_eot = _ends_with_eot(tokens, manifest)
     return problems
+
+
+def _check_ends(tokens: np.ndarray, shard: Shard, manifest: Manifest) -> list[str]:
+    """Check how a split begins and ends.
+
+    If the validation split ends inside a document, it may have no more of it than its end-of-text id; and the rest of
+    that document, which has no such id, lies anywhere in the training split, also at its front.
+    """
+    is_cut = manifest.validation_ends_inside_document
+    shards = manifest.list_shards(shard.split)
+    problems = []
+    may_begin_inside = is_cut and shard.split == "train"
+    if shard is shards[0] and not may_begin_inside and len(tokens) and tokens[0] != manifest.eot_id:
+        problems.append(f"begins inside a document: the id {tokens[0]} is at position 0")
+    may_end_empty = is_cut and shard.split == "val"
+    if shard is shards[-1] and not may_end_empty and _ends_with_eot(tokens, manifest):
+        problems.append(f"ends with an empty document at position {len(tokens) - 1:,}")
+    return problems
+
+
+def _ends_with_eot(tokens: np.ndarray, manifest: Manifest) -> bool:
+    return len(tokens) > 0 and tokens[-1] == manifest.eot_id
 
 
 def _check_file(path: Path, n_tokens: int, shard: Shard, manifest: Manifest) -> list[str]:

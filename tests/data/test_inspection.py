@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data import inspection, shards
+from modeling_gpt2_repro.data import shards
 from modeling_gpt2_repro.data.inspection import choose_documents, inspect_folder, scan_split
 
 EOT, VOCAB_SIZE = 9, 12
@@ -51,7 +51,6 @@ def cut_documents(tokens):
 def scanned(request, tmp_path, monkeypatch):
     """A split in several files, each of several chunks, and the plain tokens."""
     monkeypatch.setattr(shards, "TOKENS_PER_CHUNK", 7)
-    monkeypatch.setattr(inspection, "PENDING_LENGTHS", 3)
     tokens, pieces = draw_layout(request.param)
     progress = []
     statistics = scan_split("train", write_files(tmp_path, pieces), EOT, BYTE_LENGTHS, progress.append)
@@ -100,7 +99,6 @@ def test_every_document_is_found_where_it_lies(scanned):
 
 def test_memory_does_not_grow_with_the_documents(monkeypatch):
     monkeypatch.setattr(shards, "TOKENS_PER_CHUNK", 2**16)
-    monkeypatch.setattr(inspection, "PENDING_LENGTHS", 2**16)
     tokens = np.random.default_rng(0).integers(0, 2, 4_000_000, dtype=np.uint16)
     tracemalloc.start()
     try:
