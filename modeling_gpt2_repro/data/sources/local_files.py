@@ -5,17 +5,19 @@ JSON Lines file, one whole compressed file, or some text files. Tasks follow eac
 """
 
 import codecs
+import contextlib
 import dataclasses
 import glob
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet
 
@@ -37,6 +39,8 @@ BATCH_BYTES = 4 * 2**20
 BATCH_ROWS = 1024
 # What is read at once of a parquet file.
 READ_BYTES = 2**20
+
+Item = TypeVar("Item")
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -75,46 +79,63 @@ def list_file_tasks(
     Raises:
         UserError: a file that cannot be opened, or one without the column `text_column`.
     """
-    for is_text, group in itertools.groupby(paths, lambda path: path.name.lower().endswith(TEXT_SUFFIXES)):
+    for is_text, files in itertools.groupby(paths, lambda path: path.name.lower().endswith(TEXT_SUFFIXES)):
         if is_text:
-            yield from _list_text_tasks(group, document_separator)
+            for group in _group_by_size(files, lambda path: path.stat().st_size, TASK_BYTES):
+                yield TextTask(tuple(map(str, group)), document_separator)
             continue
-        for path in group:
-            yield from _list_tasks_of_file(path, text_column)
+        for path in files:
+            list_tasks = _list_parquet_tasks if path.suffix.lower() == ".parquet" else _list_jsonl_tasks
+            yield from list_tasks(str(path), text_column)
 
 
 def _has_known_suffix(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def _list_tasks_of_file(path: Path, text_column: str) -> Iterator["FileTask"]:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        yield from _list_parquet_tasks(str(path), text_column)
-    elif name.endswith(".jsonl"):
-        size = path.stat().st_size
-        for start in range(0, size, TASK_BYTES):
-            yield JsonlTask(str(path), text_column, start, min(start + TASK_BYTES, size))
-    else:
-        yield JsonlTask(str(path), text_column)
+def _list_parquet_tasks(path: str, text_column: str) -> Iterator["ParquetTask"]:
+    with _explained_errors(path, "is not a whole parquet file"):
+        metadata = pa.parquet.read_metadata(path)
+    names = metadata.schema.to_arrow_schema().names
+    if text_column not in names:
+        raise UserError(_describe_missing_column(path, text_column, names))
+    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    leaf = leaves.index(text_column) if text_column in leaves else 0
+    row_groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    sizes = [row_group.column(leaf).total_uncompressed_size for row_group in row_groups]
+    for group in _group_by_size(range(len(row_groups)), sizes.__getitem__, TASK_BYTES):
+        rows, size = sum(row_groups[i].num_rows for i in group), sum(sizes[i] for i in group)
+        # Books come a few at a time.
+        rows_per_batch = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+        yield ParquetTask(path, text_column, tuple(group), rows_per_batch)
 
 
-def _list_text_tasks(paths: Iterable[Path], document_separator: str | None) -> Iterator["TextTask"]:
-    together: list[str] = []
+def _list_jsonl_tasks(path: str, text_column: str) -> Iterator["JsonlTask"]:
+    if _get_compression(path):
+        yield JsonlTask(path, text_column)
+        return
+    size = os.path.getsize(path)
+    for start in range(0, size, TASK_BYTES):
+        yield JsonlTask(path, text_column, start, min(start + TASK_BYTES, size))
+
+
+def _group_by_size(items: Iterable[Item], size_of: Callable[[Item], int], min_size: int) -> Iterator[list[Item]]:
+    """Group consecutive items; each group but the last ends with the item that brings it to `min_size`."""
+    group: list[Item] = []
     size = 0
-    for path in paths:
-        together.append(str(path))
-        size += path.stat().st_size
-        if size >= TASK_BYTES:
-            yield TextTask(tuple(together), document_separator)
-            together, size = [], 0
-    if together:
-        yield TextTask(tuple(together), document_separator)
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= min_size:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTask:
-    """A part of the file `path`, whose documents `read_batches()` yields."""
+    """A part of the file `path`."""
 
     path: str
 
@@ -133,16 +154,15 @@ class ParquetTask(FileTask):
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
         """Yield the rows' texts; a null stays null."""
-        try:
+        with (
+            _explained_errors(self.path, "is not a whole parquet file"),
             # A buffer of its own, or whole row groups are read ahead: gigabytes, of files that have few of them.
-            with pa.parquet.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as file:
-                for batch in file.iter_batches(
-                    self.rows_per_batch, row_groups=self.row_groups, columns=[self.text_column], use_threads=False
-                ):
-                    yield as_texts(batch.column(0), self.path)
-        except (pa.ArrowException, OSError) as error:
-            raise_if_refused(error, self.path)
-            raise UserError(f"{self.path} is not a whole parquet file: {error}") from error
+            pa.parquet.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as file,
+        ):
+            for batch in file.iter_batches(
+                self.rows_per_batch, row_groups=self.row_groups, columns=[self.text_column], use_threads=False
+            ):
+                yield as_texts(batch.column(0), self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,48 +177,35 @@ class JsonlTask(FileTask):
         """Yield the lines' texts; a line without the column, or with `null` in it, gives a null."""
         with _open(self.path) as stream:
             position = self._find_first_line(stream)
-            checked = position > 0
-            rest = b""
-            while self.end is None or position < self.end:
-                block = _read(stream, max(BATCH_BYTES, len(rest)), self.path)
-                cut = block.rfind(b"\n") + 1
-                if block and cut == 0:  # a line longer than a block
-                    rest += block
-                    continue
-                lines = rest + block[:cut] if block else rest
-                rest = block[cut:]
+            blocks = _read_lines(stream)
+            has_column = self.start > 0  # the first line of the file has to have it
+            while (self.end is None or position < self.end) and (lines := next(blocks, b"")):
                 if self.end is not None and position + len(lines) > self.end:
                     # The line that holds byte end - 1 is the last one of this task.
                     lines = lines[: (lines.find(b"\n", self.end - position - 1) + 1) or None]
+                text = lines
                 if position == 0:
                     check_encoding(lines[:4], self.path)
-                if not checked and lines.removeprefix(codecs.BOM_UTF8).strip():
-                    self._check_column(lines)
-                    checked = True
-                if lines:
-                    yield self._parse(lines, position)
+                    text = lines.removeprefix(codecs.BOM_UTF8)
+                if text.strip() and not has_column:
+                    self._check_column(text)
+                    has_column = True
+                if text:
+                    yield self._parse(text, position)
                 position += len(lines)
-                if not block:
-                    return
 
     def _find_first_line(self, stream: IO[bytes]) -> int:
         """Go to the first line that begins at or after `start` and return where that is."""
         if self.start == 0:
             return 0
         stream.seek(self.start - 1)
-        position = self.start - 1
-        while block := _read(stream, BATCH_BYTES, self.path):
-            newline = block.find(b"\n")
-            if newline >= 0:
-                position += newline + 1
-                stream.seek(position)
-                return position
-            position += len(block)
-        return position
+        while (part := stream.readline(BATCH_BYTES)) and not part.endswith(b"\n"):
+            pass
+        return stream.tell()
 
     def _check_column(self, lines: bytes) -> None:
         """Tell a wrong column name from texts that are missing here and there: the first line has to have it."""
-        first = lines.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].partition(b"\r")[0]
+        first = lines.lstrip().splitlines()[0]
         try:
             row = json.loads(first)
         except (ValueError, RecursionError):
@@ -207,9 +214,7 @@ class JsonlTask(FileTask):
             raise UserError(_describe_missing_column(self.path, self.text_column, list(row)))
 
     def _parse(self, lines: bytes, position: int) -> pa.LargeStringArray:
-        if position == 0:
-            lines = lines.removeprefix(codecs.BOM_UTF8)
-        if lines.lstrip().startswith(b"null"):  # of a first row that is none, Arrow 26 dies (a segmentation fault)
+        if lines.lstrip().startswith(b"null"):  # Arrow 26 crashes on a first row that is null
             return self._parse_line_by_line(lines, position)
         schema = pa.schema([(self.text_column, pa.large_string())])
         try:
@@ -248,7 +253,7 @@ class JsonlTask(FileTask):
         lines = 0
         with _open(self.path) as stream:
             while position > 0 and (block := stream.read(min(BATCH_BYTES, position))):
-                lines += bytes(block).count(b"\n")
+                lines += block.count(b"\n")
                 position -= len(block)
         return lines
 
@@ -270,22 +275,18 @@ class TextTask:
 
         A byte order mark is no text, and line ends in the separator match those of any system.
         """
-        batch: list[pa.LargeStringArray] = []
-        size = 0
-        for path in self.paths:
-            for documents in self._read_documents(path):
-                batch.append(as_texts(pa.array(documents, pa.large_binary()), path))
-                size += sum(map(len, documents))
-                if size >= BATCH_BYTES:
-                    yield pa.concat_arrays(batch)
-                    batch, size = [], 0
-        if batch:
+        texts = (
+            as_texts(pa.array(documents, pa.large_binary()), path)
+            for path in self.paths
+            for documents in self._read_documents(path)
+        )
+        for batch in _group_by_size(texts, lambda array: pc.sum(pc.binary_length(array)).as_py() or 0, BATCH_BYTES):
             yield pa.concat_arrays(batch)
 
     def _read_documents(self, path: str) -> Iterator[list[bytes]]:
         with _open(path) as stream:
             separator = None if self.document_separator is None else LINE_END.sub("\n", self.document_separator)
-            block = _read(stream, None if separator is None else max(BATCH_BYTES, 4), path)
+            block = stream.read(None if separator is None else max(BATCH_BYTES, 4))
             check_encoding(block[:4], path)
             block = block.removeprefix(codecs.BOM_UTF8)
             if separator is None:
@@ -299,8 +300,7 @@ class TextTask:
                 *documents, rest = _split(text.removesuffix(held), separator.encode())
                 rest += held
                 yield documents
-                # As much again as is left over, or text without a separator would be copied over and over.
-                block = _read(stream, max(BATCH_BYTES, len(rest)), path)
+                block = stream.read(_choose_read_size(rest))
             yield _split(rest, separator.encode())
 
 
@@ -332,46 +332,46 @@ def as_texts(column: pa.Array, source: str) -> pa.LargeStringArray:
     return texts
 
 
-def _list_parquet_tasks(path: str, text_column: str) -> Iterator[ParquetTask]:
-    try:
-        metadata = pa.parquet.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise_if_refused(error, path)
-        raise UserError(f"{path} is not a whole parquet file: {error}") from error
-    names = metadata.schema.to_arrow_schema().names
-    if text_column not in names:
-        raise UserError(_describe_missing_column(path, text_column, names))
-    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaf = leaves.index(text_column) if text_column in leaves else 0
-    row_groups: list[int] = []
-    rows = size = 0
-    for i in range(metadata.num_row_groups):
-        row_groups.append(i)
-        rows += metadata.row_group(i).num_rows
-        size += metadata.row_group(i).column(leaf).total_uncompressed_size
-        if size >= TASK_BYTES or i == metadata.num_row_groups - 1:
-            # Books come a few at a time.
-            rows_per_batch = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
-            yield ParquetTask(path, text_column, tuple(row_groups), rows_per_batch)
-            row_groups, rows, size = [], 0, 0
-
-
 def _describe_missing_column(path: str, text_column: str, names: list[str]) -> str:
     return f"{path} has no column {text_column!r}: give --text_column one of {', '.join(map(str, names))}"
 
 
-def _open(path: str) -> IO[bytes]:
-    compression = COMPRESSIONS.get(Path(path).suffix.lower())
-    try:
-        return pa.input_stream(path, compression=compression) if compression else open(path, "rb")
-    except OSError as error:
-        raise_if_refused(error, path)
-        raise UserError(f"cannot read {path}: {error}") from error
+def _get_compression(path: str) -> str | None:
+    return COMPRESSIONS.get(Path(path).suffix.lower())
 
 
-def _read(stream: IO[bytes], size: int | None, path: str) -> bytes:
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[IO[bytes]]:
+    compression = _get_compression(path)
+    with (
+        _explained_errors(path, "is damaged, or cannot be read"),
+        pa.input_stream(path, compression=compression) if compression else open(path, "rb") as stream,
+    ):
+        yield stream
+
+
+@contextlib.contextmanager
+def _explained_errors(path: str, problem: str) -> Iterator[None]:
     try:
-        return stream.read(size)
-    except OSError as error:
+        yield
+    except (pa.ArrowException, OSError) as error:
         raise_if_refused(error, path)
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} {problem}: {error}") from error
+
+
+def _read_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield blocks of whole lines; the last line of a file may lack its end."""
+    rest = b""
+    while block := stream.read(_choose_read_size(rest)):
+        text = rest + block
+        end = text.rfind(b"\n") + 1
+        if end:
+            yield text[:end]
+        rest = text[end:]
+    if rest:
+        yield rest
+
+
+def _choose_read_size(rest: bytes) -> int:
+    """Return how much to read after `rest`: at least as much again, or long lines would be copied over and over."""
+    return max(BATCH_BYTES, len(rest))
