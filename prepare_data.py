@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import re
 import sys
@@ -29,6 +30,7 @@ from modeling_gpt2_repro.data.prepare.work_folder import (
     count_finished_pieces,
     finish_publishing,
     get_work_path,
+    list_changes,
     load_begun_source,
 )
 from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
@@ -140,41 +142,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What is imported stays. The collector, walking it whenever a tokenizer's tables are read, doubles the start-up.
     gc.freeze()
     settings = parse_arguments(PrepareSettings, argv, description=__doc__, foreign_flags=FOREIGN_FLAGS)
-    folder = Path(settings.output_dir)
     check_settings(settings)
+    folder = Path(settings.output_dir)
     if settings.verify:
         manifest = verify_folder(folder)
         print(f"{folder}: {len(manifest.shards)} shards are as the manifest says")
     if settings.inspect is not None:
         inspect(folder, settings.inspect, settings.seed)
-    if settings.verify or settings.inspect is not None:
-        return 0
-    if settings.overwrite:
-        tokenizer = load_tokenizer(settings.tokenizer)
-    else:
-        tokenizer = load_tokenizer_for(folder, settings.tokenizer)
+    if not settings.verify and settings.inspect is None:
+        prepare(folder, settings)
+    return 0
+
+
+def prepare(folder: Path, settings: PrepareSettings) -> None:
+    """Make the shards, or a share of one stage of that, unless they are already there."""
+    load = load_tokenizer if settings.overwrite else functools.partial(load_tokenizer_for, folder)
+    tokenizer = load(settings.tokenizer)
     finish_publishing(folder)
     if is_already_there(folder, settings, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
-        return 0
-    options = ShardOptions(
-        shard_size=settings.shard_size,
-        val_tokens=settings.val_tokens,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        shuffle=not settings.no_shuffle,
-        num_workers=settings.num_workers or count_cores(),
-    )
-    recorded = list_recorded(settings)
-    begun = None if settings.overwrite else load_begun_source(folder, recorded)
-    request = Request(build_corpus(settings, begun), tokenizer, name_tokenizer(settings.tokenizer), options, recorded)
+        return
+    request = build_request(folder, settings, tokenizer)
     with explained_errors(folder):
         if settings.stage != "all":
             pieces = run_stage(folder, request, settings.stage, parse_share(settings.task))
             print(f"--stage {settings.stage} --task {settings.task}: {pieces} pieces are finished")
-            return 0
+            return
         if not settings.overwrite and (finished := count_finished_pieces(folder)):
-            print(f"going on in {get_work_path(folder)}, where {finished} pieces are finished")
+            print(f"resuming in {get_work_path(folder)}, where {finished} pieces are finished")
         started = time.perf_counter()
         with tqdm(total=settings.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
             manifest = build_shards(
@@ -184,33 +179,51 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report_progress=lambda tokens: bar.update(tokens - bar.n),
             )
     report(manifest, folder, time.perf_counter() - started)
-    return 0
+
+
+def build_request(folder: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast) -> Request:
+    """Return what the settings ask for."""
+    recorded = list_recorded(settings)
+    begun = None if settings.overwrite else load_begun_source(folder, recorded)
+    options = ShardOptions(
+        shard_size=settings.shard_size,
+        val_tokens=settings.val_tokens,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        shuffle=not settings.no_shuffle,
+        num_workers=settings.num_workers or count_cores(),
+    )
+    return Request(build_corpus(settings, begun), tokenizer, name_tokenizer(settings.tokenizer), options, recorded)
 
 
 @contextlib.contextmanager
 def explained_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into a `UserError`, and tell with any of these what is finished already."""
+    """Turn errors of the disk into a `UserError`, and add to any error how much is finished already."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         if finished := count_finished_pieces(folder):
-            print(f"stopped: {finished} finished pieces are kept, and the same command goes on", file=sys.stderr)
+            print(f"stopped: {finished} finished pieces are kept, and the same command resumes", file=sys.stderr)
         raise
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error)
-        if not isinstance(error, UserError):
-            refusal = find_refusal(error)
-            if refusal is None:
-                raise
-            is_of_output = refusal.errno in SYSTEM_REFUSALS and (
-                refusal.filename is None or follow_links(refusal.filename).is_relative_to(get_work_path(folder).parent)
-            )
-            message = describe_refusal(refusal)
-            if is_of_output:
-                message = f"cannot write {folder}: {refusal.strerror} (about 4 bytes a token are needed)"
+        message = str(error) if isinstance(error, UserError) else describe_machine_error(error, folder)
+        if message is None:
+            raise
         if finished := count_finished_pieces(folder):
             message += f". {finished} finished pieces are kept: the same command goes on from there"
         raise UserError(message) from error
+
+
+def describe_machine_error(error: BaseException, folder: Path) -> str | None:
+    """Describe what the machine refused, or the disk of the output; `None` for a bug."""
+    refusal = find_refusal(error)
+    if refusal is None:
+        return None
+    output = get_work_path(folder).parent
+    is_of_output = refusal.filename is None or follow_links(refusal.filename).is_relative_to(output)
+    if refusal.errno in SYSTEM_REFUSALS and is_of_output:
+        return f"cannot write {folder}: {refusal.strerror} (about 4 bytes a token are needed)"
+    return describe_refusal(refusal)
 
 
 def check_settings(settings: PrepareSettings) -> None:
@@ -249,10 +262,10 @@ def name_tokenizer(name_or_path: str) -> str:
 
 
 def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Tell whether `folder` was made with the same settings.
+    """Return whether `folder` was made with the same settings.
 
     Raises:
-        UserError: it was made with others and may not be overwritten, or it is not a folder of ours.
+        UserError: it was made with others and may not be overwritten, or is not a folder of shards.
     """
     check_place(folder, is_folder=True)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -266,16 +279,14 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
     manifest = load_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} holds shards without a manifest: give another --output_dir, or --overwrite them")
-    wanted = list_recorded(settings)
     is_same_tokenizer = fingerprint_tokenizer(tokenizer) == manifest.tokenizer_fingerprint
-    different = [name for name in wanted if wanted[name] != manifest.settings.get(name)]
-    if is_same_tokenizer and "tokenizer" in different:  # it has moved, or is seen from another folder
-        different.remove("tokenizer")
-    if settings.files and not different and build_corpus(settings).source != manifest.source:
-        raise UserError(f"{folder} was made when the --files were others; give another --output_dir or --overwrite")
-    if different:
-        changes = ", ".join(f"{name} ({manifest.settings.get(name)} there)" for name in different)
+    recorded = list_recorded(settings)
+    if is_same_tokenizer:  # it may have moved, or have another name here
+        del recorded["tokenizer"]
+    if changes := ", ".join(list_changes(manifest.settings, recorded)):
         raise UserError(f"{folder} was made with other settings: {changes}; give another --output_dir or --overwrite")
+    if settings.files and build_corpus(settings).source != manifest.source:
+        raise UserError(f"{folder} was made when the --files were others; give another --output_dir or --overwrite")
     if not is_same_tokenizer:
         raise UserError(f"{folder} was made when {settings.tokenizer} was another one: --overwrite makes it anew")
     return True
@@ -290,13 +301,14 @@ def build_corpus(settings: PrepareSettings, begun: dict[str, Any] | None = None)
     """Build the corpus that the settings name.
 
     Args:
-        begun: the source of an unfinished run with the same settings: a dataset's branch may have moved since, and
-            what is finished belongs to the commit that it was at.
+        begun: the source of an unfinished run with the same settings, whose commit is kept: the dataset's branch may
+            have moved since.
     """
     if settings.files:
         separator = settings.document_separator
-        for spelled, meant in (SPELLED if separator is not None else {}).items():
-            separator = separator.replace(spelled, meant)
+        if separator is not None:
+            for spelled, meant in SPELLED.items():
+                separator = separator.replace(spelled, meant)
         return build_file_corpus(settings.files, settings.text_column, separator)
     if settings.dataset_name == DOCSTRINGS:
         return build_docstring_corpus()
@@ -334,7 +346,7 @@ def report(manifest: Manifest, folder: Path, seconds: float) -> None:
 
 
 def doubt_separator(manifest: Manifest) -> str | None:
-    """Say that `--document_separator` has cut nothing, where that is certain."""
+    """Return a note if `--document_separator` has certainly cut nothing."""
     separator = manifest.settings["document_separator"]
     files = [file["path"].lower().endswith(TEXT_SUFFIXES) for file in manifest.source.get("files", [])]
     if separator is None:

@@ -120,6 +120,10 @@ class Manifest:
         for file in self.source.get("files", []):
             if not isinstance(file["path"], str):
                 raise TypeError(f"source: {file!r:.80}")
+        for shard in self.shards:
+            # Not merely `Path.name`, which of ".." is itself.
+            if Path(shard.file).name != shard.file or shard.file in ("", ".."):
+                raise ValueError(f"{shard.file!r} is not a file of its folder")
         for name, checksum in self.other_files.items():
             if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name, re.ASCII) or not isinstance(checksum, str):
                 raise ValueError(f"other_files: {name!r:.80} is not a file of its folder with a checksum")
@@ -219,10 +223,6 @@ def load_manifest(folder: str | Path) -> Manifest | None:
         raise UserError(f"{path} is damaged ({error}): make the folder again with --overwrite") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
-    for shard in manifest.shards:
-        # Not merely `Path.name`, which of ".." is itself.
-        if Path(shard.file).name != shard.file or shard.file in ("", ".."):
-            raise UserError(f"{path} names {shard.file!r}, which is not a file of its folder")
     return manifest
 
 

@@ -14,7 +14,6 @@ the parts, in any order and by any worker, straight to their places in the final
 """
 
 import contextlib
-import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +25,7 @@ import numpy as np
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum, sync_file, sync_folder, sync_tree
 from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_encoder
-from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions
-from modeling_gpt2_repro.data.prepare.shuffle import Selection
+from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions, WorkerContext
 from modeling_gpt2_repro.data.prepare.tokenize_stage import (
     TaskSummary,
     list_sorted_chunks,
@@ -38,7 +36,6 @@ from modeling_gpt2_repro.data.prepare.tokenize_stage import (
 from modeling_gpt2_repro.data.prepare.work_folder import WorkFolder, open_work_folder
 from modeling_gpt2_repro.data.prepare.workers import WorkerPool
 from modeling_gpt2_repro.data.prepare.write_stage import (
-    Part,
     PartOutcome,
     Plan,
     list_validation_bytes,
@@ -104,22 +101,13 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
             with _open_pool(work, encoder, request.options) as pool:
                 tasks = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
-                n_tasks = sum(1 for _ in pool.map_in_order(_tokenize_task, tasks))
+                n_tasks = sum(1 for _ in pool.map_in_order(tokenize_task, tasks))
             # The other stage reads them without checking their digests.
             sync_tasks(work.pieces, range(first, first + n_tasks * count, count))
             return n_tasks
         plan = _plan(work, request, _collect_summaries(work, request))
         with _open_pool(work, None, request.options) as pool:
             return len(_write(pool, plan, range(first, len(plan.parts), count)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shared:
-    """What every worker knows: where the pieces are and how to make them."""
-
-    pieces: Path
-    encoder: DocumentEncoder | None
-    options: ShardOptions
 
 
 @contextlib.contextmanager
@@ -133,7 +121,7 @@ def _open_pool(
         work.lock.beat()
         report_progress(progress)
 
-    pool = WorkerPool(options.num_workers, _Shared(work.pieces, encoder, options), on_wait)
+    pool = WorkerPool(options.num_workers, WorkerContext(work.pieces, encoder, options), on_wait)
     try:
         yield pool
     finally:
@@ -142,7 +130,7 @@ def _open_pool(
 
 def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manifest:
     """Run what is left of both stages, and write all files of the folder but its manifest, which is returned."""
-    tasks = pool.map_in_order(_tokenize_task, enumerate(request.corpus.tasks))
+    tasks = pool.map_in_order(tokenize_task, enumerate(request.corpus.tasks))
     summaries = _take_enough(tasks, request.options)
     plan = _plan(work, request, summaries)
     outcomes = _write(pool, plan, range(len(plan.parts)))
@@ -206,18 +194,10 @@ def _write(pool: WorkerPool, plan: Plan, numbers: Iterable[int]) -> list[PartOut
     for writer in plan.writers:
         writer.create_files()
     calls = ((number, plan.parts[number], plan.selection) for number in numbers)
-    return list(pool.map_in_order(_write_part, calls))
+    return list(pool.map_in_order(write_part, calls))
 
 
-def _tokenize_task(shared: _Shared, number: int, task: Task) -> TaskSummary | None:
-    return tokenize_task(number, task, shared.pieces, shared.encoder, shared.options)
-
-
-def _write_part(shared: _Shared, number: int, part: Part, selection: Selection) -> PartOutcome:
-    return write_part(shared.pieces, number, part, selection)
-
-
-def _compute_checksum(shared: _Shared, path: Path) -> str:
+def _compute_checksum(context: WorkerContext, path: Path) -> str:
     return compute_checksum(path)
 
 

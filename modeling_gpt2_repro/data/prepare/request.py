@@ -1,10 +1,12 @@
-"""What is asked of a preparation: the documents, the tokenizer, and how they become shards."""
+"""What is asked of a preparation, and what its workers know of that."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder
 from modeling_gpt2_repro.data.sources.corpus import Corpus
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
 
@@ -54,3 +56,17 @@ class Request:
             "corpus_state": self.corpus.state,
             "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerContext:
+    """What every worker knows.
+
+    Attributes:
+        pieces: the folder of finished pieces.
+        encoder: None if nothing is left to tokenize.
+    """
+
+    pieces: Path
+    encoder: DocumentEncoder | None
+    options: ShardOptions

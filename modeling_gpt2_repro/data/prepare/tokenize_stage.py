@@ -24,7 +24,7 @@ from modeling_gpt2_repro.core.errors import raise_if_refused
 from modeling_gpt2_repro.core.files import sync_file, sync_folder
 from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, get_text_buffers
 from modeling_gpt2_repro.data.prepare.records import create_file, load_record, save_record
-from modeling_gpt2_repro.data.prepare.request import ShardOptions
+from modeling_gpt2_repro.data.prepare.request import WorkerContext
 from modeling_gpt2_repro.data.prepare.shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
 from modeling_gpt2_repro.data.prepare.workers import add_progress, is_over
 from modeling_gpt2_repro.data.sources.corpus import Task
@@ -96,13 +96,12 @@ class SortedChunk:
             destination[start : start + length] = tokens[source : source + length]
 
 
-def tokenize_task(
-    number: int, task: Task, folder: Path, encoder: DocumentEncoder, options: ShardOptions
-) -> TaskSummary | None:
-    """Tokenize task `number` into `folder`, unless it is finished; return `None` if nobody waits for it any more.
+def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummary | None:
+    """Tokenize task `number`, unless it is finished; return `None` if nobody waits for it any more.
 
     Reading ends at the first batch with which the task has `max_tokens` tokens.
     """
+    folder, encoder, options = context.pieces, context.encoder, context.options
     finished = load_summary(folder, number, check=True)
     if finished is not None:
         add_progress(finished.tokens)

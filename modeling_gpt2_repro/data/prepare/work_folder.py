@@ -69,7 +69,7 @@ class WorkFolder:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
             then, now = begun.pop("settings"), plan["settings"]
-            changes = [f"{name} ({then[name]} there)" for name in now if name in then and then[name] != now[name]]
+            changes = list_changes(then, {name: value for name, value in now.items() if name in then})
             has_changed = begun.pop("corpus_state", None) != plan["corpus_state"]
             changes += [name for name, value in begun.items() if value != plan[name]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -133,6 +133,11 @@ def finish_publishing(final: Path) -> None:
 def get_work_path(final: Path) -> Path:
     """Return where the shards of the folder `final` are made."""
     return final.with_name(final.name + TEMPORARY_SUFFIX)
+
+
+def list_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return which of the settings `now` were others `then`, with the value that each had."""
+    return [f"{name} ({then.get(name)} there)" for name, value in now.items() if then.get(name) != value]
 
 
 def count_finished_pieces(final: Path) -> int:

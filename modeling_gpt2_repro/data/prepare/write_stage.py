@@ -12,7 +12,7 @@ import numpy as np
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.prepare.records import load_record, save_record
-from modeling_gpt2_repro.data.prepare.request import ShardOptions
+from modeling_gpt2_repro.data.prepare.request import ShardOptions, WorkerContext
 from modeling_gpt2_repro.data.prepare.shuffle import (
     Selection,
     choose_validation_end,
@@ -139,9 +139,9 @@ def list_validation_bytes(plan: Plan) -> np.ndarray:
     return np.concatenate([select_validation(chunk.read_documents(), plan.selection)["bytes"] for chunk in front])
 
 
-def write_part(folder: Path, number: int, part: Part, selection: Selection) -> PartOutcome:
-    """Write part `number` to its shards and its outcome to `folder`, unless it is finished; return the outcome."""
-    outcome_path = folder / f"part-{number:06d}.json"
+def write_part(context: WorkerContext, number: int, part: Part, selection: Selection) -> PartOutcome:
+    """Write part `number` to its shards and save the outcome, unless it is finished; return the outcome."""
+    outcome_path = context.pieces / f"part-{number:06d}.json"
     if (finished := load_record(outcome_path, PartOutcome)) is not None:
         return finished
     by_chunk = [part.select_documents(chunk, selection) for chunk in part.chunks]

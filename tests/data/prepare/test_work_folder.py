@@ -64,8 +64,12 @@ def kill_after(process, folder, n_pieces: int) -> dict[str, int]:
     """Kill the process once it has finished so many pieces, or ends; return what is finished."""
     while process.is_alive() and len(list_pieces(folder)) < n_pieces:
         time.sleep(0.0005)
+    workers = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        workers = psutil.Process(process.pid).children()
     process.kill()
     process.join()
+    psutil.wait_procs(workers, timeout=30)  # one may just finish a piece
     return list_pieces(folder)
 
 
