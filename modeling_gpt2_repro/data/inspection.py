@@ -5,7 +5,6 @@ are small, and so is that of document lengths, because n tokens make documents o
 (141,421 for ten billion tokens).
 """
 
-import bisect
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -35,8 +34,8 @@ class Document:
 
     Attributes:
         position: of its end-of-text id, which stands in front of it, in `file`.
-        tokens: its length, with that id; it may go on in the next file.
-        ids: without that id, uint16; no more than were asked for.
+        tokens: its length, with that id; it may continue in the next file.
+        ids: without that id, uint16; no more than requested.
     """
 
     split: Split
@@ -52,14 +51,15 @@ class DocumentIndex:
 
     Attributes:
         files: the split's shards in order.
-        chunk_starts: the position of each chunk in the split, int64 of shape `(chunks,)`; none lies in two files.
-        documents_before: documents that begin before each chunk, and before the end, int64 of shape `(chunks + 1,)`.
+        chunk_bounds: where each chunk begins in the split, and where the last one ends, int64 of shape
+            `(chunks + 1,)`; no chunk lies in two files.
+        documents_before: documents that begin before each of these bounds, int64 of the same shape.
     """
 
     split: Split
     files: dict[Path, np.ndarray]
     eot_id: int
-    chunk_starts: np.ndarray
+    chunk_bounds: np.ndarray
     documents_before: np.ndarray
 
     @property
@@ -70,27 +70,24 @@ class DocumentIndex:
     def read_document(self, number: int, max_ids: int) -> Document:
         """Read document `number`, counted from 0 in the order of the split, with up to `max_ids` of its ids."""
         start, end = self._find_start(number), self._find_start(number + 1)
-        file_ends = self._list_file_ends()
-        file = bisect.bisect_right(file_ends, start)
-        ids = read_tokens(self._tokens, start + 1, min(end, start + 1 + max_ids))
-        position = start - (file_ends[file] - len(self._tokens[file]))
-        return Document(self.split, list(self.files)[file].name, position, end - start, ids)
+        ids = read_tokens(self.files.values(), start + 1, min(end, start + 1 + max_ids))
+        return Document(self.split, *self._locate(start), end - start, ids)
 
-    @property
-    def _tokens(self) -> list[np.ndarray]:
-        return list(self.files.values())
-
-    def _list_file_ends(self) -> list[int]:
-        return np.cumsum([len(tokens) for tokens in self._tokens]).tolist()
+    def _locate(self, position: int) -> tuple[str, int]:
+        """Return the name of the file at a position of the split, and the position in that file."""
+        for path, tokens in self.files.items():
+            if position < len(tokens):
+                return path.name, position
+            position -= len(tokens)
+        raise IndexError(position)
 
     def _find_start(self, number: int) -> int:
-        """Return where a document begins in the split; behind the last one lies the split's end."""
+        """Return where a document begins in the split; after the last one, where the split ends."""
         if number == self.documents:
-            return self._list_file_ends()[-1]
+            return int(self.chunk_bounds[-1])
         chunk = int(np.searchsorted(self.documents_before, number, side="right")) - 1
-        start = int(self.chunk_starts[chunk])
-        end = int(self.chunk_starts[chunk + 1]) if chunk + 1 < len(self.chunk_starts) else self._list_file_ends()[-1]
-        positions = np.flatnonzero(read_tokens(self._tokens, start, end) == self.eot_id)
+        start, end = self.chunk_bounds[chunk : chunk + 2].tolist()
+        positions = np.flatnonzero(read_tokens(self.files.values(), start, end) == self.eot_id)
         return start + int(positions[number - self.documents_before[chunk]])
 
 
@@ -102,8 +99,8 @@ class SplitStatistics:
 
     Attributes:
         tokens: all tokens.
-        tokens_before_first: those in front of the first end-of-text id: the rest of a document that began elsewhere.
-            They are in `tokens` and `token_counts` and belong to no document.
+        tokens_before_first: those before the first end-of-text id, the rest of a document that began elsewhere. They
+            count in `tokens` and `token_counts` and belong to no document.
         text_bytes: UTF-8 bytes that the tokens stand for.
         token_counts: how often each id occurs, int64 of shape `(vocab_size,)`.
         lengths: the lengths that documents have, in tokens, ascending, int64; `length_counts`: how many have each.
@@ -175,19 +172,19 @@ def inspect_folder(
     max_ids: int,
     report_progress: Callable[[int, int], None] = lambda tokens, total: None,
 ) -> Inspection:
-    """Count what lies in `folder` and read `n_documents` of its documents, with up to `max_ids` ids each.
+    """Count what is in `folder` and read `n_documents` of its documents, with up to `max_ids` ids each.
 
-    GPT-2's tokenizer is taken for that of a folder without a manifest.
+    A folder without a manifest is taken for one of GPT-2's tokenizer.
 
     Args:
         report_progress: called now and then with the number of tokens read since, and of all that there are.
 
     Raises:
         UserError: a missing or unfinished folder, one without shards or tokens, a damaged shard or manifest, a
-            tokenizer that is not to be had or is not the shards', or ids that it does not have.
+            tokenizer that cannot be loaded or is not the shards', or ids that it does not have.
     """
     manifest = load_manifest(folder)
-    # Without any shards, what is wrong with the folder is said for the split that every folder has.
+    # Without any shards, the error is the one for the split that every folder has.
     files = {split: map_files(folder, split) for split in list_splits(folder) or ["train"]}
     total = sum(len(tokens) for of_split in files.values() for tokens in of_split.values())
     if not total:
@@ -230,18 +227,18 @@ def scan_split(
     vocab_size = len(byte_lengths)
     token_counts = np.zeros(MAX_VOCAB_SIZE, dtype=np.int64)
     length_counts: collections.Counter[int] = collections.Counter()
-    chunk_starts, documents_before = [], [0]
+    chunk_bounds, documents_before = [0], [0]
     last_start = np.empty(0, dtype=np.int64)
     n_tokens = 0
     for path, tokens in files.items():
         for _, chunk in iterate_chunks(tokens):
             token_counts += np.bincount(chunk, minlength=MAX_VOCAB_SIZE)
             starts = n_tokens + np.flatnonzero(chunk == eot_id)
-            chunk_starts.append(n_tokens)
             documents_before.append(documents_before[-1] + len(starts))
             length_counts.update(np.diff(starts, prepend=last_start).tolist())
             last_start = starts[-1:] if len(starts) else last_start
             n_tokens += len(chunk)
+            chunk_bounds.append(n_tokens)
             report_progress(len(chunk))
         if token_counts[vocab_size:].any():
             beyond = describe_ids_beyond(tokens, vocab_size)
@@ -257,7 +254,7 @@ def scan_split(
         token_counts=token_counts[:vocab_size],
         lengths=lengths,
         length_counts=counts_by_length,
-        index=DocumentIndex(split, files, eot_id, np.array(chunk_starts), np.array(documents_before)),
+        index=DocumentIndex(split, files, eot_id, np.array(chunk_bounds), np.array(documents_before)),
     )
 
 

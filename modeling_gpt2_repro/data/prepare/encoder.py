@@ -37,27 +37,22 @@ class UnknownTextError(UserError):
     """A text contains something that the tokenizer has no token for."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EncoderSpec:
-    """What a process needs in order to build a `DocumentEncoder`."""
-
-    tokenizer_json: str
-    eot_id: int
-    uses_gigatoken: bool
-
-
+@dataclasses.dataclass(eq=False, repr=False)
 class DocumentEncoder:
     """Encodes documents as ordinary text, on the calling thread.
 
     A forked worker inherits its parent's engine; a spawned one, to which the encoder is pickled, builds its own.
     """
 
-    def __init__(self, spec: EncoderSpec):
-        self.spec = spec
+    tokenizer_json: str
+    eot_id: int
+    uses_gigatoken: bool
+
+    def __post_init__(self):
         self._build_engine()
 
     def __reduce__(self):
-        return DocumentEncoder, (self.spec,)
+        return DocumentEncoder, (self.tokenizer_json, self.eot_id, self.uses_gigatoken)
 
     def encode(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         """Encode a batch.
@@ -70,9 +65,9 @@ class DocumentEncoder:
             UnknownTextError: the tokenizer has no token for a text, not even an unknown one.
             UserError: the tokenizer makes the end-of-text id of a text.
         """
-        encode = self._encode_fast if self.spec.uses_gigatoken else self._encode_slowly
+        encode = self._encode_fast if self.uses_gigatoken else self._encode_slowly
         tokens, offsets = encode(documents)
-        if (tokens == self.spec.eot_id).any():
+        if (tokens == self.eot_id).any():
             raise UserError(
                 "the tokenizer encodes unknown text as its end-of-text id, which would end the document there: choose "
                 "one whose unk_token is not its eos_token"
@@ -112,12 +107,12 @@ class DocumentEncoder:
     def _build_engine(self) -> None:
         self._engine = None  # the old one first, so that the two never exist together
         self._engine_bytes = 0
-        if self.spec.uses_gigatoken:
+        if self.uses_gigatoken:
             import awkward  # noqa: F401  half a second; here, so that a failure is raised where the engine is chosen
 
-            self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.spec.tokenizer_json))
+            self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.tokenizer_json))
         else:
-            self._engine = tokenizers.Tokenizer.from_str(self.spec.tokenizer_json)
+            self._engine = tokenizers.Tokenizer.from_str(self.tokenizer_json)
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> DocumentEncoder:
@@ -129,14 +124,13 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> DocumentEnco
     """
     _check_ids(tokenizer, name)
     definition = json.dumps(define_text_encoding(tokenizer))
-    spec = EncoderSpec(definition, tokenizer.eos_token_id, uses_gigatoken=True)
     try:
-        encoder = DocumentEncoder(spec)
+        encoder = DocumentEncoder(definition, tokenizer.eos_token_id, uses_gigatoken=True)
     # What gigatoken raises for features that it lacks, and awkward under `python -X dev`.
     except (ValueError, RuntimeError, TypeError, NotImplementedError, LookupError) as error:
         reason = format_line(str(error))
         print(f"gigatoken does not support the tokenizer {name}; using the slower tokenizers: {reason}", flush=True)
-        encoder = DocumentEncoder(dataclasses.replace(spec, uses_gigatoken=False))
+        encoder = DocumentEncoder(definition, tokenizer.eos_token_id, uses_gigatoken=False)
     else:
         check_engines_agree(encoder, name)
     check_boundaries(encoder, tokenizer.eos_token, name)
@@ -182,7 +176,7 @@ def define_text_encoding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def check_engines_agree(encoder: DocumentEncoder, name: str) -> None:
     """Raise a `UserError` when gigatoken and `tokenizers` give a sample of odd texts different ids."""
-    reference = DocumentEncoder(dataclasses.replace(encoder.spec, uses_gigatoken=False))
+    reference = dataclasses.replace(encoder, uses_gigatoken=False)
     for text in ODD_SAMPLE:
         if not np.array_equal(encoder.encode_text(text), reference.encode_text(text)):
             raise UserError(

@@ -108,7 +108,7 @@ def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummar
         return finished
     empty = 0
     with create_file(_get_path(folder, number, "tokens.bin")) as stream:
-        writer = _ChunkWriter(stream, encoder.spec.eot_id, options.shuffle)
+        writer = _ChunkWriter(stream, encoder.eot_id, options.shuffle)
         for batch in task.read_batches():
             documents, ids = encode_documents(encoder, batch, options.seed)
             empty += len(batch) - len(documents)

@@ -19,7 +19,6 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.prepare import encoder as encoding
 from modeling_gpt2_repro.data.prepare.encoder import (
     DocumentEncoder,
-    EncoderSpec,
     UnknownTextError,
     build_encoder,
     check_engines_agree,
@@ -29,54 +28,54 @@ from modeling_gpt2_repro.data.tokenizer import ODD_SAMPLE
 
 
 @pytest.fixture(scope="module")
-def gigatoken_spec(tokenizer):
-    spec = build_encoder(tokenizer, "gpt2").spec
-    assert spec.uses_gigatoken
-    return spec
+def gigatoken_encoder(tokenizer):
+    encoder = build_encoder(tokenizer, "gpt2")
+    assert encoder.uses_gigatoken
+    return encoder
 
 
 @pytest.fixture(scope="module")
-def reference_spec(gigatoken_spec):
-    return dataclasses.replace(gigatoken_spec, uses_gigatoken=False)
+def reference_encoder(gigatoken_encoder):
+    return dataclasses.replace(gigatoken_encoder, uses_gigatoken=False)
 
 
-def encode(spec, texts):
-    tokens, offsets = DocumentEncoder(spec).encode(pa.array(texts, pa.large_string()))
+def encode(encoder, texts):
+    tokens, offsets = encoder.encode(pa.array(texts, pa.large_string()))
     assert tokens.dtype == np.uint16
     return [tokens[start:end].tolist() for start, end in itertools.pairwise(offsets)]
 
 
-@pytest.mark.parametrize("engine", ["gigatoken_spec", "reference_spec"])
+@pytest.mark.parametrize("engine", ["gigatoken_encoder", "reference_encoder"])
 def test_encodes_published_ids(engine, request):
     assert encode(request.getfixturevalue(engine), list(PUBLISHED)) == list(PUBLISHED.values())
 
 
-@pytest.mark.parametrize("engine", ["gigatoken_spec", "reference_spec"])
+@pytest.mark.parametrize("engine", ["gigatoken_encoder", "reference_encoder"])
 def test_special_token_in_text_stays_text(engine, request):
     assert encode(request.getfixturevalue(engine), ["<|endoftext|>"]) == [[27, 91, 437, 1659, 5239, 91, 29]]
 
 
-def test_engines_agree_on_random_text(gigatoken_spec, reference_spec):
+def test_engines_agree_on_random_text(gigatoken_encoder, reference_encoder):
     generator = np.random.default_rng(0)
     alphabet = [*list("aàβж中🙂 \n\t'0.<|"), "<|endoftext|>", "'ll", "  ", "ing", " the", "\xa0", "\r\n"]
     texts = ["".join(generator.choice(alphabet, generator.integers(0, 60))) for _ in range(300)]
-    assert encode(gigatoken_spec, texts) == encode(reference_spec, texts)
+    assert encode(gigatoken_encoder, texts) == encode(reference_encoder, texts)
 
 
-def test_encodes_a_slice_of_an_array(gigatoken_spec):
+def test_encodes_a_slice_of_an_array(gigatoken_encoder):
     texts = pa.array(["one", "two words", "three", "four"], pa.large_string())
-    tokens, offsets = DocumentEncoder(gigatoken_spec).encode(texts[1:3])
+    tokens, offsets = dataclasses.replace(gigatoken_encoder).encode(texts[1:3])
     assert [tokens[: offsets[1]].tolist(), tokens[offsets[1] :].tolist()] == encode(
-        gigatoken_spec, ["two words", "three"]
+        gigatoken_encoder, ["two words", "three"]
     )
 
 
-def test_rebuilt_engine_gives_the_same_ids(gigatoken_spec, monkeypatch):
+def test_rebuilt_engine_gives_the_same_ids(gigatoken_encoder, monkeypatch):
     texts = [f"word{i} " * 20 for i in range(50)]
-    expected = encode(gigatoken_spec, texts)
+    expected = encode(gigatoken_encoder, texts)
     monkeypatch.setattr(encoding, "ENGINE_BYTES", 18_000)
     monkeypatch.setattr(encoding, "measure_private_memory", lambda: None)  # as elsewhere than on Linux
-    encoder = DocumentEncoder(gigatoken_spec)
+    encoder = dataclasses.replace(gigatoken_encoder)
     engines = set()
     for text, ids in zip(texts, expected, strict=True):
         assert encoder.encode(pa.array([text], pa.large_string()))[0].tolist() == ids
@@ -84,9 +83,8 @@ def test_rebuilt_engine_gives_the_same_ids(gigatoken_spec, monkeypatch):
     assert len(engines) > 1
 
 
-def measure_growth(spec: EncoderSpec) -> int:
+def measure_growth(encoder: DocumentEncoder) -> int:
     """Return by how much encoding five million words, no two of them alike, makes this process grow at most."""
-    encoder = DocumentEncoder(spec)
     letters = np.random.default_rng(0).integers(97, 123, (5_000_000, 8), dtype=np.uint8)
     letters[:, 0] = 32
     texts = [words.tobytes().decode() for words in np.array_split(letters, 50)]
@@ -99,16 +97,16 @@ def measure_growth(spec: EncoderSpec) -> int:
 
 
 @pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
-def test_ever_new_words_take_bounded_memory(gigatoken_spec):
+def test_ever_new_words_take_bounded_memory(gigatoken_encoder):
     # In a process of its own, which has no free memory from before for the engine to grow into.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        growth = pool.apply(measure_growth, (gigatoken_spec,))
+        growth = pool.apply(measure_growth, (gigatoken_encoder,))
     assert 20e6 < growth < 250e6  # 350e6 and rising where nothing is forgotten
 
 
 @pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
-def test_memory_of_others_does_not_cost_the_engine_its_words(gigatoken_spec):
-    encoder = DocumentEncoder(gigatoken_spec)
+def test_memory_of_others_does_not_cost_the_engine_its_words(gigatoken_encoder):
+    encoder = dataclasses.replace(gigatoken_encoder)
     engine, held = encoder._engine, []
     for text in ("one", "two", "three"):
         held.append(np.ones(encoding.ENGINE_BYTES, np.uint8))
@@ -116,15 +114,15 @@ def test_memory_of_others_does_not_cost_the_engine_its_words(gigatoken_spec):
     assert encoder._engine is engine
 
 
-def test_an_encoder_travels_to_another_process(gigatoken_spec):
-    encoder = pickle.loads(pickle.dumps(DocumentEncoder(gigatoken_spec)))
+def test_an_encoder_travels_to_another_process(gigatoken_encoder):
+    encoder = pickle.loads(pickle.dumps(gigatoken_encoder))
     assert encoder.encode(pa.array(["Hello world"], pa.large_string()))[0].tolist() == PUBLISHED["Hello world"]
 
 
-def test_different_engines_stop_the_run(gigatoken_spec, monkeypatch):
+def test_different_engines_stop_the_run(gigatoken_encoder, monkeypatch):
     monkeypatch.setattr(DocumentEncoder, "_encode_slowly", lambda self, documents: (np.array([64]), np.array([0, 1])))
     with pytest.raises(UserError, match="differently"):
-        check_engines_agree(DocumentEncoder(gigatoken_spec), "gpt2")
+        check_engines_agree(dataclasses.replace(gigatoken_encoder), "gpt2")
 
 
 def test_an_encoder_leaves_the_tokenizer_as_it_was(tokenizer):
@@ -158,7 +156,7 @@ def test_no_text_makes_a_special_token(family):
     forgeries = list_forgeries(family)
     special = {index for index, token in family.added_tokens_decoder.items() if token.special}
     assert family.eos_token_id in {*family(f"the {family.eos_token} of")["input_ids"]}  # where nobody sees to it
-    for text, ids in zip(forgeries, encode(build_encoder(family, "tiny").spec, forgeries), strict=True):
+    for text, ids in zip(forgeries, encode(build_encoder(family, "tiny"), forgeries), strict=True):
         assert family.eos_token_id not in ids, text
         assert special.isdisjoint({*ids} - {family.unk_token_id}), text
 
@@ -169,7 +167,7 @@ def test_what_spells_no_special_token_keeps_its_ids(family):
     texts = [text for text in texts if not any(token in text.lower() for token in tokens)]
     options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "padding": False}
     expected = [family(text, **options)["input_ids"] for text in texts]
-    assert encode(build_encoder(family, "tiny").spec, texts) == expected
+    assert encode(build_encoder(family, "tiny"), texts) == expected
 
 
 def build_unknown_ends() -> list[Tokenizer]:
@@ -190,7 +188,7 @@ def test_an_end_of_text_token_for_unknown_text_is_refused(backend):
         build_encoder(tokenizer, "words")
     definition = json.dumps(define_text_encoding(tokenizer))
     with pytest.raises(UserError, match="unk_token"):  # nor do shards get the id if a text has it all the same
-        encode(EncoderSpec(definition, 0, uses_gigatoken=False), ["a", "b"])
+        encode(DocumentEncoder(definition, 0, uses_gigatoken=False), ["a", "b"])
 
 
 def test_an_end_of_text_token_that_text_cannot_do_without_is_refused(tokenizer):
@@ -204,7 +202,7 @@ def test_an_end_of_text_token_that_becomes_unknown_text_is_told(capsys, eos_toke
     words = Tokenizer(models.WordLevel({"<unk>": 0, eos_token: 1, "a": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos_token)
-    assert encode(build_encoder(tokenizer, "words").spec, [f"a{eos_token}a"]) == [[2, 0, 2]]
+    assert encode(build_encoder(tokenizer, "words"), [f"a{eos_token}a"]) == [[2, 0, 2]]
     assert f"takes {eos_token!r} in a text" in capsys.readouterr().out
 
 
@@ -216,10 +214,10 @@ def test_ids_with_gaps_are_refused():
 
 def test_a_text_without_tokens_for_it_is_explained():
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="none"))
-    spec = build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words").spec
-    assert encode(spec, ["a"]) == [[0]]
+    encoder = build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words")
+    assert encode(encoder, ["a"]) == [[0]]
     with pytest.raises(UnknownTextError, match="no tokens"):
-        encode(spec, ["b"])
+        encode(encoder, ["b"])
 
 
 def test_single_characters_and_bytes_stay_what_they_are_if_they_are_special():
@@ -227,7 +225,7 @@ def test_single_characters_and_bytes_stay_what_they_are_if_they_are_special():
     backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     backend.add_special_tokens(["\n", "<0x0D>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    assert encode(build_encoder(tokenizer, "bytes").spec, ["a\n\r"]) == [[1, 2, 3 + 13]]
+    assert encode(build_encoder(tokenizer, "bytes"), ["a\n\r"]) == [[1, 2, 3 + 13]]
 
 
 def test_nothing_is_cut_or_put_around_a_document(tokenizer):
@@ -238,19 +236,19 @@ def test_nothing_is_cut_or_put_around_a_document(tokenizer):
         single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 50256)]
     )
     framing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    spec = build_encoder(framing, "framing").spec
-    assert spec.uses_gigatoken
-    reference = dataclasses.replace(spec, uses_gigatoken=False)
+    encoder = build_encoder(framing, "framing")
+    assert encoder.uses_gigatoken
+    reference = dataclasses.replace(encoder, uses_gigatoken=False)
     expected = [PUBLISHED["Hello, I'm a language model,"]]
-    assert encode(spec, ["Hello, I'm a language model,"]) == expected
+    assert encode(encoder, ["Hello, I'm a language model,"]) == expected
     assert encode(reference, ["Hello, I'm a language model,"]) == expected
 
 
 def test_bytes_of_a_small_tokenizer():
     alphabet = GPT2TokenizerFast().backend_tokenizer.pre_tokenizer.alphabet()
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(alphabet))} | {"<|endoftext|>": 256}
-    spec = build_encoder(GPT2TokenizerFast(vocab=vocabulary, merges=[]), "bytes").spec
-    (ids,) = encode(spec, ["ä<|endoftext|>"])
+    encoder = build_encoder(GPT2TokenizerFast(vocab=vocabulary, merges=[]), "bytes")
+    (ids,) = encode(encoder, ["ä<|endoftext|>"])
     assert len(ids) == 2 + len("<|endoftext|>")
 
 
@@ -270,7 +268,7 @@ def test_tokenizer_without_end_of_text_is_refused():
 def test_tokenizer_unknown_to_gigatoken_uses_the_reference_and_says_so(capsys):
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
-    spec = build_encoder(tokenizer, "words").spec
-    assert not spec.uses_gigatoken
+    encoder = build_encoder(tokenizer, "words")
+    assert not encoder.uses_gigatoken
     assert capsys.readouterr().out.startswith("gigatoken does not support the tokenizer words")
-    assert encode(spec, ["a"]) == [[0]]
+    assert encode(encoder, ["a"]) == [[0]]
