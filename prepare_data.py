@@ -360,7 +360,7 @@ def doubt_separator(manifest: Manifest) -> str | None:
 
 
 def inspect(folder: Path, n_documents: int, seed: int) -> None:
-    """Print what lies in `folder`, and draw it."""
+    """Print and draw statistics and documents of `folder`."""
     # Matplotlib takes half a second to load, and nothing else here needs it.
     from modeling_gpt2_repro.plots.corpus_figure import draw_inspection
 

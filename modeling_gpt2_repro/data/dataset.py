@@ -12,21 +12,21 @@ from modeling_gpt2_repro.core.devices import enter_device, name_device
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import load_manifest, open_split
 
-# Micro-batches read before they are asked for; each is half a megabyte at 64 x 1,024 tokens.
+# Micro-batches read ahead; each is half a megabyte at 64 x 1,024 tokens.
 PREFETCHED = 4
 
 
 class TokenDataset(torch.utils.data.Dataset):
     """The windows of one split: window i holds tokens [i*T, (i+1)*T], the last of which is the next window's first.
 
-    A window so gives T inputs and T targets, and may straddle two shards. Only what is read is paged in, so memory
+    A window thus gives T inputs and T targets, and may straddle two shards. Only what is read is paged in, so memory
     does not grow with the corpus.
 
     Args:
         folder: shards and, where `prepare_data.py` wrote them, their manifest.
         split: `train` or `val`.
         sequence_length: T, in tokens.
-        vocab_size: ids from here on up are refused when they are read.
+        vocab_size: reading an id that is not below it is an error.
 
     Raises:
         UserError: no readable shards, or fewer tokens than one window.
@@ -49,7 +49,7 @@ class TokenDataset(torch.utils.data.Dataset):
 
     @property
     def is_shuffled(self) -> bool:
-        """Whether the documents lie in a random order, as far as a manifest says so."""
+        """Whether the documents are in random order, according to the manifest."""
         return self.manifest is not None and self.manifest.shuffled
 
     def __len__(self) -> int:
@@ -91,14 +91,13 @@ def prefetch(
 ) -> Iterator[torch.Tensor]:
     """Yield `dataset.read(micro_batch)` on `device` for each of `micro_batches`, reading up to `depth` of them ahead.
 
-    The order is that of `micro_batches`, which a thread iterates over as well. What goes to a CUDA device is pinned,
-    so that its copy does not wait for the work queued before it. An error comes up where its batch is due. The thread
-    ends with the iterator, exhausted or closed, and never waits for the consumer: a loop that breaks off leaves
-    nothing hanging.
+    The order is that of `micro_batches`, which the reading thread iterates over as well. Batches for a CUDA device are
+    pinned, so that their copies do not wait for the work queued before them. An error is raised where its batch is
+    due. The thread ends with the iterator, exhausted or closed, and never waits for the consumer: a loop that breaks
+    leaves nothing hanging.
 
-    One thread is enough, and a process would only add a copy: a batch in the page cache takes 0.1 ms, and one that has
-    to come from the disk (80 ms of a cold SSD, permuted) is waited for without the interpreter's lock, which numpy
-    gives up while it copies.
+    One thread is enough, and a process would only add a copy: a batch in the page cache takes 0.1 ms, and numpy
+    releases the interpreter's lock while it waits for one from the disk (80 ms for permuted windows on a cold SSD).
     """
     windows = iter(micro_batches)
     pin = device.type == "cuda"

@@ -30,7 +30,7 @@ from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_data_tokeniz
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document as it lies in the shards.
+    """A document in the shards.
 
     Attributes:
         position: of its end-of-text id, which stands in front of it, in `file`.
@@ -95,7 +95,7 @@ class DocumentIndex:
 class SplitStatistics:
     """One split, counted.
 
-    A document is an end-of-text id and what follows it up to the next one, in whatever files; lengths include that id.
+    A document is an end-of-text id and what follows it up to the next one, across files; lengths include that id.
 
     Attributes:
         tokens: all tokens.

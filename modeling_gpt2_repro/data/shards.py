@@ -1,8 +1,8 @@
 """Folders of token shards: the one module that knows their format.
 
 A folder holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
-`manifest.json`, written last. The tokenizer that they were written with lies beside them, so that the folder can be
-used anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` writes them, and the `.bin` files of other
+`manifest.json`, written last. It also has the tokenizer that they were written with, so that it can be used
+anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` writes them, and the `.bin` files of other
 programs (`foreign_shards.py`) are read as well.
 """
 
@@ -78,12 +78,12 @@ class Manifest:
     """What a folder of shards holds and where it came from.
 
     Attributes:
-        settings: what was asked for, to tell the same request from another.
+        settings: what was requested, to recognize the same request.
         read: all documents that were read; `train`, `val` and `validation_copies` add up to it.
-        validation_copies: training documents with the text of a validation document, which were left out.
+        validation_copies: training documents with the text of a validation document, which are left out.
         duplicates: training documents whose text an earlier training document has; they are kept.
         empty_documents: texts that are null, empty, or nothing to the tokenizer, which were skipped.
-        validation_ends_inside_document: the last validation document goes on in the training split.
+        validation_ends_inside_document: the last validation document continues in the training split.
         other_files: the checksums of what belongs to the shards, by path in the folder; folders that an older version
             wrote have nothing else.
     """
@@ -291,7 +291,7 @@ def map_shard(path: Path) -> np.ndarray:
             return _map_tokens(path, tokens.offset, len(tokens))
     except UserError:
         raise
-    except Exception as error:  # for a damaged header numpy also raises whatever Python's parser does
+    except Exception as error:  # numpy's parser of headers raises any of Python's errors
         raise_if_refused(error, path)
         reason = f"it is {content}" if (content := describe_content(path)) not in (None, NUMPY) else error
         raise UserError(f"{path} is no whole .npy file ({reason}): make the folder again") from error
@@ -363,13 +363,13 @@ def find_foreign_file(folder: str | Path) -> str | None:
     replaced. Hidden files, which file managers leave anywhere, do not count."""
     names = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
     shard = re.compile(r".*_(val|train)_\d{6}\.npy")
-    ours = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
+    known = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
     # Without shards, files of these names are the user's own.
     if any(name in (MANIFEST_NAME, PLAN_NAME) or shard.fullmatch(name) for name in names):
-        ours |= {TOKENIZER_FOLDER, TEXT_BYTES_NAME}
+        known |= {TOKENIZER_FOLDER, TEXT_BYTES_NAME}
     for name in names:
-        known = name.removesuffix(TEMPORARY_SUFFIX)
-        if known not in ours and not shard.fullmatch(known):
+        final_name = name.removesuffix(TEMPORARY_SUFFIX)
+        if final_name not in known and not shard.fullmatch(final_name):
             return name
     return None
 

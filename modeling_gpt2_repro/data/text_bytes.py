@@ -56,7 +56,7 @@ def load_text_bytes(folder: str | Path) -> np.ndarray | None:
     try:
         document_bytes = np.load(path, mmap_mode="r")
         is_right = document_bytes.dtype == np.uint64 and document_bytes.shape == (manifest.val.documents,)
-    except Exception as error:  # for a damaged header numpy also raises whatever Python's parser does
+    except Exception as error:  # numpy's parser of headers raises any of Python's errors
         raise UserError(f"{path} cannot be read ({error}): make the folder again with --overwrite") from error
     if not is_right or int(document_bytes.sum()) != manifest.val.bytes:
         raise UserError(f"{path} is not what the manifest counts: make the folder again with --overwrite")

@@ -23,7 +23,7 @@ from modeling_gpt2_repro.data.shards import (
 def verify_folder(folder: str | Path) -> Manifest:
     """Check a folder against its manifest and the rules of the format.
 
-    Every shard is there under its name, of the right type, size and checksum, and no other shard lies beside them; so
+    Every shard is there under its name, of the right type, size and checksum, and there are no other shards; so
     are the manifest's other files; the documents add up; every id is below `vocab_size`; each split begins with the
     end-of-text id, and no document is empty.
 
@@ -99,7 +99,7 @@ def _check_ends(tokens: np.ndarray, shard: Shard, manifest: Manifest) -> list[st
     """Check how a split begins and ends.
 
     If the validation split ends inside a document, it may have no more of it than its end-of-text id; and the rest of
-    that document, which has no such id, lies anywhere in the training split, also at its front.
+    that document, which has no such id, is anywhere in the training split, perhaps at its front.
     """
     is_cut = manifest.validation_ends_inside_document
     shards = manifest.list_shards(shard.split)

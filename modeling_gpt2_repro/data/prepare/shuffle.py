@@ -1,10 +1,10 @@
 """The order of documents: which are validation, which are training, and where each training document goes.
 
-Everything here is a function of the documents in source order and of the seed. How the documents lie in files, how
-many workers read them and how the key space is cut into buckets change nothing.
+Everything here is a function of the documents in source order and of the seed. How files divide the documents, how
+many workers read them and how buckets divide the key space change nothing.
 
-FineWeb-Edu keeps the order in which it was crawled, and a model trained on it in that order has a periodic loss; so
-each training document gets a key, a 64-bit hash of its text under the seed, and documents follow each other by key.
+FineWeb-Edu keeps the order in which it was crawled, and training in that order makes the loss periodic; so each
+training document gets a key, a 64-bit hash of its text under the seed, and documents are sorted by key.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import xxhash
 
 KEY_SPACE = 2**64
 
-# One tokenised document: its key, where its tokens lie in the task's file of tokens, its place in source order, its
-# tokens (the end-of-text id in front included) and its text's UTF-8 bytes.
+# One tokenized document: its key, where its tokens begin in the task's file of tokens, its position in source order,
+# the number of its tokens (with the end-of-text id in front) and of its text's UTF-8 bytes.
 DOCUMENT_DTYPE = np.dtype(
     [("key", "<u8"), ("offset", "<u8"), ("position", "<u8"), ("tokens", "<u4"), ("bytes", "<u8")], align=False
 )
@@ -27,7 +27,7 @@ class Selection:
     """Which documents each split gets, by their position in source order.
 
     Positions below `validation_documents` are validation, those from there up to `documents` training; the rest is
-    not used. Where no boundary between documents would do, the first `cut_tokens` tokens of the first training
+    not used. If no boundary between documents is suitable, the first `cut_tokens` tokens of the first training
     document, `cut_bytes` of its text, are validation too.
 
     Attributes:
@@ -107,7 +107,7 @@ def select_training(documents: np.ndarray, selection: Selection) -> tuple[np.nda
     """
     position = documents["position"]
     candidates = documents[(position >= selection.validation_documents) & (position < selection.documents)]
-    # Not `np.isin`, which sorts the validation keys again for every few documents of a bucket and run.
+    # Not `np.isin`, which sorts the validation keys again for the few documents of each bucket in each chunk.
     nearest = np.searchsorted(selection.validation_keys[:-1], candidates["key"])
     is_copy = selection.validation_keys[nearest] == candidates["key"]
     if selection.cut_tokens:

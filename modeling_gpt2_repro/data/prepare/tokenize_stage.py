@@ -4,7 +4,7 @@
     task-000000.documents.npy   one entry a document (shuffle.DOCUMENT_DTYPE), in the order of the tokens
     task-000000.json            the summary, written last: a task with it is finished
 
-The tokens lie in sorted chunks: a chunk is as much of the source order as fits in memory, sorted by key. The documents
+The tokens are in sorted chunks: a chunk is as much of the source order as fits in memory, sorted by key. The documents
 of a bucket are then one contiguous slice of each chunk.
 """
 
@@ -246,7 +246,7 @@ class _ChunkWriter:
         ends = np.cumsum(documents["tokens"], dtype=np.uint64)
         documents["offset"] = self._chunk_start + ends - documents["tokens"]
         tokens = np.concatenate([part for index in order.tolist() for part in (self._eot, self._ids[index])])
-        self._stream.write(tokens.data)  # not `tofile`, whose error on a full disk does not say so
+        self._stream.write(tokens.data)  # not `tofile`, which hides that a disk is full
         self.digest.update(tokens.data)
         self._chunks.append(documents)
         self.chunk_ends.append(sum(map(len, self._chunks)))

@@ -1,7 +1,7 @@
 """The folder in which shards are made, `NAME.partial` beside the final `NAME`: who may work in it, and on what.
 
-It outlives its processes. A run that was killed is started again and finds the finished pieces there; several
-processes, on several machines that see the folder, may each make a share of the pieces.
+It outlives its processes. A killed run finds its finished pieces there when it is started again; several processes, on
+several machines that see the folder, may each make a share of the pieces.
 
     plan.json       what is being made: settings, source and tokenizer; later runs have to agree
     lock            held shared by a process that makes a share, exclusively by one that makes everything left
@@ -33,9 +33,9 @@ from modeling_gpt2_repro.core.files import (
 from modeling_gpt2_repro.core.locks import FolderLock
 from modeling_gpt2_repro.data.shards import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
 
-# Another format of the pieces needs another number, so that an upgrade never goes on with old ones.
+# The format of the pieces. Change it with them, so that an upgrade never resumes with old ones.
 WORK_VERSION = 3
-# Known to fit only once the corpus has been read: a run that failed for them may be repeated with others.
+# Can be checked only once the corpus has been read: a run that failed for them may be repeated with others.
 PLANNING_SETTINGS = ("shard_size", "val_tokens")
 
 
@@ -88,21 +88,21 @@ class WorkFolder:
             write_json(path, plan)
 
     def is_complete(self) -> bool:
-        """Tell whether all shards are there, and nothing is left to do but to publish them."""
+        """Return whether everything is there but the final name."""
         return (self.path / MANIFEST_NAME).exists()
 
     def reopen_planning(self) -> None:
-        """Let the next run choose the settings of the splits anew, because these turned out not to fit."""
+        """Let the next run change the settings of the splits, because the present ones do not fit the corpus."""
         path = self.path / PLAN_NAME
         plan = json.loads(path.read_text(encoding="utf-8"))
         plan["settings"] = {name: value for name, value in plan["settings"].items() if name not in PLANNING_SETTINGS}
         write_json(path, plan)
 
     def publish(self) -> None:
-        """Remove what served the making, synchronise the rest to disk, and give it the final name.
+        """Remove the pieces, synchronize the rest to disk, and give the folder its final name.
 
-        Killed at any moment, it can be called again: the manifest says that everything is there, the plan whose it is.
-        Once it has the final name, the plan there says that `finish_publishing` has something to do.
+        Killed at any moment, it can be called again: the manifest marks the folder as complete, the plan shows whose
+        it is, and in the folder with the final name the plan shows that `finish_publishing` is still due.
         """
         _remove(self.pieces)
         sync_tree(self.path)
@@ -113,14 +113,14 @@ class WorkFolder:
 
 
 def finish_publishing(final: Path) -> None:
-    """Remove what is left to remove, also of a run that was killed, once `final` has its name."""
+    """Remove leftovers, also those of a killed run, once `final` has its name."""
     final = follow_links(final)
     restore_folder(final)
     if not ((final / PLAN_NAME).exists() and (final / MANIFEST_NAME).exists() and find_foreign_file(final) is None):
         return
     sync_folder(final.parent)
     work_path = get_work_path(final)
-    if work_path.is_dir():  # what had the name before, unless somebody has begun to work there
+    if work_path.is_dir():  # what had the name before, unless another process works there
         with _build_lock(work_path, alone=True):
             if not (work_path / PLAN_NAME).exists():
                 set_aside(work_path, final)
@@ -141,12 +141,12 @@ def list_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def count_finished_pieces(final: Path) -> int:
-    """Return how many pieces an earlier run has left for the folder `final`."""
+    """Return how many pieces earlier runs have finished for the folder `final`."""
     return len(list((get_work_path(follow_links(final)) / WORK_FOLDER).glob("*.json")))
 
 
 def load_begun_source(final: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the source of an unfinished run for the folder `final`; `None` where there is none with `settings`."""
+    """Return the source of an unfinished run for the folder `final` with `settings`; `None` if there is none."""
     try:
         begun = json.loads((get_work_path(follow_links(final)) / PLAN_NAME).read_text(encoding="utf-8"))
         same = all(settings.get(name) == value for name, value in begun["settings"].items())
@@ -161,14 +161,14 @@ def open_work_folder(
 ) -> Iterator[WorkFolder]:
     """Lock the work folder of `final`, made where it is missing and emptied for `overwrite`, and agree on `plan`.
 
-    What is finished stays there on an exception; a folder without a finished piece is removed.
+    On an exception finished pieces are kept; a folder without any is removed.
 
     Args:
         plan: what is made there (see `WorkFolder.agree_on`).
-        alone: keep all other processes out; otherwise only those that want to be alone.
+        alone: lock out all other processes, not only those that want to be alone.
 
     Raises:
-        UserError: another process works there, or on something else, or the folder is somebody else's.
+        UserError: another process works there, it was begun with another plan, or it holds other files.
     """
     work = WorkFolder(final)
     _check_is_free(work.path)
@@ -185,7 +185,7 @@ def open_work_folder(
             work.lock.share()
         make_folder(work.pieces)
         if alone:
-            for path in work.pieces.glob(f"*.{'[0-9a-f]' * 32}"):  # half written by workers that were killed
+            for path in work.pieces.glob(f"*.{'[0-9a-f]' * 32}"):  # half written by killed workers
                 path.unlink()
         try:
             yield work
@@ -196,7 +196,7 @@ def open_work_folder(
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder, and the link to it, if that is what it is."""
+    """Delete a folder, and the link if `path` is a link to it."""
     shutil.rmtree(follow_links(path))
     if path.is_symlink():
         path.unlink()

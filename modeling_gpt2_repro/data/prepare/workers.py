@@ -29,7 +29,7 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 @dataclasses.dataclass(frozen=True)
 class _Signals:
-    """What the processes tell each other.
+    """The memory that the processes share.
 
     Attributes:
         is_over: nobody waits for the results any more.

@@ -27,10 +27,10 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call it in a message."""
+        """Its name in messages."""
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield documents in source order; empty ones and nulls are the reader's to skip."""
+        """Yield documents in source order, with empty ones and nulls, which the caller skips."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Corpus:
     """A source of documents.
 
     Attributes:
-        source: what the manifest records: `id`, and `config`, `split`, `revision` or `files`.
-        state: by which a run that goes on knows that the documents are still the same. The manifest, which does not
-            depend on when files were copied, leaves it out.
+        source: what the manifest records of it: `id`, and `config`, `split`, `revision` or `files`.
+        state: a digest that shows a resumed run whether the documents are still the same. It depends on when files
+            were copied, so the manifest omits it.
         prefix: how the names of its shards begin.
-        tasks: in source order, listed as they are asked for.
+        tasks: in source order, listed lazily.
     """
 
     source: dict[str, Any]
@@ -64,20 +64,20 @@ def build_file_corpus(patterns: list[str], text_column: str, document_separator:
 
 
 def build_docstring_corpus() -> Corpus:
-    """Build the built-in offline corpus (see `data.docstrings`)."""
+    """Build the built-in offline corpus (see `docstrings.py`)."""
     return Corpus({"id": DOCSTRINGS}, describe_packages(), DOCSTRINGS, list_docstring_tasks())
 
 
 def build_hub_corpus(name: str, config: str | None, split: str, revision: str | None, text_column: str) -> Corpus:
     """Build the corpus of a dataset on the Hub, or in a local folder that `datasets` can load, by streaming it.
 
-    The revision is resolved to a commit, so that the manifest says which data it was.
+    The revision is resolved to a commit, so that the manifest identifies the data.
 
     Raises:
         UserError: an unknown dataset, config, split or column, or an unreachable Hub.
     """
     config = config or DEFAULT_CONFIGS.get(name)
-    state = ""  # the revision says it all
+    state = ""  # the revision suffices
     if Path(name).is_dir():
         state = _describe_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
     else:
@@ -98,7 +98,7 @@ def _resolve_revision(name: str, revision: str | None) -> str:
     what = f"dataset {name!r}"
     try:
         info = ask_hub(lambda: api.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS), what)
-        if info.gated:  # everybody may know about it, not everybody may read it
+        if info.gated:  # visible to everybody, but not readable
             ask_hub(lambda: api.auth_check(name, repo_type="dataset"), what)
     except HubUnreachableError as error:
         raise UserError(

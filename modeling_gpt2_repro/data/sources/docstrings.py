@@ -1,7 +1,7 @@
 """The built-in corpus: the documentation of the Python packages installed here.
 
-It needs no network, is tens of megabytes of English, and is there on every machine that can run this package: enough
-to see every part of the reproduction work, though what it holds depends on what is installed.
+It needs no network, is tens of megabytes of English, and exists on every machine that can run this package: enough to
+see every part of the reproduction work. Its content depends on what is installed.
 """
 
 import ast
@@ -20,22 +20,22 @@ import pyarrow as pa
 
 FILES_PER_TASK = 64
 
-# Below this a "document" is a stub such as "Package init.", which teaches a model little but where documents end.
+# Shorter "documents" are stubs such as "Package init.", which teach a model little but where documents end.
 MIN_DOCUMENT_CHARACTERS = 200
 
 # A larger text file is a table or a word list, not documentation.
 MAX_TEXT_FILE_BYTES = 2**20
 
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
-# English text is nearly all letters and blanks, with the names of code in it still above four fifths; code examples,
+# English text is nearly all letters and blanks, and above four fifths even with identifiers in it; code examples,
 # tables and paths are not.
 MIN_LETTERS = 0.8
 MIN_PARAGRAPH_WORDS = 5
 
 TEXT_SUFFIXES = (".md", ".rst", ".txt")
-# Tests are a fifth of all code and hold hardly a docstring; parsing is what takes the time.
+# Tests are a fifth of all code and have hardly a docstring; parsing takes most of the time.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "test", "tests", "licenses", "node_modules"}
-# The same licence lies in a hundred packages, in a hundred slightly different copies.
+# A hundred packages have the same licence, in a hundred slightly different copies.
 SKIPPED_STEMS = {"license", "licence", "copying", "notice", "authors", "third_party_notices"}
 
 
@@ -102,7 +102,7 @@ def extract_docstrings(source: bytes) -> str:
     """
     if b'"""' not in source and b"'''" not in source:
         return ""
-    # Without this the collector walks the growing tree again and again: a third of the time.
+    # Otherwise the collector walks the growing tree again and again, for a third of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -120,7 +120,7 @@ def extract_docstrings(source: bytes) -> str:
         node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found.append(ast.get_docstring(node) or "")
-        # Definitions stand in statement lists only: descending into expressions would double the time.
+        # Definitions are in statement lists only: descending into expressions would double the time.
         for block in ("finalbody", "orelse", "handlers", "body"):
             statements = getattr(node, block, ())
             if isinstance(statements, list):
@@ -132,15 +132,15 @@ def extract_docstrings(source: bytes) -> str:
 def keep_prose(text: str) -> str:
     """Return the paragraphs of a text that are prose, each on one line.
 
-    Code examples, tables, parameter lists and signatures go; so do hard line ends and indentation, which GPT-2's
-    tokenizer spends a token a blank on.
+    Code examples, tables, parameter lists and signatures are dropped; so are hard line ends and indentation, on which
+    GPT-2's tokenizer spends a token a blank.
     """
     paragraphs = (" ".join(paragraph.split()) for paragraph in PARAGRAPH_BREAK.split(text))
     return "\n\n".join(paragraph for paragraph in paragraphs if is_prose(paragraph))
 
 
 def is_prose(paragraph: str) -> bool:
-    """Tell sentences from everything else that documentation holds: mostly letters, and several words."""
+    """Return whether a paragraph is sentences and not code or a table: mostly letters, and several words."""
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     return (
         letters >= MIN_LETTERS * len(paragraph)

@@ -16,12 +16,12 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.hub_client import describe_hub_failure
 from modeling_gpt2_repro.data.sources.local_files import BATCH_ROWS, as_texts
 
-# `huggingface_hub` repeats a request for some 25 seconds before it gives up. What it gave up, `datasets` starts again,
-# by default 20 times: a Hub that is down would be noticed after ten minutes, where one that hiccups is back in one.
+# `huggingface_hub` retries a request for some 25 seconds before it gives up, and `datasets` retries that, by default
+# 20 times: an outage would be noticed after ten minutes, while a hiccup of the Hub is over in one.
 READ_TRIES = 2
 SECONDS_BETWEEN_TRIES = 5
-# What a request to a parquet file fetches beyond what was asked for: more than lies between the texts of one row group
-# and those of the next in a text corpus, so that these come in one piece, and little where other columns are large.
+# How far a request to a parquet file reads ahead: past the gap between the texts of one row group and the next in a
+# text corpus, so that one request serves both, and little if other columns are large.
 READ_AHEAD_BYTES = 2**20
 
 
@@ -42,7 +42,7 @@ class HubTask:
         """Yield the texts of the file's rows, in order.
 
         Raises:
-            UserError: the Hub failed for longer than a hiccup, or the file is not what it should be.
+            UserError: the Hub failed through all retries, or the file cannot be read.
         """
         _prepare_datasets()
         with _explained(self.name):
@@ -60,14 +60,14 @@ def list_hub_tasks(
         revision: the commit; None for a local folder.
 
     Raises:
-        UserError: a dataset, config, split or column that is not there or not for this user, or a Hub that fails.
+        UserError: a missing or private dataset, config, split or column, or a Hub that fails.
     """
     datasets = _prepare_datasets()
     what = f"the dataset {name!r}"
     with _explained(what, hint="--dataset_config_name"):
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         if builder.name == "cache":
-            # `datasets` takes what it finds in its cache, of whatever revision, when the Hub fails it.
+            # When the Hub fails, `datasets` uses its cache, even of another revision.
             raise ConnectionError("only the cache of `datasets` has a copy")
     with _explained(what, hint="--split"):
         dataset = builder.as_streaming_dataset(split=split)
@@ -75,13 +75,13 @@ def list_hub_tasks(
         if text_column not in columns:
             raise UserError(f"{what} has no column {text_column!r}: give --text_column one of {', '.join(columns)}")
         if builder.name == "parquet":
-            # `select_columns` drops the other columns once they have been fetched, with whole row groups of theirs.
+            # `select_columns` drops the other columns only after fetching whole row groups of them.
             builder.config.columns = [text_column]
             builder.config.batch_size = BATCH_ROWS
-            # Arrow's own read-ahead keeps what it has read until the file ends: a worker would hold a whole file.
+            # Arrow's own read-ahead keeps its buffers until the file ends: a worker would hold a whole file.
             builder.config.fragment_scan_options = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False)
             builder.storage_options = {"hf": {"block_size": READ_AHEAD_BYTES}}
-            datasets.streaming.extend_dataset_builder_for_streaming(builder)  # or the options are not looked at
+            datasets.streaming.extend_dataset_builder_for_streaming(builder)  # or the options are ignored
             dataset = builder.as_streaming_dataset(split=split)
         else:
             dataset = dataset.select_columns([text_column])
@@ -98,7 +98,7 @@ def _cut_into_files(dataset: Any, what: str, files: list[str], text_column: str)
 
 
 def _prepare_datasets() -> Any:
-    """Import `datasets`, and make it brief and quiet: what it logs of an error is said in ours."""
+    """Import `datasets` with few retries and without its log: our errors include what it would log."""
     import datasets  # here: half a second that local files need not wait for
 
     config = datasets.config
@@ -111,13 +111,13 @@ def _prepare_datasets() -> Any:
 
 @contextlib.contextmanager
 def _explained(what: str, hint: str = "") -> Iterator[None]:
-    """Turn what goes wrong inside into a `UserError` that names `what`.
+    """Turn errors of the body into a `UserError` that names `what`.
 
-    Readers of a dozen formats and an HTTP library are at work there, each with errors of its own: all are taken but
-    those that a bug would raise.
+    Readers of a dozen formats and an HTTP library raise errors of their own there; all are converted but those that a
+    bug would raise.
 
     Args:
-        hint: the flag to look at for a plain ValueError, by which `datasets` says that it was asked for nonsense.
+        hint: the flag to check after a plain ValueError, which `datasets` raises for invalid arguments.
     """
     try:
         yield

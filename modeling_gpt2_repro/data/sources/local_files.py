@@ -32,12 +32,12 @@ LINE_END = re.compile(r"\r\n|\n|\r")
 ANY_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"  # a Windows line end is never taken for two
 NOT_UTF8 = "not valid UTF-8: convert it first (text of Windows's: iconv -f CP1252 -t UTF-8)"
 
-# Text per task: enough that starting one costs nothing, few enough bytes that two cores share a small corpus.
+# Text per task: enough that starting one costs nothing, little enough that two cores share a small corpus.
 TASK_BYTES = 2**25
-# Text per batch, which is what is decoded and encoded at once.
+# Text per batch, which is decoded and encoded at once.
 BATCH_BYTES = 4 * 2**20
 BATCH_ROWS = 1024
-# What is read at once of a parquet file.
+# How much of a parquet file is read at once.
 READ_BYTES = 2**20
 
 Item = TypeVar("Item")
@@ -178,7 +178,7 @@ class JsonlTask(FileTask):
         with _open(self.path) as stream:
             position = self._find_first_line(stream)
             blocks = _read_lines(stream)
-            has_column = self.start > 0  # the first line of the file has to have it
+            has_column = self.start > 0  # checked in the task that has the file's first line
             while (self.end is None or position < self.end) and (lines := next(blocks, b"")):
                 if self.end is not None and position + len(lines) > self.end:
                     # The line that holds byte end - 1 is the last one of this task.
@@ -204,7 +204,7 @@ class JsonlTask(FileTask):
         return stream.tell()
 
     def _check_column(self, lines: bytes) -> None:
-        """Tell a wrong column name from texts that are missing here and there: the first line has to have it."""
+        """Raise a `UserError` if the first line lacks the text column: other lines may, but not all of them."""
         first = lines.lstrip().splitlines()[0]
         try:
             row = json.loads(first)
@@ -230,7 +230,7 @@ class JsonlTask(FileTask):
         return texts
 
     def _parse_line_by_line(self, lines: bytes, position: int) -> pa.LargeStringArray:
-        """Find the line that Arrow cannot read: name it, or read it where Python's parser can."""
+        """Find the line that Arrow cannot read: read it with Python's parser, or raise an error that names it."""
         texts = []
         for number, line in enumerate(lines.splitlines()):
             if not line.strip():
@@ -271,9 +271,9 @@ class TextTask:
         return f"{self.paths[0]}{more}"
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the files' documents as they stand there: no line end is changed, no space stripped.
+        """Yield the files' documents unchanged: no line end is converted, no space stripped.
 
-        A byte order mark is no text, and line ends in the separator match those of any system.
+        A byte order mark is not text, and line ends in the separator match those of any system.
         """
         texts = (
             as_texts(pa.array(documents, pa.large_binary()), path)
