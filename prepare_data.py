@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import re
 import sys
@@ -156,8 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(folder: Path, settings: PrepareSettings) -> None:
     """Make the shards, or a share of one stage of that, unless they are already there."""
-    load = load_tokenizer if settings.overwrite else functools.partial(load_tokenizer_for, folder)
-    tokenizer = load(settings.tokenizer)
+    if settings.overwrite:
+        tokenizer = load_tokenizer(settings.tokenizer)
+    else:
+        tokenizer = load_tokenizer_for(folder, settings.tokenizer)
     finish_publishing(folder)
     if is_already_there(folder, settings, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")

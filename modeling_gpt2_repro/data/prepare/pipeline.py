@@ -130,8 +130,9 @@ def _open_pool(
 
 def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manifest:
     """Run what is left of both stages, and write all files of the folder but its manifest, which is returned."""
-    tasks = pool.map_in_order(tokenize_task, enumerate(request.corpus.tasks))
-    summaries = _take_enough(tasks, request.options)
+    # Closed at once: the workers then give up the tasks after the last one that is needed.
+    with contextlib.closing(pool.map_in_order(tokenize_task, enumerate(request.corpus.tasks))) as tasks:
+        summaries = _take_enough(tasks, request.options)
     plan = _plan(work, request, summaries)
     outcomes = _write(pool, plan, range(len(plan.parts)))
     return Manifest(
@@ -156,7 +157,7 @@ def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manife
 
 
 def _take_enough(summaries: Iterable[TaskSummary], options: ShardOptions) -> list[TaskSummary]:
-    """Return the summaries up to the one with which there are `max_tokens` tokens; the tasks after it are given up."""
+    """Return the summaries up to the one with which there are `max_tokens` tokens."""
     taken: list[TaskSummary] = []
     tokens = 0
     for summary in summaries:
