@@ -25,6 +25,7 @@ import prepare_data
 import train
 from eval_hellaswag import EvaluationSettings
 from modeling_gpt2_repro.core.arguments import parse_arguments
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import open_split
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.evaluation.samples import SamplingConfig
@@ -35,12 +36,11 @@ from modeling_gpt2_repro.publishing.uploader import Publisher
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import read_settings
 from modeling_gpt2_repro.training.throughput import Peak
-from prepare_data import PrepareSettings
 
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
 SETTINGS = {
     "train.py": TrainingConfig,
-    "prepare_data.py": PrepareSettings,
+    "prepare_data.py": PrepareConfig,
     "eval_hellaswag.py": EvaluationSettings,
     "modeling_gpt2_repro.model.convert_nanogpt": NanoGPTConfig,
     "modeling_gpt2_repro.evaluation.samples": SamplingConfig,
@@ -198,7 +198,7 @@ def test_what_a_text_calls_a_program_is_there(name):
 def list_flags(program: str) -> set[str]:
     """Return the names of a program's flags."""
     fields = dataclasses.fields(SETTINGS[program])
-    aliases = {alias.removeprefix("--") for field in fields for alias in field.metadata.get("aliases", ())}
+    aliases = {alias.removeprefix("--") for field in fields for alias in field.metadata["argparse"]["aliases"]}
     return {field.name for field in fields} | aliases | {"config", "help"}
 
 

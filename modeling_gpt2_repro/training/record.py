@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from modeling_gpt2_repro.core.arguments import write_settings
+from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.core.devices import list_versions
 from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.core.files import (
@@ -105,7 +105,7 @@ class RunRecord:
             else:
                 self._go_back(first_step)
                 self.clear_leftovers(config)
-            write_settings(config, self.folder / CONFIG)
+            write_config(config, self.folder / CONFIG)
             self.is_open = True
             self.set_status("running")
             self._lock.start_beating(self._show_heartbeat)
