@@ -41,7 +41,8 @@ from modeling_gpt2_repro.training.console import Console
 from modeling_gpt2_repro.training.optim import set_learning_rate
 from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
-from modeling_gpt2_repro.training.record import BEST, BEST_METRICS, CHECKPOINTS, FINAL, RunRecord
+from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.schedule import compute_learning_rate
 from modeling_gpt2_repro.training.setup import Run, build_run, describe_plan
 from modeling_gpt2_repro.training.skipping import is_skipped
@@ -66,8 +67,8 @@ def start(config: TrainingConfig, preemption: Preemption) -> int:
     prepare_cpu_process()
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
     console = Console(accelerator.is_main_process)
-    record = RunRecord(Path(config.output_dir) / config.run_name, accelerator, console.say)
-    publisher = Publisher(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
+    record = RunRecord(RunFolder(Path(config.output_dir) / config.run_name), accelerator, console.say)
+    publisher = Publisher(record.folder.path, config, config.push_to_hub and accelerator.is_main_process, console.say)
     try:
         with faults.explained_nondeterminism():
             if config.eval_only:
@@ -81,7 +82,7 @@ def start(config: TrainingConfig, preemption: Preemption) -> int:
         record.close()
         discard_unwritten()  # a run needs nobody who reads what it prints
         if config.smoke and record.is_open:
-            shutil.rmtree(record.folder, ignore_errors=True)
+            shutil.rmtree(record.folder.path, ignore_errors=True)
     return 0
 
 
@@ -92,7 +93,7 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
         faults.explained_write_failures(run.record.folder, run.resume_hint),
         preemption.deferred(),
     ):
-        with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
+        with CurveDrawer(run.record.folder.path, run.console.say, enabled=run.accelerator.is_main_process) as curves:
             step = train(run, preemption, curves)
         if step < run.plan.last_step and run.config.smoke:
             run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to go on from")
@@ -211,10 +212,10 @@ def evaluate(run: Run, step: int) -> None:
         if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
             with (
                 faults.tolerated_write_failures("the best model was not written", run.console.say),
-                create_folder_atomically(run.record.folder / BEST) as folder,
+                create_folder_atomically(run.record.folder.best) as folder,
             ):
                 save_model(folder, run.model, inputs.tokenizer)
-                write_json(folder / BEST_METRICS, {"step": step, **metrics})
+                write_json(folder / run.record.folder.best_metrics.name, {"step": step, **metrics})
             run.record.read_best(step)  # where only the last of it failed, it is there
     if plan.is_due(config.hellaswag_every, step):
         # Papers cite the other protocol: its score belongs to the finished model.
@@ -242,11 +243,11 @@ def save(run: Run, step: int, is_evaluated: bool) -> bool:
         Whether it was written, as far as this process knows.
     """
     is_saved = not run.accelerator.is_main_process
-    started, config, folder = time.perf_counter(), run.config, run.record.folder / CHECKPOINTS
+    started, config, folder = time.perf_counter(), run.config, run.record.folder.checkpoints
     run.record.check_claim()
     if run.accelerator.is_main_process:
         with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
-            run.record.sync()
+            run.record.folder.sync()
             check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
             checkpoint = checkpoints.save_checkpoint(
                 folder,
@@ -269,11 +270,11 @@ def publish(run: Run) -> None:
     """Write `final/`: the model as GPT-2, with its tokenizer and a card that says how it came to be."""
     run.record.check_claim()
     if run.accelerator.is_main_process:
-        with create_folder_atomically(run.record.folder / FINAL) as folder:
+        with create_folder_atomically(run.record.folder.final) as folder:
             save_published_model(folder, run.model, run.inputs.tokenizer)
-            write_model_card(folder, run.record.folder)
+            write_model_card(folder, run.record.folder.path)
         run.record.finish(run.plan.max_steps)
-        run.console.say(f"finished: {run.record.folder / FINAL} holds the model, and curves.png beside it the curves")
+        run.console.say(f"finished: {run.record.folder.final} holds the model, and curves.png beside it the curves")
     run.accelerator.wait_for_everyone()
     run.publisher.finish()  # with the other processes free to go
 
@@ -281,7 +282,7 @@ def publish(run: Run) -> None:
 def finish_smoke_test(run: Run) -> None:
     """Load the trial's checkpoint again and say what was measured."""
     if run.accelerator.is_main_process:
-        saved = checkpoints.list_checkpoints(run.record.folder / CHECKPOINTS)
+        saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
         if not saved:
             raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
         checkpoints.check_reload(saved[-1], run.model, run.optimizer)

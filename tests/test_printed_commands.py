@@ -34,7 +34,7 @@ from modeling_gpt2_repro.plots import run_figure
 from modeling_gpt2_repro.publishing.hub import UploadSettings
 from modeling_gpt2_repro.publishing.uploader import Publisher
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.run_folder import read_settings
+from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
 
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -275,7 +275,7 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     }
     assert train.main(flags(data_dir, output_dir, "a run", **small)) == 0
     final = Path(output_dir, "a run", "final").absolute()
-    config, data = read_settings(final.parent), read_tree(Path(data_dir))
+    config, data = dataclasses.asdict(RunFolder(final.parent).read_config()), read_tree(Path(data_dir))
 
     monkeypatch.chdir(tmp_path / "second")
     (commands,) = (block for block in list_blocks((final / "README.md").read_text()) if "prepare_data.py" in block)
@@ -283,9 +283,11 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     for program, script, *argv in read_commands(commands):
         assert program == "python" and mains.pop(script)(argv) == 0
     again = Path("runs/a run")
-    assert not mains and read_tree(Path(read_settings(again)["data_dir"])).keys() == data.keys()
+    assert not mains and read_tree(Path(RunFolder(again).read_config().data_dir)).keys() == data.keys()
     apart = {"data_dir", "output_dir", "report_to"} if "PATH/TO" in commands else {"output_dir", "report_to"}
-    changes = {name for name, value in read_settings(again).items() if value != config[name]}
+    changes = {
+        name for name, value in dataclasses.asdict(RunFolder(again).read_config()).items() if value != config[name]
+    }
     assert changes <= apart
     weights = [(folder / "model.safetensors").read_bytes() for folder in (final, again / "final")]
     assert weights[0] == weights[1]

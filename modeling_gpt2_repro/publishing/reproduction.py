@@ -11,7 +11,7 @@ from modeling_gpt2_repro.core.devices import list_versions
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import Manifest
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.record import STATUS, read_json_object
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
 def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
@@ -54,7 +54,7 @@ def _quote(text: str) -> str:
 
 def read_versions(run_folder: Path) -> dict[str, str]:
     """Return the versions that a finished run says it ran with, else those that are installed."""
-    recorded = read_json_object(run_folder / STATUS).get("versions")
+    recorded = RunFolder(run_folder).read_status().get("versions")
     return recorded if isinstance(recorded, dict) and recorded else list_versions()
 
 

@@ -45,12 +45,10 @@ from modeling_gpt2_repro.training.plan import (
 from modeling_gpt2_repro.training.preflight import (
     check_disk,
     check_duration,
-    check_links,
-    check_run_folder,
-    has_content,
     measure_folder,
 )
-from modeling_gpt2_repro.training.record import CHECKPOINTS, FINAL, RunRecord
+from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run_folder import has_content
 from modeling_gpt2_repro.training.schedule import is_same_so_far
 from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
@@ -135,7 +133,7 @@ class Run:
 
     def resume_hint(self) -> str:
         """Say how the run goes on if it ends now."""
-        return checkpoints.resume_hint(self.config.resume_from_checkpoint, self.record.folder / CHECKPOINTS)
+        return checkpoints.resume_hint(self.config.resume_from_checkpoint, self.record.folder.checkpoints)
 
 
 def load_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
@@ -185,13 +183,14 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
     check_agreement(accelerator, [first_step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, first_step)
     check_any_made(skips, first_step, max_steps)
-    is_own = resume_from is not None and checkpoints.is_own_checkpoint(resume_from, record.folder / CHECKPOINTS)
+    is_own = resume_from is not None and checkpoints.is_own_checkpoint(resume_from, record.folder.checkpoints)
     if not is_own:
-        check_run_folder(record.folder)
-    is_finished = has_content(record.folder / FINAL)
-    if resume_from and first_step >= max_steps and record.get_finished_step() >= max_steps:
+        record.folder.check_replaceable()
+    is_finished = has_content(record.folder.final)
+    if resume_from and first_step >= max_steps and record.folder.get_finished_step() >= max_steps:
         console.say(f"{record.folder} is finished: it has {first_step:,} of {max_steps:,} steps")
-        record.clear_leftovers(config)
+        if accelerator.is_main_process:
+            record.folder.clear_leftovers(config)
         publisher.finish()
         return None
     if is_finished and not is_own and config.resume_from_checkpoint != "never":
@@ -228,7 +227,7 @@ def build_run(config: TrainingConfig, accelerator: Accelerator, record: RunRecor
         hellaswag_tokens=inputs.hellaswag.encode("original").n_tokens if inputs.hellaswag else 0,
     )
     if accelerator.is_main_process:
-        folder = record.folder / CHECKPOINTS  # may lie on another disk, and has by far the most of it
+        folder = record.folder.checkpoints  # may lie on another disk, and has by far the most of it
         check_disk(folder, plan.estimate_disk_bytes(config) - measure_folder(folder))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     order = "shuffled" if inputs.train_set.is_shuffled else "in source order"
@@ -291,9 +290,9 @@ def broadcast_resume_checkpoint(
     """
 
     def choose() -> Path | None:
-        check_links(record.folder, is_resumed=config.resume_from_checkpoint != "never")
+        record.folder.check_links(is_resumed=config.resume_from_checkpoint != "never")
         record.claim()
-        return checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder / CHECKPOINTS, console.say)
+        return checkpoints.choose_checkpoint(config.resume_from_checkpoint, record.folder.checkpoints, console.say)
 
     return compute_once(choose, accelerator)
 
