@@ -137,7 +137,7 @@ def test_status_tells_whether_the_process_of_a_run_is_alive(shards, tmp_path, mo
     def log_and_look(self, step, metrics):
         log(self, step, metrics)
         states.append(read_status(tmp_path / "run"))
-        time.sleep(0.15)
+        time.sleep(0.4)  # a heartbeat is written in whole seconds
 
     monkeypatch.setattr(RunRecord, "log", log_and_look)
     run = run_training(shards, tmp_path, **BARE, save_every=0, max_steps=4)

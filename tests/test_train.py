@@ -436,7 +436,7 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"init_from": "no/such-model"}, "cannot load a model from no/such-model"),
         ({"sample_tokens": 4}, "the prompt has 8 tokens already"),
         ({"sample_prompt": ""}, "the prompt has no tokens"),
-        ({"seed": 2**64}, "--seed below 2**63"),
+        ({"seed": 2**64}, "--seed has to be below 9,223,372,036,854,775,808"),
         ({"hellaswag_file": "missing.jsonl"}, "missing.jsonl"),
         ({"sequence_length": 8, "sample_every": 0}, "tokens does not fit the model's 8 positions"),
         ({"resume_from_checkpoint": "missing"}, "missing is not a checkpoint to resume from"),

@@ -11,6 +11,7 @@ import yaml
 
 from modeling_gpt2_repro.core.arguments import Config, setting
 from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.training.schedule import Schedule
 from modeling_gpt2_repro.training.skipping import parse_skips
 
 # Flags of nanoGPT, llm.c and the transformers Trainer, each with what takes its place here.
@@ -276,6 +277,10 @@ class TrainingConfig(Config):
     def warmup_steps(self) -> int:
         """Updates of linear warm-up: 715 of 524,288 tokens for the GPT-3 paper's 375 million."""
         return self.warmup_tokens // self.tokens_per_step
+
+    def build_schedule(self, max_steps: int) -> Schedule:
+        """Return the learning rates of a run of `max_steps` updates."""
+        return Schedule(self.lr_schedule, self.learning_rate, self.min_lr_ratio, self.warmup_steps, max_steps)
 
     def first_permuted_epoch(self, is_shuffled: bool) -> int | None:
         """Return the first epoch whose windows are permuted, `None` for never; a shuffled corpus waits one epoch."""

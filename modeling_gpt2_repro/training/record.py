@@ -46,7 +46,7 @@ class RunRecord:
         self.best_val_loss = math.inf
         self.tracker_run_id = ""
         self.is_started = self.is_open = False
-        self._warn = warn
+        self.warn = warn
         self._feeds: list[Feed] = []
         self._lock = FolderLock(folder.path, folder.lock.name, "another process is writing to", say=warn)
         self._may_write = True
@@ -84,7 +84,7 @@ class RunRecord:
             self._lock.start_beating(self._show_heartbeat)
             for name in choose_trackers(config.report_to):
                 tracker = build_tracker(name, self.folder, config, self.tracker_run_id)
-                self._feeds.append(Feed(tracker, self.folder, first_step or 0, self._warn))
+                self._feeds.append(Feed(tracker, self.folder, first_step or 0, self.warn))
         self.is_started = True
 
     def _open_at(self, first_step: int | None, config: TrainingConfig) -> None:
@@ -188,14 +188,14 @@ class Feed:
     """
 
     def __init__(self, tracker: Tracker, folder: RunFolder, first_step: int, warn: Callable[[str], None]):
-        self._tracker, self._folder, self._warn = tracker, folder, warn
+        self._tracker, self._folder, self.warn = tracker, folder, warn
         self._read = {path: _measure(path) for path in (folder.metrics, folder.samples)}  # bytes that the tracker has
         self._is_behind = False
         self._attempt(lambda: self._start(first_step), "failed, training goes on without it")
 
     def _start(self, first_step: int) -> None:
         if note := self._tracker.start(first_step):
-            self._warn(format_line(note))
+            self.warn(format_line(note))
 
     def catch_up(self) -> None:
         """Tell the tracker what is new, unless it has failed."""
@@ -213,7 +213,7 @@ class Feed:
         self._tracker.restart()
         self._send()
         self._tracker.finish()
-        self._warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
+        self.warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
 
     def _send(self) -> None:
         folder = self._folder
@@ -233,7 +233,7 @@ class Feed:
         except Exception as error:
             self._is_behind = True
             reason = format_line(f"{type(error).__name__}: {error}")
-            self._warn(f"the tracker {self._tracker.name} {consequence}: {reason}")
+            self.warn(f"the tracker {self._tracker.name} {consequence}: {reason}")
 
 
 def _measure(path: Path) -> int:

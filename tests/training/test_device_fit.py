@@ -20,9 +20,7 @@ from modeling_gpt2_repro.training.config import TrainingConfig
     ],
 )
 def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, sizes, advice, monkeypatch):
-    asked = []
     monkeypatch.setattr(device_fit, "measure_device_memory", lambda device: gigabytes * 1e9)
-    monkeypatch.setattr(device_fit, "fit_micro_batch", lambda *arguments: asked.append(arguments))
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", num_processes=1)
     config = TrainingConfig(model_size=size)
     with torch.device("meta"):
@@ -30,9 +28,10 @@ def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, 
     every_size = [64, 32, 16, 8, 4, 2, 1]
 
     def list_tried(state: SimpleNamespace | None) -> list[int]:
-        device_fit.fit_to_device(config, accelerator, model, None, every_size, state, print)
-        assert advice in asked[-1][-1]
-        return asked[-1][2]
+        start = SimpleNamespace(state=state)
+        tried, advised = device_fit.choose_sizes(config, every_size, start, model, accelerator)
+        assert advice in advised
+        return tried
 
     assert list_tried(None) == sizes
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

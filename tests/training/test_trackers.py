@@ -119,11 +119,11 @@ def test_a_tracker_that_does_not_start_is_told_all_at_the_end_and_others_at_once
     (tmp_path / "run" / "tensorboard").touch()
     record = start_record(tmp_path / "run", "wandb,tensorboard")
     log_steps(record, range(1, 4))
-    (warning,) = record._warn
+    (warning,) = record.warn
     assert warning.startswith("the tracker tensorboard failed, training goes on without it: FileExistsError")
     (record.folder.path / "tensorboard").unlink()
     record.close()
-    assert record._warn[1:] == ["the tracker tensorboard was told at the end what it had missed"]
+    assert record.warn[1:] == ["the tracker tensorboard was told at the end what it had missed"]
     scalars, texts = read_tensorboard(record.folder.path / "tensorboard")
     assert scalars["train/loss"] == {1: 4.0, 2: 3.0, 3: 2.0}
     assert list(texts["samples"]) == [1, 2, 3]
@@ -139,7 +139,7 @@ def test_what_wandb_missed_while_its_service_was_dead_is_told_at_the_end(tmp_pat
     service.wait()
     log_steps(record, range(4, 8))
     record.close()
-    first, last = record._warn
+    first, last = record.warn
     assert first.startswith("the tracker wandb failed, training goes on without it")
     assert last == "the tracker wandb was told at the end what it had missed"
     told = read_wandb_run(max(record.folder.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime))
@@ -268,7 +268,7 @@ def record_run(tmp_path) -> tuple[Warnings, list[dict], float]:
     log_steps(record, range(1, 4))
     record.close()
     runs = sorted(path for path in tmp_path.rglob("offline-run-*/*.wandb") if "latest-run" not in path.parts)
-    return record._warn, [{"path": path, **read_wandb_run(path)} for path in runs], seconds
+    return record.warn, [{"path": path, **read_wandb_run(path)} for path in runs], seconds
 
 
 @pytest.mark.parametrize(
