@@ -56,6 +56,7 @@ from modeling_gpt2_repro.training.setup import Run, build_run
 from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
 from modeling_gpt2_repro.training.start import choose_start
+from modeling_gpt2_repro.training.trackers import choose_trackers
 
 
 @reports_user_errors
@@ -76,7 +77,8 @@ def start_process(config: TrainingConfig, preemption: Preemption) -> int:
     prepare_cpu_process()
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
     console = Console(accelerator.is_main_process)
-    record = RunRecord(RunFolder(Path(config.output_dir) / config.run_name), accelerator, console.say)
+    folder = RunFolder(Path(config.output_dir) / config.run_name)
+    record = RunRecord(folder, accelerator, console.say, choose_trackers(config.report_to))
     try:
         with faults.explained_nondeterminism():
             if config.eval_only:

@@ -10,6 +10,7 @@ import codecs
 import copy
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import sys
@@ -61,7 +62,7 @@ def setting(
     metadata = {
         "argparse": {"help": help, "aliases": list(aliases)} | ({"metavar": metavar} if metavar else {}),
         "heading": heading,
-        "bounds": Bounds(above, least, below, most),
+        "bounds": (above, least, below, most),
         "path": path,
         "private": private,
         "resumable": resumable,
@@ -72,26 +73,8 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Where a number may lie; a bound that is `None` does not exist."""
-
-    above: float | None = None
-    least: float | None = None
-    below: float | None = None
-    most: float | None = None
-
-    def find_broken(self, value: float) -> str | None:
-        """Return the bound that `value` breaks in words, `None` if it is inside. NaN breaks any bound."""
-        if self.above is not None and not value > self.above:
-            return f"above {self.above:g}"
-        if self.least is not None and not value >= self.least:
-            return f"{self.least:,} or more"
-        if self.below is not None and not value < self.below:
-            return "finite" if math.isinf(self.below) else f"below {self.below:,}"
-        if self.most is not None and not value <= self.most:
-            return f"{self.most:,} or less"
-        return None
+# Declares a setting that decides the result, which resumed work may not change.
+experiment = functools.partial(setting, resumable=False)
 
 
 class Config:
@@ -104,8 +87,8 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and (bound := field.metadata["bounds"].find_broken(value)):
-                raise UserError(f"--{field.name} has to be {bound}, not {value}")
+            if isinstance(value, int | float) and (broken := _find_broken_bound(value, *field.metadata["bounds"])):
+                raise UserError(f"--{field.name} has to be {broken}, not {value}")
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -189,6 +172,21 @@ def whole_number(text: str) -> int:
     if abs(number) > LARGEST_NUMBER:
         raise ValueError(f"{text} is too large")
     return number
+
+
+def _find_broken_bound(
+    value: float, above: float | None, least: float | None, below: float | None, most: float | None
+) -> str | None:
+    """Return in words the first bound that a number breaks, `None` if it is inside. NaN breaks any bound."""
+    if above is not None and not value > above:
+        return f"above {above:g}"
+    if least is not None and not value >= least:
+        return f"{least:,} or more"
+    if below is not None and not value < below:
+        return "finite" if math.isinf(below) else f"below {below:,}"
+    if most is not None and not value <= most:
+        return f"{most:,} or less"
+    return None
 
 
 def _is_list(field: dataclasses.Field) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import yaml
 
-from modeling_gpt2_repro.core.arguments import Config, setting
+from modeling_gpt2_repro.core.arguments import Config, experiment, setting
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training.schedule import Schedule
 from modeling_gpt2_repro.training.skipping import parse_skips
@@ -31,20 +31,14 @@ class TrainingConfig(Config):
     data_dir: str = setting(
         "data/edu_fineweb10B", "folder of token shards, as prepare_data.py writes it", heading="data", path=True
     )
-    sequence_length: int = setting(
-        1024,
-        "tokens in a sequence; also the positions of a model from scratch",
-        above=0,
-        most=2**24,
-        resumable=False,
+    sequence_length: int = experiment(
+        1024, "tokens in a sequence; also the positions of a model from scratch", above=0, most=2**24
     )
-    tokens_per_step: int = setting(
-        524288, "tokens in an optimizer update, all devices together", above=0, most=2**30, resumable=False
+    tokens_per_step: int = experiment(
+        524288, "tokens in an optimizer update, all devices together", above=0, most=2**30
     )
-    shuffle_windows: Literal["auto", "on", "off"] = setting(
-        "auto",
-        "order of windows; auto: permuted, except in the first epoch over a corpus that is shuffled already",
-        resumable=False,
+    shuffle_windows: Literal["auto", "on", "off"] = experiment(
+        "auto", "order of windows; auto: permuted, except in the first epoch over a corpus that is shuffled already"
     )
     skip_steps: list[str] = setting(
         [],
@@ -60,19 +54,17 @@ class TrainingConfig(Config):
     n_layer: int | None = setting(None, "transformer blocks, in place of model_size's", least=1, most=1000)
     n_head: int | None = setting(None, "attention heads, in place of model_size's", least=1, most=2**17)
     n_embd: int | None = setting(None, "width, in place of model_size's", least=1, most=2**17)
-    init_from: str = setting(
+    init_from: str = experiment(
         "scratch",
         "scratch, or a GPT-2-shaped model to start from (with eval_only any causal language model): a Hub id or a "
         "folder",
         path=True,
-        resumable=False,
     )
-    dropout: float = setting(
+    dropout: float = experiment(
         0.0,
         "probability, at embeddings, attention and residuals; OpenAI trained with 0.1 and several epochs",
         least=0,
         below=1,
-        resumable=False,
     )
 
     epochs: float = setting(
@@ -85,27 +77,17 @@ class TrainingConfig(Config):
     max_steps: int | None = setting(
         None, "optimizer updates; derived from epochs where not given", least=1, most=10**12
     )
-    learning_rate: float = setting(
-        6e-4, "peak learning rate (GPT-3 paper, table 2.1)", above=0, below=math.inf, resumable=False
+    learning_rate: float = experiment(6e-4, "peak learning rate (GPT-3 paper, table 2.1)", above=0, below=math.inf)
+    min_lr_ratio: float = experiment(0.1, "last learning rate, as a fraction of the peak", least=0, below=math.inf)
+    warmup_tokens: int = experiment(375_000_000, "tokens of linear warm-up (GPT-3 paper, appendix B)", least=0)
+    lr_schedule: Literal["cosine", "wsd", "constant"] = experiment("cosine", "what follows the warm-up")
+    weight_decay: float = experiment(
+        0.1, "AdamW's decay of every tensor of two or more dimensions", least=0, below=math.inf
     )
-    min_lr_ratio: float = setting(
-        0.1, "last learning rate, as a fraction of the peak", least=0, below=math.inf, resumable=False
-    )
-    warmup_tokens: int = setting(
-        375_000_000, "tokens of linear warm-up (GPT-3 paper, appendix B)", least=0, resumable=False
-    )
-    lr_schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "what follows the warm-up", resumable=False)
-    weight_decay: float = setting(
-        0.1, "AdamW's decay of every tensor of two or more dimensions", least=0, below=math.inf, resumable=False
-    )
-    beta1: float = setting(0.9, "AdamW's decay of the gradient mean", least=0, below=1, resumable=False)
-    beta2: float = setting(0.95, "AdamW's decay of the squared-gradient mean", least=0, below=1, resumable=False)
-    grad_clip: float = setting(
-        1.0, "largest global gradient norm; inf: gradients are not clipped", above=0, resumable=False
-    )
-    seed: int = setting(
-        1337, "of the initial weights, the window order and the samples", least=0, below=2**63, resumable=False
-    )
+    beta1: float = experiment(0.9, "AdamW's decay of the gradient mean", least=0, below=1)
+    beta2: float = experiment(0.95, "AdamW's decay of the squared-gradient mean", least=0, below=1)
+    grad_clip: float = experiment(1.0, "largest global gradient norm; inf: gradients are not clipped", above=0)
+    seed: int = experiment(1337, "of the initial weights, the window order and the samples", least=0, below=2**63)
 
     micro_batch_size: str = setting(
         "auto",
@@ -114,11 +96,11 @@ class TrainingConfig(Config):
         heading="device",
         private=True,
     )
-    mixed_precision: Literal["bf16", "fp16", "no"] = setting(
-        "bf16", "autocast; where the device has no bf16 the run uses float32 and says so", resumable=False
+    mixed_precision: Literal["bf16", "fp16", "no"] = experiment(
+        "bf16", "autocast; where the device has no bf16 the run uses float32 and says so"
     )
-    tf32: bool = setting(
-        True, "compute what stays in float32 as TF32 where the device has it; False: exactly, slower", resumable=False
+    tf32: bool = experiment(
+        True, "compute what stays in float32 as TF32 where the device has it; False: exactly, slower"
     )
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile of the training step; auto: where a compiler for the device is found and works"
@@ -188,9 +170,7 @@ class TrainingConfig(Config):
         private=True,
     )
     hub_model_id: str | None = setting(
-        None,
-        "the repository, as user/name or a name of yours; not given: run_name in your namespace",
-        private=True,
+        None, "the repository, as user/name or a name of yours; not given: run_name in your namespace", private=True
     )
     hub_public: bool = setting(
         False, "let everybody see the repository; not given: a new one is private", private=True

@@ -34,6 +34,7 @@ class Plan:
     """How the work is divided and how much of it there is.
 
     Args:
+        micro_batch_sizes: sequences at once that divide the work and are to be tried, largest first.
         micro_batch_size: sequences that a process takes at once.
         first_step: completed updates at the start, above 0 when resumed.
         max_steps: updates of the whole run.
@@ -46,6 +47,7 @@ class Plan:
 
     config: TrainingConfig
     n_processes: int
+    micro_batch_sizes: list[int]
     micro_batch_size: int
     first_step: int
     max_steps: int
@@ -168,10 +170,12 @@ def build_plan(
         UserError: the processes do not divide a step.
     """
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
     return Plan(
         config=config,
         n_processes=accelerator.num_processes,
-        micro_batch_size=config.list_micro_batch_sizes(accelerator.num_processes, largest)[0],
+        micro_batch_sizes=sizes,
+        micro_batch_size=sizes[0],
         first_step=start.step,
         max_steps=start.max_steps,
         last_step=min(start.max_steps, SMOKE_STEPS) if config.smoke else start.max_steps,
@@ -203,11 +207,13 @@ def describe_plan(config: TrainingConfig) -> list[str]:
     if config.hellaswag_every and config.hellaswag_file is not None:
         n_items = len(load_hellaswag(config.hellaswag_file, config.hellaswag_limit))
     n_processes, model = int(os.environ.get("WORLD_SIZE", "1")), build_skeleton(config, vocab_size)
+    sizes = config.list_micro_batch_sizes(n_processes, ACCELERATOR_MICRO_BATCH_SIZE)
     max_steps = config.derive_max_steps(n_windows or 0)
     plan = Plan(
         config=config,
         n_processes=n_processes,
-        micro_batch_size=config.list_micro_batch_sizes(n_processes, ACCELERATOR_MICRO_BATCH_SIZE)[0],
+        micro_batch_sizes=sizes,
+        micro_batch_size=sizes[0],
         first_step=0,
         max_steps=max_steps,
         last_step=max_steps,

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from modeling_gpt2_repro.core.streams import write_line
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.metrics import format_log_lines, read_json_lines, read_metrics
 from modeling_gpt2_repro.training.run_folder import RunFolder
-from modeling_gpt2_repro.training.trackers import Tracker, build_tracker, choose_trackers
+from modeling_gpt2_repro.training.trackers import Tracker, build_tracker
 
 
 class RunRecord:
@@ -33,6 +33,7 @@ class RunRecord:
 
     Args:
         warn: told of what went wrong and does not matter to the run.
+        trackers: the names of those to feed.
 
     Attributes:
         best_val_loss: of the model in `best/`, infinite where there is none.
@@ -40,13 +41,19 @@ class RunRecord:
         tracker_run_id: by which a tracker knows a resumed run again.
     """
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator, warn: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        warn: Callable[[str], None] = print,
+        trackers: Sequence[str] = (),
+    ):
         self.folder, self.accelerator = folder, accelerator
         self.started = time.monotonic()
         self.best_val_loss = math.inf
         self.tracker_run_id = ""
         self.is_started = self.is_open = False
-        self.warn = warn
+        self.warn, self.trackers = warn, trackers
         self._feeds: list[Feed] = []
         self._lock = FolderLock(folder.path, folder.lock.name, "another process is writing to", say=warn)
         self._may_write = True
@@ -82,7 +89,7 @@ class RunRecord:
             self.is_open = True
             self.set_status("running")
             self._lock.start_beating(self._show_heartbeat)
-            for name in choose_trackers(config.report_to):
+            for name in self.trackers:
                 tracker = build_tracker(name, self.folder, config, self.tracker_run_id)
                 self._feeds.append(Feed(tracker, self.folder, first_step or 0, self.warn))
         self.is_started = True

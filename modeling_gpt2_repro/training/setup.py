@@ -17,6 +17,7 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
 from modeling_gpt2_repro.training.device_fit import fit_to_device, place_on_device
 from modeling_gpt2_repro.training.inputs import Inputs
+from modeling_gpt2_repro.training.memory import StepMemory, describe_step_memory
 from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import Plan, build_plan
 from modeling_gpt2_repro.training.preflight import check_disk, check_duration, measure_folder
@@ -24,7 +25,6 @@ from modeling_gpt2_repro.training.record import RunRecord
 from modeling_gpt2_repro.training.schedule import Schedule
 from modeling_gpt2_repro.training.start import Start
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
-from modeling_gpt2_repro.training.trackers import choose_trackers
 
 
 @dataclass
@@ -90,19 +90,18 @@ def build_run(
     Raises:
         UserError: something that the run could not end well with.
     """
-    trackers = choose_trackers(config.report_to)
-    model, optimizer = build_model_and_optimizer(config, inputs, start, accelerator)
+    model, memory, optimizer = build_model_and_optimizer(config, inputs, start, accelerator)
     plan = build_plan(config, inputs, start, model, accelerator)
     if accelerator.is_main_process:
         folder = record.folder.checkpoints  # may lie on another disk, and has by far the most of the run
         check_disk(folder, plan.estimate_disk_bytes() - measure_folder(folder))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
-    console.say(f"run         {record.folder}, tracked by {' and '.join(trackers) or 'none'}")
+    console.say(f"run         {record.folder}, tracked by {' and '.join(record.trackers) or 'none'}")
     for line in describe_run(plan, inputs, start, accelerator, peak):
         console.say(line)
-    fitted = fit_to_device(config, start, inputs.train_set, model, optimizer, accelerator, console.say)
-    plan = replace(plan, micro_batch_size=fitted.micro_batch_size)
-    seconds = plan.estimate_seconds(accelerator.num_processes / fitted.seconds_per_token)
+    fit, optimizer = fit_to_device(plan, memory, start, inputs.train_set, model, optimizer, accelerator, console.say)
+    plan = replace(plan, micro_batch_size=fit.micro_batch_size)
+    seconds = plan.estimate_seconds(accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
     for line in describe_work(plan, start, seconds):
         console.say(line)
@@ -118,22 +117,26 @@ def build_run(
         record=record,
         console=console,
         model=model,
-        loss_model=fitted.loss_model,
-        optimizer=fitted.optimizer,
+        loss_model=fit.loss_model,
+        optimizer=optimizer,
         peak=peak,
     )
 
 
 def build_model_and_optimizer(
     config: TrainingConfig, inputs: Inputs, start: Start, accelerator: Accelerator
-) -> tuple[GPT2ReproForCausalLM, torch.optim.AdamW]:
+) -> tuple[GPT2ReproForCausalLM, StepMemory, torch.optim.AdamW]:
     """Build the model, with the weights to start from, on its device, and its optimizer without any state.
+
+    Returns:
+        Both, and between them what a step takes of a GPU's memory.
 
     Raises:
         UserError: there is no such model, or it does not fit the settings, the samples, the items or the device.
     """
     model = build_model(str(start.checkpoint or config.init_from), config, inputs.tokenizer)
-    model = place_on_device(config, accelerator, model).train()
+    memory = describe_step_memory(config, model, accelerator.mixed_precision)
+    model = place_on_device(model, memory, accelerator).train()
     if config.sample_every:  # to learn of a prompt that does not fit now, and not at the first sample
         encode_prompt(model, inputs.tokenizer, config.sample_prompt, config.sample_tokens)
     if inputs.hellaswag:  # nor of an ending at the last score
@@ -144,7 +147,7 @@ def build_model_and_optimizer(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     optimizer = build_adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
-    return model, optimizer
+    return model, memory, optimizer
 
 
 def describe_run(plan: Plan, inputs: Inputs, start: Start, accelerator: Accelerator, peak: Peak) -> Iterator[str]:

@@ -11,6 +11,7 @@ from modeling_gpt2_repro.training.plan import Plan, count_flops_per_token
 REPRODUCTION = Plan(
     config=TrainingConfig(max_steps=19_073),
     n_processes=8,
+    micro_batch_sizes=[64],
     micro_batch_size=64,
     first_step=0,
     max_steps=19_073,

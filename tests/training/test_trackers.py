@@ -103,7 +103,7 @@ class Warnings(list):
 
 
 def start_record(folder: Path, report_to: str, first_step: int | None = None) -> RunRecord:
-    record = RunRecord(RunFolder(folder), Accelerator(), warn=Warnings())
+    record = RunRecord(RunFolder(folder), Accelerator(), Warnings(), choose_trackers(report_to))
     record.start(TrainingConfig(run_name="run", report_to=report_to), first_step)
     return record
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from modeling_gpt2_repro.core.arguments import Config, setting
+from modeling_gpt2_repro.core.arguments import Config, experiment, setting
 from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
@@ -23,61 +23,48 @@ MOST_WORKERS = 1024
 class PrepareConfig(Config):
     """Every knob of `prepare_data.py`. What is not `resumable` decides the shards, and is recorded beside them."""
 
-    dataset_name: str = setting(
+    dataset_name: str = experiment(
         FINEWEB_EDU,
         f"a dataset on the Hub, a folder that `datasets` can load, or {DOCSTRINGS}: the built-in offline corpus, the "
         "documentation of the Python packages installed here",
         heading="source",
         aliases=["--dataset"],
         path=True,
-        resumable=False,
     )
-    dataset_config_name: str | None = setting(
-        None,
-        f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}",
-        resumable=False,
+    dataset_config_name: str | None = experiment(
+        None, f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
     )
-    split: str = setting("train", "the dataset's split", resumable=False)
-    revision: str | None = setting(None, "the dataset's branch, tag or commit; none means main", resumable=False)
-    files: list[str] = setting(
+    split: str = experiment("train", "the dataset's split")
+    revision: str | None = experiment(None, "the dataset's branch, tag or commit; none means main")
+    files: list[str] = experiment(
         [],
         "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document a "
         "file, or see --document_separator)",
         path=True,
-        resumable=False,
     )
-    document_separator: str | None = setting(
+    document_separator: str | None = experiment(
         None,
         "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
-        resumable=False,
     )
-    text_column: str = setting("text", "the column, or JSON key, that holds a document's text", resumable=False)
-    max_tokens: int | None = setting(
-        None,
-        "read no more documents than reach this many tokens; none means all",
-        least=1,
-        below=2**63,
-        resumable=False,
+    text_column: str = experiment("text", "the column, or JSON key, that holds a document's text")
+    max_tokens: int | None = experiment(
+        None, "read no more documents than reach this many tokens; none means all", least=1, below=2**63
     )
 
     output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards", heading="shards", path=True)
-    tokenizer: str = setting(
-        GPT2_TOKENIZER,
-        "Hub id or local folder of a tokenizer with at most 65,536 ids",
-        path=True,
-        resumable=False,
+    tokenizer: str = experiment(
+        GPT2_TOKENIZER, "Hub id or local folder of a tokenizer with at most 65,536 ids", path=True
     )
-    shard_size: int = setting(100_000_000, "tokens a shard", least=1, below=2**63, resumable=False)
-    val_tokens: int | None = setting(
+    shard_size: int = experiment(100_000_000, "tokens a shard", least=1, below=2**63)
+    val_tokens: int | None = experiment(
         None,
         "tokens of the validation split: the front of the source order, up to the next end of a document; none means "
         "one shard, at most a tenth of the corpus",
         least=1,
         below=2**63,
-        resumable=False,
     )
-    seed: int = setting(1337, "order of the training documents", least=0, below=2**64, resumable=False)
-    no_shuffle: bool = setting(False, "keep the training documents in source order", resumable=False)
+    seed: int = experiment(1337, "order of the training documents", least=0, below=2**64)
+    no_shuffle: bool = experiment(False, "keep the training documents in source order")
     overwrite: bool = setting(False, "replace an existing folder of shards")
 
     num_workers: int | None = setting(
