@@ -24,8 +24,17 @@ from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.trackers import choose_trackers
 
 STEP_METRICS = (
-    *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/data_wait_seconds"),
-    *("train/tokens", "train/epoch", "train/flops", "train/elapsed_seconds", "train/peak_memory_gb"),
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/data_wait_seconds",
+    "train/tokens",
+    "train/epoch",
+    "train/flops",
+    "train/elapsed_seconds",
+    "train/peak_memory_gb",
 )
 PAUSE_SECONDS = 0.002
 

@@ -560,15 +560,17 @@ def read_saved_steps(folder: Path) -> set[int]:
 def list_toy_flags() -> list[str]:
     """Return the flags of a run that a CPU makes in seconds."""
     return [
-        *(
-            "--n_layer=2",
-            "--n_head=2",
-            "--n_embd=32",
-            "--sequence_length=32",
-            "--tokens_per_step=256",
-            "--eval_every=0",
-        ),
-        *("--max_steps=500", "--warmup_tokens=512", "--hellaswag_every=0", "--sample_every=0", "--compile=off"),
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--sequence_length=32",
+        "--tokens_per_step=256",
+        "--eval_every=0",
+        "--max_steps=500",
+        "--warmup_tokens=512",
+        "--hellaswag_every=0",
+        "--sample_every=0",
+        "--compile=off",
     ]
 
 

@@ -394,7 +394,11 @@ def damage(kind: str, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("truncated weights", "flipped bit", "missing file", "foreign file", "empty checksums"),
+        "truncated weights",
+        "flipped bit",
+        "missing file",
+        "foreign file",
+        "empty checksums",
         "names that leave the folder",
     ],
 )

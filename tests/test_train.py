@@ -44,8 +44,14 @@ def test_loss_falls_and_validation_follows(finished_run):
 def test_run_folder_is_complete(finished_run, shards):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json", "curves.png"),
-        *("checkpoints", "final"),
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "samples.jsonl",
+        "status.json",
+        "curves.png",
+        "checkpoints",
+        "final",
     }
     assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {"step_0000006", "step_0000012"}
     status = json.loads((finished_run / "status.json").read_text())

@@ -83,7 +83,11 @@ def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
 @pytest.mark.parametrize(
     "path, expanded",
     [
-        *(("~/x", "HOME/x"), ("~", "HOME"), ("~/", "HOME/"), ("~/a b/~", "HOME/a b/~"), ("~root/x", "/root/x")),
+        ("~/x", "HOME/x"),
+        ("~", "HOME"),
+        ("~/", "HOME/"),
+        ("~/a b/~", "HOME/a b/~"),
+        ("~root/x", "/root/x"),
         *((each, each) for each in ("./~/x", "a/~/x", "gpt2", "openai-community/gpt2", "auto", "", "a~")),
     ],
 )
