@@ -20,11 +20,14 @@ from modeling_gpt2_repro.core.arguments import parse_arguments, setting
 from modeling_gpt2_repro.core.devices import prepare_cpu_process, start_accelerator
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult, encode_hellaswag, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
 from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
+from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.folder import identify_weights
-from modeling_gpt2_repro.model.loading import check_causal, check_token_ids, load_causal_lm, silence_libraries
+from modeling_gpt2_repro.model.limits import check_token_ids
+from modeling_gpt2_repro.model.loading import load_causal_lm
 
 
 @dataclass

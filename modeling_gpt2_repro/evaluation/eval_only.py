@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
 from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
 from modeling_gpt2_repro.data.text_bytes import NOTE, count_text_bytes
@@ -25,13 +26,9 @@ from modeling_gpt2_repro.evaluation.baseline import (
 )
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
-from modeling_gpt2_repro.model.loading import (
-    check_causal,
-    check_token_ids,
-    get_max_positions,
-    load_causal_lm,
-    silence_libraries,
-)
+from modeling_gpt2_repro.model.causality import check_causal
+from modeling_gpt2_repro.model.limits import check_token_ids, get_max_positions
+from modeling_gpt2_repro.model.loading import load_causal_lm
 
 
 class EvaluationSettings(Protocol):

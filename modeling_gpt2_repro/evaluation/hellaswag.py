@@ -34,7 +34,7 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem
 from modeling_gpt2_repro.evaluation.multiple_choice import compute_accuracies, pick_endings
 from modeling_gpt2_repro.evaluation.scoring import can_share_context, choose_batch_tokens, evaluation_mode, score_items
 from modeling_gpt2_repro.evaluation.shared_context import EncodedChoices, build_rows, is_truncated, plan_batches
-from modeling_gpt2_repro.model.loading import get_max_positions
+from modeling_gpt2_repro.model.limits import get_max_positions
 
 # What a run's metrics are called by protocol.
 METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}

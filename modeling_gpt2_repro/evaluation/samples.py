@@ -13,14 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.core.arguments import parse_arguments, setting
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import evaluation_mode
-from modeling_gpt2_repro.model.loading import (
-    check_causal,
-    check_token_ids,
-    get_max_positions,
-    load_causal_lm,
-    silence_libraries,
-)
+from modeling_gpt2_repro.model.causality import check_causal
+from modeling_gpt2_repro.model.limits import check_token_ids, get_max_positions
+from modeling_gpt2_repro.model.loading import load_causal_lm
 
 
 def generate_samples(

@@ -21,10 +21,10 @@ from modeling_gpt2_repro.core.errors import UserError, raise_if_refused, reports
 from modeling_gpt2_repro.core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
 from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
 from modeling_gpt2_repro.core.locks import FolderLock
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_tokenizer
 from modeling_gpt2_repro.model.convert_llmc import FORMAT, read_llmc_model
 from modeling_gpt2_repro.model.folder import save_published_model
-from modeling_gpt2_repro.model.loading import silence_libraries
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 Activation = Literal["auto", "gelu", "gelu_new"]

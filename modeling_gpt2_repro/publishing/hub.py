@@ -25,8 +25,8 @@ from modeling_gpt2_repro.core.arguments import expand_home, parse_arguments, set
 from modeling_gpt2_repro.core.errors import UserError, format_line, reports_user_errors
 from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.core.hub_client import HubUnreachableError, ask_hub, describe_hub_failure
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.model.folder import describe_as_gpt2
-from modeling_gpt2_repro.model.loading import silence_libraries
 from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import FOLDER as EVAL_RESULTS
 from modeling_gpt2_repro.publishing.model_card import CARD, describe_model
