@@ -247,7 +247,8 @@ def copy_tokenizer(model_folder, folder):
 def test_a_folder_without_model_or_tokenizer_is_answered(model_folder, tmp_path, capsys):
     copy_tokenizer(model_folder, tmp_path / "no_model")
     data = ("--data_file", SAMPLE_FILE)
-    assert "did not load as a causal language model" in complain(capsys, "--model", tmp_path / "no_model", *data)
+    line = complain(capsys, "--model", tmp_path / "no_model", *data)
+    assert "cannot load a model from --model" in line
     save_model(tmp_path / "no_tokenizer")
     assert "has no tokenizer" in complain(capsys, "--model", tmp_path / "no_tokenizer", *data)
 
@@ -278,7 +279,7 @@ def test_weights_that_do_not_fill_the_model_are_answered(model_folder, tmp_path,
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     line = complain(capsys, "--model", folder, "--data_file", SAMPLE_FILE)
-    assert "weights of the shape that its config.json asks for, such as transformer.h." in line
+    assert "lacks weights of the shapes in its config.json, such as transformer.h." in line
 
 
 def test_bad_data_and_outputs_are_answered_before_the_model_loads(tmp_path, capsys):

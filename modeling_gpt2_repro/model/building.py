@@ -7,8 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
 from modeling_gpt2_repro.core.devices import measure_total_memory
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.model.folder import check_model_folder, check_weight_names
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.model.folder import check_model_folder
+from modeling_gpt2_repro.model.limits import check_sequence_length
+from modeling_gpt2_repro.model.loading import explained_loading, load_model
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 DEFAULT_SIZE = "124M"
@@ -42,16 +44,13 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
         torch.manual_seed(settings.seed)
         return GPT2ReproForCausalLM(config)
 
-    model = _load_gpt2(source, _get_dropouts(settings))
+    _check_memory(_load_config(source))
+    model = load_model(GPT2ReproForCausalLM, source, dtype=torch.float32, **_get_dropouts(settings))
     for name, value in {**resolve_shape(settings), "vocab_size": len(tokenizer)}.items():
         if getattr(model.config, name) != value:
             asked_by = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
             raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {asked_by} says {value}")
-    if settings.sequence_length > model.config.n_positions:
-        raise UserError(
-            f"--sequence_length {settings.sequence_length} is longer than the {model.config.n_positions} positions of "
-            f"{source}"
-        )
+    check_sequence_length(model, settings.sequence_length, source)
     return model
 
 
@@ -122,26 +121,6 @@ def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
 
 
 def _load_config(source: str) -> GPT2ReproConfig:
-    try:
+    with explained_loading(source, source):
         check_model_folder(source)
         return GPT2ReproConfig.from_pretrained(source)
-    except Exception as error:  # of a damaged configuration transformers raises anything
-        raise_if_refused(error, source)
-        raise UserError(f"cannot load the configuration of {source}: {error}") from error
-
-
-def _load_gpt2(source: str, dropouts: dict[str, float]) -> GPT2ReproForCausalLM:
-    """Load a GPT-2-shaped model whole: transformers only warns where it fills a hole with random numbers."""
-    try:
-        check_model_folder(source)
-        check_weight_names(source)
-        _check_memory(GPT2ReproConfig.from_pretrained(source))
-        model, loading_info = GPT2ReproForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **dropouts
-        )
-    except Exception as error:  # of a damaged folder transformers raises anything
-        raise_if_refused(error, source)
-        raise UserError(f"cannot load a model from {source}: {error}") from error
-    if loading_info["missing_keys"]:
-        raise UserError(f"{source} lacks weights that its config.json asks for: {min(loading_info['missing_keys'])}")
-    return model

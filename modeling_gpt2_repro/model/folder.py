@@ -23,15 +23,22 @@ def check_model_folder(name: str | Path) -> None:
         )
 
 
-def check_weight_names(folder: str | Path) -> None:
-    """Check what the index of a model in several files calls them; transformers would follow a path out of `folder`.
+def check_weight_files(folder: str | Path) -> None:
+    """Check that a model folder has no pickled weights alone, and that no index of its names a file outside of it.
+
+    A name on the Hub passes: `from_pretrained` is asked for safetensors, and the Hub's files are all in one folder.
 
     Raises:
-        ValueError: an index is damaged, or names a file that is not in the folder.
+        ValueError: it has; or an index is damaged.
     """
-    for index in Path(folder).glob("*.index.json") if Path(folder).is_dir() else ():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in names:
+    folder = Path(folder)
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            "it holds its weights as a pickle, which may run anything when opened: load it with from_pretrained where "
+            "you trust it, and let save_pretrained write model.safetensors"
+        )
+    for index in folder.glob("*.index.json"):
+        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
             if Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
 
