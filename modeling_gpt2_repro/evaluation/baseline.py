@@ -12,16 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import Dataset
-
 from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.core.files import follow_links, write_json
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
-from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
+from modeling_gpt2_repro.evaluation.validation import ValidationResult
 
 # OpenAI's smallest model by its names on the Hub, which curves are compared with.
 GPT2_124M_NAMES = ("openai-community/gpt2", "gpt2")
@@ -57,47 +52,6 @@ class Baseline:
 def identify_model(name: str) -> str:
     """Return a Hub id as it is, and a folder's absolute path: a folder called `gpt2` is not OpenAI's model."""
     return str(follow_links(name)) if Path(name).is_dir() else name
-
-
-def measure_loss(
-    model: nn.Module,
-    val_set: Dataset,
-    n_windows: int,
-    *,
-    largest_batch_size: int,
-    n_bytes: float,
-    accelerator: Accelerator,
-) -> ValidationResult:
-    """Evaluate the loss as a run does, with half as many windows at once whenever memory does not suffice.
-
-    Each process halves for itself: the batch size changes no number.
-
-    Raises:
-        UserError: not even one window fits, or the loss is not finite.
-    """
-    batch_size, result = largest_batch_size, None
-    while result is None:
-        try:
-            result = evaluate_loss(
-                model,
-                val_set,
-                n_windows,
-                batch_size=batch_size,
-                n_bytes=n_bytes,
-                accelerator=accelerator,
-            )
-        except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise UserError(
-                    "not even one sequence fits in the device's memory: use a shorter --sequence_length"
-                ) from error
-            batch_size //= 2
-    if not math.isfinite(result.loss):
-        raise UserError(
-            "the model's validation loss is not finite: its weights are broken, or its precision is too low "
-            "(try --mixed_precision no)"
-        )
-    return result
 
 
 def record_validation(result: ValidationResult, mixed_precision: str) -> dict[str, Any]:

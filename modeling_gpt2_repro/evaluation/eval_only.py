@@ -18,7 +18,6 @@ from modeling_gpt2_repro.evaluation.baseline import (
     Baseline,
     format_baseline,
     identify_model,
-    measure_loss,
     read_baselines,
     record_hellaswag,
     record_validation,
@@ -26,6 +25,7 @@ from modeling_gpt2_repro.evaluation.baseline import (
 )
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
+from modeling_gpt2_repro.evaluation.validation import measure_loss
 from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.limits import check_token_ids, get_max_positions
 from modeling_gpt2_repro.model.loading import load_causal_lm
