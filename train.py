@@ -33,7 +33,6 @@ from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.core.streams import discard_unwritten
 from modeling_gpt2_repro.data.dataset import prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
-from modeling_gpt2_repro.evaluation.eval_only import evaluate_only
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.samples import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
@@ -45,6 +44,7 @@ from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
+from modeling_gpt2_repro.training.eval_only import evaluate_only
 from modeling_gpt2_repro.training.inputs import open_inputs
 from modeling_gpt2_repro.training.optim import set_learning_rate
 from modeling_gpt2_repro.training.plan import describe_plan

@@ -23,7 +23,7 @@ from small_runs import flags
 
 import prepare_data
 import train
-from eval_hellaswag import EvaluationSettings
+from eval_hellaswag import HellaSwagConfig
 from modeling_gpt2_repro.core.arguments import parse_arguments
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import open_split
@@ -41,7 +41,7 @@ DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in 
 SETTINGS = {
     "train.py": TrainingConfig,
     "prepare_data.py": PrepareConfig,
-    "eval_hellaswag.py": EvaluationSettings,
+    "eval_hellaswag.py": HellaSwagConfig,
     "modeling_gpt2_repro.model.convert_nanogpt": NanoGPTConfig,
     "modeling_gpt2_repro.evaluation.samples": SamplingConfig,
     "modeling_gpt2_repro.publishing.hub": UploadSettings,

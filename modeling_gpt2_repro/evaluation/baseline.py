@@ -16,6 +16,7 @@ from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.core.files import follow_links, write_json
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
+from modeling_gpt2_repro.evaluation.multiple_choice import format_score
 from modeling_gpt2_repro.evaluation.validation import ValidationResult
 
 # OpenAI's smallest model by its names on the Hub, which curves are compared with.
@@ -146,8 +147,7 @@ def format_baseline(baseline: Baseline) -> str:
     if hellaswag := baseline.hellaswag:
         rows.append(("HellaSwag", f"{hellaswag['n']:,} items: {hellaswag['name']}, protocol {hellaswag['protocol']}"))
         for metric in ("acc_norm", "acc"):
-            stderr = hellaswag[f"{metric}_stderr"]
-            rows.append((f"  {metric}", f"{hellaswag[metric]:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")))
+            rows.append((f"  {metric}", format_score(hellaswag[metric], hellaswag[f"{metric}_stderr"])))
         if hellaswag["n_truncated"]:
             rows.append(("  cut", f"{hellaswag['n_truncated']:,} contexts on the left, to fit the model"))
     return "\n".join(f"{name:<12}{value}" for name, value in rows)

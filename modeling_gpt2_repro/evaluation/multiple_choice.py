@@ -1,4 +1,4 @@
-"""From log-probabilities of competing endings to accuracies: pure arithmetic, whatever computed them."""
+"""Multiple choice: from log-probabilities of competing endings to accuracies, as pure arithmetic."""
 
 import math
 from collections.abc import Sequence
@@ -38,3 +38,8 @@ def compute_standard_error(hits: Sequence[bool]) -> float | None:
     n = len(hits)
     mean = sum(hits) / n
     return math.sqrt(sum((hit - mean) ** 2 for hit in hits) / (n - 1)) / math.sqrt(n) if n > 1 else None
+
+
+def format_score(score: float, stderr: float | None = None) -> str:
+    """Return an accuracy, with its standard error if there is one, as in `0.2955 +- 0.0046`."""
+    return f"{score:.4f}" if stderr is None else f"{score:.4f} +- {stderr:.4f}"

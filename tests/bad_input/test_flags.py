@@ -92,7 +92,7 @@ EVALUATE_CHOICES = {
 
 @st.composite
 def draw_evaluation_arguments(draw) -> list[str]:
-    values = draw(draw_settings(eval_hellaswag.EvaluationSettings, EVALUATE_CHOICES, frozenset()))
+    values = draw(draw_settings(eval_hellaswag.HellaSwagConfig, EVALUATE_CHOICES, frozenset()))
     values = {
         name: value
         for name, value in values.items()

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from eval_hellaswag import EvaluationSettings
+from eval_hellaswag import HellaSwagConfig
 from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting, write_config
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
@@ -124,7 +124,7 @@ def test_a_home_that_nobody_knows_is_told(monkeypatch):
         parse("--inputs", "a", "~/x")
 
 
-SCRIPTS = [TrainingConfig, PrepareConfig, EvaluationSettings, NanoGPTConfig, SamplingConfig, UploadSettings]
+SCRIPTS = [TrainingConfig, PrepareConfig, HellaSwagConfig, NanoGPTConfig, SamplingConfig, UploadSettings]
 NO_PATHS = {"run_name", "hub_model_id", "repo_id", "wandb_project", "document_separator", "text_column", "revision"}
 NO_PATHS |= {"prompt", "sample_prompt", "report_to", "model_size", "micro_batch_size", "skip_steps", "split", "task"}
 NO_PATHS |= {"dataset_config_name"}

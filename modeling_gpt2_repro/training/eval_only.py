@@ -1,0 +1,92 @@
+"""`train.py --eval_only`: evaluate any model as a run evaluates its own, and keep the result as a baseline."""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerFast
+
+from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.streams import silence_libraries
+from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
+from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
+from modeling_gpt2_repro.data.text_bytes import NOTE, count_text_bytes
+from modeling_gpt2_repro.evaluation import baseline as baselines
+from modeling_gpt2_repro.evaluation.evaluator import Evaluator, load_evaluator, load_items
+from modeling_gpt2_repro.evaluation.validation import ValidationResult, measure_loss
+from modeling_gpt2_repro.training.config import TrainingConfig
+
+
+def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Print the validation loss and the HellaSwag score of `init_from`, and keep them in the data folder.
+
+    All processes call this together; the numbers do not depend on how many there are.
+
+    Raises:
+        UserError: data or model are missing or broken, or the model cannot read the data's tokens.
+    """
+    silence_libraries()
+    path = Path(config.data_dir) / BASELINES_NAME
+    tokenizer = load_data_tokenizer(config.data_dir)
+    baselines.read_baselines(path)  # a damaged file ends the command now, and not when the result is added to it
+    val_set = items = validation = hellaswag = None
+    if config.eval_every:
+        val_set = TokenDataset(config.data_dir, "val", config.sequence_length, len(tokenizer))
+    if config.hellaswag_every:
+        items = load_items(config.hellaswag_file, config.hellaswag_limit, accelerator)
+    evaluator = load_evaluator(config.init_from, accelerator, flag="--init_from")
+    evaluator.check_reads(config.data_dir, tokenizer, config.sequence_length)
+
+    precision = accelerator.mixed_precision
+    if val_set is not None:
+        validation = baselines.record_validation(measure_validation(evaluator, val_set, tokenizer, config), precision)
+    if items is not None:
+        (score,) = evaluator.evaluate_hellaswag(items, tokenizer, ["original"])
+        hellaswag = baselines.record_hellaswag(score, config.hellaswag_file, config.hellaswag_limit, precision)
+    if accelerator.is_main_process:
+        baseline = baselines.Baseline(
+            model=baselines.identify_model(config.init_from),
+            val_checksums=list_checksums(config.data_dir, "val"),
+            eval_tokens=config.eval_tokens,
+            sequence_length=config.sequence_length,
+            validation=validation,
+            hellaswag=hellaswag,
+        )
+        print(baselines.format_baseline(baseline))
+        print(f"device      {describe_device(accelerator, config.mixed_precision)}")
+        keep(baseline, path)
+
+
+def measure_validation(
+    evaluator: Evaluator, val_set: TokenDataset, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
+) -> ValidationResult:
+    """Compute the loss on the tokens that a run with this configuration is validated on."""
+    accelerator = evaluator.accelerator
+    n_windows = config.eval_tokens // config.sequence_length
+    text_bytes = count_text_bytes(val_set, n_windows, tokenizer)
+    if not text_bytes.is_exact and accelerator.is_main_process:
+        print(NOTE, flush=True)
+    if config.micro_batch_size == "auto":
+        largest_batch_size = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    else:
+        largest_batch_size = int(config.micro_batch_size)
+    return measure_loss(
+        evaluator.model,
+        val_set,
+        n_windows,
+        largest_batch_size=largest_batch_size,
+        n_bytes=text_bytes.count,
+        accelerator=accelerator,
+    )
+
+
+def keep(baseline: baselines.Baseline, path: Path) -> None:
+    """Add a baseline to the file at `path`, or warn that it could not be: what was printed is valid either way."""
+    try:
+        baselines.save_baseline(path, baseline)
+    except (OSError, UserError) as error:
+        reason = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: warning: the result was not kept: {reason}", file=sys.stderr, flush=True)
+    else:
+        print(f"kept in     {path}", flush=True)
