@@ -25,7 +25,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from modeling_gpt2_repro.core.devices import compute_once
@@ -152,36 +153,30 @@ def clean_marks(text: str) -> str:
 
 def encode_original(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
     """Encode contexts and endings apart, without special tokens."""
-    rendered = [render_original(item) for item in items]
-    texts = [[context, *continuations] for context, continuations in rendered]
+    texts = [[context, *continuations] for context, continuations in map(render_original, items)]
+    ids_by_item = _encode(tokenizer, texts, add_special_tokens=False)
     return [
-        _build_encoded_item(item, context_ids, ending_ids, [len(ids) for ids in ending_ids])
-        for item, (context_ids, *ending_ids) in zip(
-            items, _encode(tokenizer, texts, add_special_tokens=False), strict=True
-        )
+        _build_encoded_item(item, context_ids, ending_ids, list(map(len, ending_ids)))
+        for item, (context_ids, *ending_ids) in zip(items, ids_by_item, strict=True)
     ]
 
 
 def encode_lm_eval(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
-    """Encode contexts and whole texts, and take as an ending what lies past the context's number of tokens.
+    """Encode contexts and whole texts; an ending is what follows the context's number of tokens.
 
     A tokenizer that begins a text with a special token (GPT-2's does not) does so here, as in the harness.
     """
-    rendered = [render_lm_eval(item) for item in items]
     texts = [
-        [context, *(context + continuation for continuation in continuations)] for context, continuations in rendered
+        [context, *(context + continuation for continuation in continuations)]
+        for context, continuations in map(render_lm_eval, items)
     ]
-    return [
-        _build_encoded_item(
-            item,
-            context_ids,
-            [ids[len(context_ids) :] for ids in whole_ids],
-            [len(clean_marks(ending)) for ending in item.endings],
-        )
-        for item, (context_ids, *whole_ids) in zip(
-            items, _encode(tokenizer, texts, add_special_tokens=True), strict=True
-        )
-    ]
+    ids_by_item = _encode(tokenizer, texts, add_special_tokens=True)
+    encoded = []
+    for item, (context_ids, *whole_ids) in zip(items, ids_by_item, strict=True):
+        ending_ids = [ids[len(context_ids) :] for ids in whole_ids]
+        lengths = [len(clean_marks(ending)) for ending in item.endings]
+        encoded.append(_build_encoded_item(item, context_ids, ending_ids, lengths))
+    return encoded
 
 
 ENCODERS: dict[str, Callable[[Sequence[HellaSwagItem], Any], list[EncodedItem]]] = {
@@ -234,19 +229,14 @@ class HellaSwagQuestions:
 
 
 def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
-    """Yield the ids of each item's texts. Many texts a call are several times as fast as a few."""
+    """Yield the ids of each item's texts. Many texts in a call are several times as fast as a few."""
+    options = {"split_special_tokens": True, "return_attention_mask": False}
     for start in range(0, len(texts_by_item), ITEMS_PER_ENCODING):
         chunk = texts_by_item[start : start + ITEMS_PER_ENCODING]
-        ids = iter(
-            tokenizer(
-                [text for texts in chunk for text in texts],
-                add_special_tokens=add_special_tokens,
-                split_special_tokens=True,
-                return_attention_mask=False,
-            )["input_ids"]
-        )
+        encoded = tokenizer(list(itertools.chain(*chunk)), add_special_tokens=add_special_tokens, **options)
+        ids = iter(encoded["input_ids"])
         for texts in chunk:
-            yield [next(ids) for _ in texts]
+            yield list(itertools.islice(ids, len(texts)))
 
 
 def _build_encoded_item(
@@ -282,70 +272,82 @@ def evaluate_hellaswag(
     encoded: EncodedHellaSwag,
     *,
     batch_tokens: int | None = None,
-    accelerator=None,
+    accelerator: Accelerator | PartialState | None = None,
     show_progress: bool = True,
 ) -> HellaSwagResult:
     """Score a causal language model on encoded items.
 
-    Every number is the same on any number of processes, because the batches are planned over all items and only then
-    divided. The model's training mode comes back as it was, and no random number is drawn.
+    Every number is the same on any number of processes, because batches are planned over all items before they are
+    divided. The model's training mode is restored, and no random number is drawn.
 
     Args:
         model: the bare module (neither wrapped nor compiled), on the device to compute on. Precision is the caller's:
             its parameters' type, or an autocast around this call. Log-softmax is in float32 and sums in float64
             either way.
-        batch_tokens: the most tokens, padding included, that one forward pass reads; `None` lets free memory decide.
-        accelerator: an `Accelerator` or `PartialState` to divide the items among its processes, each of which has to
-            call this with the same items; `None` means this process alone.
+        batch_tokens: the most tokens, padding included, in one forward pass; `None` lets free memory decide.
+        accelerator: divides the items among its processes, which all have to call this with the same items; `None`
+            means this process alone.
 
     Raises:
-        UserError: an ending longer than the model's positions, or a log-probability that is not finite.
+        UserError: an ending is longer than the model's positions, or a log-probability is not finite.
     """
     rank, n_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    started = time.perf_counter()
-    items, max_positions = encoded.items, get_max_positions(model)
+    started, max_positions = time.perf_counter(), get_max_positions(model)
     n_truncated = encoded.count_truncated(max_positions)
-    nll: dict[int, list[float]] = {}
-    n_correct = 0
     with evaluation_mode(model):
-        way = [can_share_context(model, items, max_positions), batch_tokens or choose_batch_tokens(model)]
-        if n_processes > 1:  # all of them have to plan the same batches
-            broadcast_object_list(way)
-        shares_context, batch_tokens = way
+        choose = partial(choose_reading, model, encoded, batch_tokens)
+        shares_context, batch_tokens = compute_once(choose, accelerator) if accelerator else choose()
         if not shares_context and rank == 0:
             warn_of_plain_rows(type(model).__name__)
-        rows = [build_rows(item, max_positions, shares_context) for item in items]
+        rows = [build_rows(item, max_positions, shares_context) for item in encoded.items]
         own_batches = plan_batches(rows, batch_tokens)[rank::n_processes]
-        with tqdm(
-            total=sum(map(len, own_batches)),
-            desc=f"HellaSwag {encoded.protocol}",
-            unit="item",
-            disable=not show_progress or rank != 0,
-        ) as bar:
-            for batch in own_batches:
-                batch_nll = score_items(model, [rows[index] for index in batch], selects_places=shares_context)
-                for index, sums in zip(batch, batch_nll, strict=True):
-                    nll[index] = sums
-                    n_correct += score_item(items[index], sums).predicted_norm == items[index].label
-                bar.set_postfix_str(f"acc_norm {n_correct / len(nll):.4f}", refresh=False)
-                bar.update(len(batch))
+        nll = score_batches(model, encoded, rows, own_batches, shares_context, show_progress and rank == 0)
     if n_processes > 1:
         gathered = gather_object(list(nll.items()))
         nll = dict(gathered)
         assert len(nll) == len(gathered), "no item is scored twice"
-    assert nll.keys() == set(range(len(items))), "every item is scored"
+    assert nll.keys() == set(range(len(encoded.items))), "every item is scored"
     check_finite(encoded, nll)
     return reduce_nll(
         encoded,
-        [nll[index] for index in range(len(items))],
+        [nll[index] for index in range(len(nll))],
         n_truncated=n_truncated,
-        examples_per_second=len(items) / (time.perf_counter() - started),
+        examples_per_second=len(nll) / (time.perf_counter() - started),
     )
+
+
+def choose_reading(model: torch.nn.Module, encoded: EncodedHellaSwag, batch_tokens: int | None) -> tuple[bool, int]:
+    """Return whether the model can share contexts, which a probe shows, and the most tokens in a batch."""
+    shares_context = can_share_context(model, encoded.items, get_max_positions(model))
+    return shares_context, batch_tokens or choose_batch_tokens(model)
+
+
+def score_batches(
+    model: torch.nn.Module,
+    encoded: EncodedHellaSwag,
+    rows: Sequence[Sequence[EncodedChoices]],
+    batches: Sequence[Sequence[int]],
+    selects_places: bool,
+    show_progress: bool,
+) -> dict[int, list[float]]:
+    """Return the sums of each item's endings by the item's index; a batch is the indices of its items."""
+    nll: dict[int, list[float]] = {}
+    n_correct = 0
+    n_items, title = sum(map(len, batches)), f"HellaSwag {encoded.protocol}"
+    with tqdm(total=n_items, desc=title, unit="item", disable=not show_progress) as bar:
+        for batch in batches:
+            batch_nll = score_items(model, [rows[index] for index in batch], selects_places)
+            for index, sums in zip(batch, batch_nll, strict=True):
+                nll[index] = sums
+                n_correct += score_item(encoded.items[index], sums).predicted_norm == encoded.items[index].label
+            bar.set_postfix_str(f"acc_norm {n_correct / len(nll):.4f}", refresh=False)
+            bar.update(len(batch))
+    return nll
 
 
 @cache
 def warn_of_plain_rows(model_class: str) -> None:
-    """Say, once for a class of models, that its contexts are not shared."""
+    """Warn, once for a class of models, that its contexts are not shared."""
     print(
         f"{model_class} does not honour a 4-D attention mask with positions that restart, or has an attention window "
         "that is shorter than an item: each ending is read with a context of its own, which is slower",
@@ -355,7 +357,7 @@ def warn_of_plain_rows(model_class: str) -> None:
 
 
 def check_finite(encoded: EncodedHellaSwag, nll: Mapping[int, Sequence[float]]) -> None:
-    """Refuse log-probabilities that are not numbers: comparing them would pass for a score near chance."""
+    """Raise a `UserError` for log-probabilities that are not finite, which would compare as a score near chance."""
     for index, sums in sorted(nll.items()):
         if not all(map(math.isfinite, sums)):
             raise UserError(
