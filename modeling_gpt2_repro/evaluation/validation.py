@@ -1,4 +1,4 @@
-"""Validation: the loss on a fixed set of tokens, the same on any hardware."""
+"""Validation: the loss of a causal language model on the same tokens on any hardware."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Attributes: `loss` in nats a token, `bpb` in bits a UTF-8 byte of the text, `n_tokens` predicted."""
+    """Attributes: `loss` in nats per token, `bpb` in bits per UTF-8 byte of the text, `n_tokens` predicted."""
 
     loss: float
     bpb: float
@@ -37,7 +37,7 @@ def evaluate_loss(
     n_bytes: float,
     accelerator: Accelerator,
 ) -> ValidationResult:
-    """Compute the mean loss of `model` on the first `n_windows` windows of `dataset`, each of T+1 tokens.
+    """Compute the mean loss on the first `n_windows` windows of `dataset`, each of T+1 tokens.
 
     The processes divide the windows and reduce their sums, so the result does not depend on their number, up to the
     last bits of a float64 sum. The model's training mode is restored.
