@@ -1,15 +1,15 @@
-"""HellaSwag: which of four endings continues a context? The one definition that training and evaluation share.
+"""HellaSwag: which of four endings continues a context? The one implementation behind training and evaluation.
 
 HellaSwag (Zellers et al., 2019, https://arxiv.org/abs/1905.07830) has no single score: two protocols are in use, which
-differ by up to two points on the same model, so that every result here carries the name of its own.
+differ by up to two points on the same model, so every result carries the name of its protocol.
 
 - `original`: the protocol of the original GPT-2 reproduction script (karpathy/build-nanogpt, `hellaswag.py`). The raw
   `ctx` and each ending after one space are encoded apart; `acc_norm` divides by the number of *tokens*.
-- `lm_eval`: the `hellaswag` task of EleutherAI's lm-evaluation-harness 0.4. The activity label stands in front, the
-  marks of the WikiHow half are cleaned away, context and ending are encoded together; `acc_norm` divides by the
-  number of *characters*.
+- `lm_eval`: the `hellaswag` task of EleutherAI's lm-evaluation-harness 0.4. The activity label is prepended, the
+  markup of the WikiHow half removed, and context and ending are encoded together; `acc_norm` divides by the number of
+  *characters*.
 
-Both pick the ending of the highest summed log-probability (`acc`), and of the highest per unit of length (`acc_norm`).
+Both pick the ending with the highest summed log-probability (`acc`) and the highest per unit of length (`acc_norm`).
 
 The text `<|endoftext|>` in an item is encoded as ordinary text in both protocols. No item of HellaSwag contains it.
 """
@@ -37,7 +37,7 @@ from modeling_gpt2_repro.evaluation.scoring import can_share_context, choose_bat
 from modeling_gpt2_repro.evaluation.shared_context import EncodedChoices, build_rows, is_truncated, plan_batches
 from modeling_gpt2_repro.model.limits import get_max_positions
 
-# What a run's metrics are called by protocol.
+# The prefix of a run's metrics, by protocol.
 METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}
 SCORE_NAMES = ("acc_norm", "acc", "acc_norm_stderr", "acc_stderr", "n")
 ITEMS_PER_ENCODING = 1000
@@ -45,10 +45,7 @@ ITEMS_PER_ENCODING = 1000
 
 @dataclass(frozen=True)
 class EncodedItem(EncodedChoices):
-    """One question as a protocol puts it to a model.
-
-    `ending_lengths` is what `acc_norm` divides by: tokens in `original`, characters in `lm_eval`.
-    """
+    """One item under a protocol; `acc_norm` divides by `ending_lengths`, in tokens (`original`) or characters."""
 
     ind: int
     label: int
@@ -57,26 +54,26 @@ class EncodedItem(EncodedChoices):
 
 @dataclass(frozen=True)
 class EncodedHellaSwag:
-    """A list of questions as one protocol puts them: encode once, evaluate many checkpoints."""
+    """Items under a protocol: encode once, evaluate many checkpoints."""
 
     protocol: str
     items: tuple[EncodedItem, ...]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that a model reads, a context counting once for its endings."""
+        """Tokens that a model reads if each context is read once for all of its endings."""
         return sum(item.n_read for item in self.items)
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in any of them."""
+        """The largest token id in any item."""
         return max(max(*item.context_ids, *itertools.chain(*item.ending_ids)) for item in self.items)
 
     def count_truncated(self, max_positions: int | None) -> int:
         """Return how many contexts lose tokens on the left to fit a model.
 
         Raises:
-            UserError: an ending alone does not fit.
+            UserError: an ending does not fit even without its context.
         """
         return sum(is_truncated(item, max_positions) for item in self.items)
 
@@ -94,7 +91,7 @@ class ScoredItem:
 
 @dataclass(frozen=True)
 class HellaSwagResult:
-    """Accuracies under one protocol, as fractions of `n` items, with their standard errors (`None` where n is 1).
+    """Accuracies under one protocol, as fractions of `n` items, with their standard errors (`None` if n is 1).
 
     `n_truncated` counts the items whose context lost tokens on the left to fit the model.
     """
@@ -114,26 +111,26 @@ class HellaSwagResult:
         return {name: value for name, value in vars(self).items() if name not in ("protocol", "scored_items")}
 
     def metrics(self) -> dict[str, float]:
-        """Return the accuracies, their standard errors and `n` by the names that a run's metrics have."""
+        """Return the accuracies, their standard errors and `n` under the names of a run's metrics."""
         values = {name: getattr(self, name) for name in SCORE_NAMES}
         prefix = METRIC_PREFIXES[self.protocol]
         return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 
     def per_example(self) -> list[dict[str, Any]]:
-        """Return one JSON-able object an item."""
+        """Return one JSON-serializable object per item."""
         return [{"protocol": self.protocol, **asdict(item)} for item in self.scored_items]
 
 
 def render_original(item: HellaSwagItem) -> tuple[str, list[str]]:
-    """Return the context and its continuations as the `original` protocol spells them."""
+    """Return the text of the context and of its continuations under the `original` protocol."""
     return item.ctx, [" " + ending for ending in item.endings]
 
 
 def render_lm_eval(item: HellaSwagItem) -> tuple[str, list[str]]:
-    """Return the context and its continuations as the `lm_eval` protocol spells them.
+    """Return the text of the context and of its continuations under the `lm_eval` protocol.
 
-    Blanks at the end of the context move to the front of every continuation, as the harness does, so that the boundary
-    between the two is one between words.
+    As in the harness, spaces at the end of the context move to the front of every continuation, so that the two meet
+    at a word boundary.
     """
     prompt = clean_marks(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     context = prompt.rstrip()
@@ -144,8 +141,8 @@ def render_lm_eval(item: HellaSwagItem) -> tuple[str, list[str]]:
 def clean_marks(text: str) -> str:
     """Remove the `[header]`, `[title]`, `[step]` marks of the WikiHow half as the harness does.
 
-    The order of the steps and the single pass over double blanks are part of the protocol: a text that begins with a
-    mark keeps a blank in front, and three blanks become two.
+    The order of the steps and the single pass over double spaces are part of the protocol: a text that begins with a
+    mark keeps a leading space, and three spaces become two.
     """
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
@@ -164,7 +161,7 @@ def encode_original(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedIt
 def encode_lm_eval(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
     """Encode contexts and whole texts; an ending is what follows the context's number of tokens.
 
-    A tokenizer that begins a text with a special token (GPT-2's does not) does so here, as in the harness.
+    As in the harness, a tokenizer that begins a text with a special token (GPT-2's does not) does so here.
     """
     texts = [
         [context, *(context + continuation for continuation in continuations)]
@@ -189,15 +186,15 @@ def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -
     """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
 
     Raises:
-        UserError: the tokenizer makes nothing of a context or of an ending.
+        UserError: a context or an ending encodes to no tokens.
     """
     return EncodedHellaSwag(protocol, tuple(ENCODERS[protocol](items, tokenizer)))
 
 
 class HellaSwagQuestions:
-    """Items as a run asks them: a protocol's encoding is made when it is first wanted, once for all processes.
+    """Items whose encoding under a protocol is computed at its first use, once for all processes.
 
-    All processes have to call `encode` and `check_fits` together.
+    All processes call `encode` and `check_fits` together.
     """
 
     def __init__(self, items: Sequence[HellaSwagItem], tokenizer, accelerator):
@@ -212,9 +209,9 @@ class HellaSwagQuestions:
         return self._encoded[protocol]
 
     def check_fits(self, max_positions: int | None) -> None:
-        """Raise a `UserError` where an ending is too long for a model, under any protocol.
+        """Raise a `UserError` if an ending is too long for a model, under any protocol.
 
-        Protocols spell an ending alike, so those that are far from too long under one are not encoded for the others.
+        Protocols render an ending almost alike, so only endings that are long under one are encoded under the other.
         """
         original = self.encode("original")
         original.count_truncated(max_positions)
@@ -262,7 +259,7 @@ def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]], **fact
 
 
 def score_item(item: EncodedItem, nll: Sequence[float]) -> ScoredItem:
-    """Put a model's sums and what they pick beside the right answer."""
+    """Return a model's sums and the endings that they pick, beside the label."""
     predicted, predicted_norm = pick_endings(nll, item.ending_lengths)
     return ScoredItem(item.ind, item.label, tuple(nll), predicted, predicted_norm)
 

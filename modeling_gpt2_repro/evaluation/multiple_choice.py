@@ -5,22 +5,22 @@ from collections.abc import Sequence
 
 
 def pick_endings(nll: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
-    """Return the most probable ending by its sum and by its mean over its length; the first one wins a tie.
+    """Return the index of the most probable ending by sum and by mean over length; the first one wins a tie.
 
     Args:
         nll: each ending's summed negative log-probability.
-        lengths: what each sum is divided by. An ending of none, which was nothing but a mark, is never picked.
+        lengths: the divisor of each sum. An ending of length 0, which was nothing but a mark, is never picked.
     """
     means = [total / length if length else math.inf for total, length in zip(nll, lengths, strict=True)]
     return min(range(len(nll)), key=nll.__getitem__), min(range(len(nll)), key=means.__getitem__)
 
 
 def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int]) -> dict[str, float | None]:
-    """Reduce what `pick_endings` picked to `acc` and `acc_norm`, as fractions, and their standard errors `*_stderr`.
+    """Reduce the answers to `acc` and `acc_norm`, as fractions, and their standard errors `*_stderr`.
 
     Args:
-        picked: for each question, the ending picked by its sum and the one by its mean.
-        labels: the right ending of each.
+        picked: for each question, the endings picked by sum and by mean, as from `pick_endings`.
+        labels: the right ending of each question.
     """
     result: dict[str, float | None] = {}
     for name, picks in zip(("acc", "acc_norm"), zip(*picked, strict=True), strict=True):
@@ -31,9 +31,9 @@ def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int])
 
 
 def compute_standard_error(hits: Sequence[bool]) -> float | None:
-    """Return the sample standard error of the mean of n zeros and ones; `None` where n is 1.
+    """Return the sample standard error of the mean of n zeros and ones; `None` if n is 1.
 
-    The order of operations is lm-evaluation-harness's, so that the numbers are the same to the last bit.
+    The order of operations is that of lm-evaluation-harness, for numbers that are equal to the last bit.
     """
     n = len(hits)
     mean = sum(hits) / n

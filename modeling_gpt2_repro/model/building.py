@@ -1,4 +1,4 @@
-"""Where a model's first weights come from."""
+"""Building the model of a run: its shape, and its initial weights."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 
 
 class ShapeSettings(Protocol):
-    """The settings of a run that decide its model; `None` leaves the shape to `model_size`, or to existing weights."""
+    """The settings of a run that define its model; `None` leaves the shape to `model_size`, or to existing weights."""
 
     init_from: str
     model_size: str | None
@@ -31,12 +31,12 @@ class ShapeSettings(Protocol):
 
 
 def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
-    """Build a model in float32 on the CPU: from `scratch` by the seed alone, or from a folder or Hub id.
+    """Build a model in float32 on the CPU: from `scratch`, by the seed alone, or from a folder or Hub id.
 
-    Dropout is the settings' in either case, whatever existing weights were trained with.
+    Dropout follows the settings in either case, not what existing weights were trained with.
 
     Raises:
-        UserError: no such model, or one that contradicts the settings or the tokenizer.
+        UserError: there is no such model, or it contradicts the settings or the tokenizer.
     """
     if source == "scratch":
         config = _build_config(settings, len(tokenizer), tokenizer.eos_token_id)
@@ -55,7 +55,7 @@ def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedToken
 
 
 def resolve_shape(settings: ShapeSettings) -> dict[str, int]:
-    """Return the layers, heads and width that settings ask for; of existing weights they need not name any.
+    """Return the layers, heads and width that the settings ask for, which for existing weights may be none.
 
     Raises:
         UserError: an unknown `model_size`.
@@ -78,10 +78,10 @@ def load_shape(source: str) -> dict[str, int]:
 
 
 def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCausalLM:
-    """Build the model that a run would train, without its weights: on the meta device, to count its parameters.
+    """Build the model that a run would train on the meta device, without weights, to count its parameters.
 
     Raises:
-        UserError: a shape that does not work, or an `init_from` without a configuration.
+        UserError: the shape is impossible, or `init_from` has no configuration.
     """
     if settings.init_from == "scratch":
         config = _build_config(settings, vocab_size, eos_token_id=None)
@@ -106,7 +106,7 @@ def _build_config(settings: ShapeSettings, vocab_size: int, eos_token_id: int | 
 
 
 def _check_memory(config: GPT2ReproConfig) -> None:
-    """Refuse a model whose weights alone the machine cannot hold: to try would end the process, or others."""
+    """Raise a `UserError` for a model whose weights alone exceed the machine's memory: trying would kill processes."""
     matrices = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.n_positions) * config.n_embd
     memory = measure_total_memory()
     if memory is not None and 4 * matrices > memory:
