@@ -45,18 +45,16 @@ def _list_shapes(
     block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, n_rows: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes in the file's order: each kind of tensor for all layers, before the next kind."""
-    layer = {
-        **{"ln_1.weight": (n_embd,), "ln_1.bias": (n_embd,)},
-        **{"attn.c_attn.weight": (3 * n_embd, n_embd), "attn.c_attn.bias": (3 * n_embd,)},
-        **{"attn.c_proj.weight": (n_embd, n_embd), "attn.c_proj.bias": (n_embd,)},
-        **{"ln_2.weight": (n_embd,), "ln_2.bias": (n_embd,)},
-        **{"mlp.c_fc.weight": (4 * n_embd, n_embd), "mlp.c_fc.bias": (4 * n_embd,)},
-        **{"mlp.c_proj.weight": (n_embd, 4 * n_embd), "mlp.c_proj.bias": (n_embd,)},
+    modules = {
+        "ln_1": (n_embd,),
+        "attn.c_attn": (3 * n_embd, n_embd),
+        "attn.c_proj": (n_embd, n_embd),
+        "ln_2": (n_embd,),
+        "mlp.c_fc": (4 * n_embd, n_embd),
+        "mlp.c_proj": (n_embd, 4 * n_embd),
     }
-    return {
-        "transformer.wte.weight": (n_rows, n_embd),
-        "transformer.wpe.weight": (block_size, n_embd),
-        **{f"transformer.h.{i}.{name}": shape for name, shape in layer.items() for i in range(n_layer)},
-        "transformer.ln_f.weight": (n_embd,),
-        "transformer.ln_f.bias": (n_embd,),
-    }
+    shapes = {"transformer.wte.weight": (n_rows, n_embd), "transformer.wpe.weight": (block_size, n_embd)}
+    for module, shape in modules.items():
+        shapes |= {f"transformer.h.{i}.{module}.weight": shape for i in range(n_layer)}
+        shapes |= {f"transformer.h.{i}.{module}.bias": shape[:1] for i in range(n_layer)}
+    return shapes | {"transformer.ln_f.weight": (n_embd,), "transformer.ln_f.bias": (n_embd,)}
