@@ -34,7 +34,7 @@ class Evaluator:
     name: str
     flag: str
 
-    def check_reads(self, data_dir: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:
+    def check_fits(self, data_dir: str, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:
         """Check that the model can read windows of `sequence_length` tokens from shards made with `tokenizer`.
 
         Raises:

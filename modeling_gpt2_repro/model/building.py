@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
 from modeling_gpt2_repro.core.devices import measure_total_memory
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.folder import check_model_folder
 from modeling_gpt2_repro.model.limits import check_sequence_length
 from modeling_gpt2_repro.model.loading import explained_loading, load_model
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
@@ -121,6 +120,5 @@ def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
 
 
 def _load_config(source: str) -> GPT2ReproConfig:
-    with explained_loading(source, source):
-        check_model_folder(source)
+    with explained_loading(source):
         return GPT2ReproConfig.from_pretrained(source)

@@ -11,36 +11,28 @@ from modeling_gpt2_repro.core.files import compute_checksum, write_json
 
 
 def check_model_folder(name: str | Path) -> None:
-    """Check that a model folder, or a Hub id, is not a file.
-
-    Raises:
-        ValueError: it is a file.
-    """
-    if Path(name).is_file():
-        raise ValueError(
-            "it is a file, not a model folder: python -m modeling_gpt2_repro.model.convert_nanogpt --checkpoint FILE "
-            "--output_dir FOLDER makes one of a checkpoint of nanoGPT, build-nanogpt, llm.c or a state dict of GPT-2"
-        )
-
-
-def check_weight_files(folder: str | Path) -> None:
-    """Check that a model folder holds safetensors, and that no index in it names a file outside of the folder.
+    """Check that a model folder is one, holds safetensors, and that no index in it names a file outside of it.
 
     A Hub id passes: `from_pretrained(use_safetensors=True)` refuses pickles there, and a snapshot is one folder.
 
     Raises:
-        ValueError: the weights are pickled only, or an index is damaged or leads out of the folder.
+        ValueError: it is a file, its weights are pickled only, or an index is damaged or leads out of it.
     """
-    folder = Path(folder)
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(
+            "it is a file, not a model folder: python -m modeling_gpt2_repro.model.convert_nanogpt --checkpoint FILE "
+            "--output_dir FOLDER makes one of a checkpoint of nanoGPT, build-nanogpt, llm.c or a state dict of GPT-2"
+        )
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
         raise ValueError(
             "it holds its weights as a pickle, which may run anything when opened: load it with from_pretrained where "
             "you trust it, and let save_pretrained write model.safetensors"
         )
     for index in folder.glob("*.index.json"):
-        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-            if Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
+        for file in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(file).name != file or file in ("", ".."):
+                raise ValueError(f"{index} names {file!r}, which is not a file of its folder")
 
 
 def identify_weights(folder: str | Path) -> str | None:

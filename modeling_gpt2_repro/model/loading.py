@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import HF_MODULES_CACHE
 
 from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.model.folder import check_model_folder, check_weight_files
+from modeling_gpt2_repro.model.folder import check_model_folder
 
 # Classes of other tasks. If their embeddings are tied, they have all weights of a language model beside another head.
 OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|RewardModel)$")
@@ -40,16 +40,12 @@ def load_causal_lm(
     Raises:
         UserError: either is missing or broken, or the model was saved for another task.
     """
-    subject = f"{flag} {name}"
-    if name.startswith((".", "/", "~")) and not Path(name).exists():
-        raise UserError(f"{subject} does not exist: pass a model folder or a Hub id")
-    with explained_loading(name, subject):
-        check_model_folder(name)
+    with explained_loading(name, flag) as subject:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     # From a folder without tokenizer files, transformers builds one of special tokens only.
     if not tokenizer("HellaSwag")["input_ids"]:
         raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with beside it")
-    with explained_loading(name, subject):
+    with explained_loading(name, flag):
         check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, tokenizer
@@ -70,10 +66,7 @@ def load_model(
         UserError: the model is missing, damaged, pickled or not of this class, or lacks a weight of the shape that its
             config.json describes.
     """
-    subject = f"{flag} {name}".strip()
-    with explained_loading(name, subject):
-        check_model_folder(name)
-        check_weight_files(name)
+    with explained_loading(name, flag) as subject:
         model, loading_info = model_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
         )
@@ -87,10 +80,21 @@ def load_model(
 
 
 @contextlib.contextmanager
-def explained_loading(name: str, subject: str) -> Iterator[None]:
-    """Turn any error of transformers while it loads `name` into a `UserError` about `subject`."""
+def explained_loading(name: str, flag: str = "") -> Iterator[str]:
+    """Check a model folder before transformers reads it, and turn any exception while it does into a `UserError`.
+
+    Args:
+        name, flag: as for `load_model`.
+
+    Yields:
+        The model as error messages name it.
+    """
+    subject = f"{flag} {name}".strip()
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise UserError(f"{subject} does not exist: pass a model folder or a Hub id")
     try:
-        yield
+        check_model_folder(name)
+        yield subject
     except Exception as error:  # transformers raises any type for a damaged folder
         raise_if_refused(error, name)
         raise UserError(f"cannot load a model from {subject}: {_explain(error)}") from error

@@ -36,7 +36,7 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
     if config.hellaswag_every:
         items = load_items(config.hellaswag_file, config.hellaswag_limit, accelerator)
     evaluator = load_evaluator(config.init_from, accelerator, flag="--init_from")
-    evaluator.check_reads(config.data_dir, tokenizer, config.sequence_length)
+    evaluator.check_fits(config.data_dir, tokenizer, config.sequence_length)
 
     precision = accelerator.mixed_precision
     if val_set is not None:
