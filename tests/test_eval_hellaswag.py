@@ -41,10 +41,15 @@ def run(*flags):
 
 
 def sample_flags(model_folder, tmp_path):
-    return [
-        *("--model", model_folder, "--data_file", SAMPLE_FILE, "--limit", LIMIT, "--batch_tokens", 512),
-        *("--output", tmp_path / "new" / "results.json", "--per_example", tmp_path / "new" / "examples.jsonl"),
-    ]
+    flags = {
+        "model": model_folder,
+        "data_file": SAMPLE_FILE,
+        "limit": LIMIT,
+        "batch_tokens": 512,
+        "output": tmp_path / "new" / "results.json",
+        "per_example": tmp_path / "new" / "examples.jsonl",
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def read_lines(path):
@@ -61,9 +66,8 @@ def test_scores_are_printed_and_written_by_protocol(model_folder, tmp_path, caps
     assert results["weights"] == compute_checksum(model_folder / "model.safetensors")
     for protocol in ("original", "lm_eval"):
         scores = results[protocol]
-        assert scores.keys() == {
-            *("n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "examples_per_second", "n_truncated")
-        }
+        accuracies = {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+        assert scores.keys() == accuracies | {"n", "examples_per_second", "n_truncated"}
         assert scores["n"] == LIMIT
         assert scores["examples_per_second"] > 0
         own = [example for example in examples if example["protocol"] == protocol]

@@ -51,10 +51,19 @@ def test_every_command_refuses_what_reads_ahead(save, shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     "class_name",
     [
-        *("GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"),
-        *("LlamaForSequenceClassification", "Gemma2ForSequenceClassification", "BertForSequenceClassification"),
-        *("BertForMultipleChoice", "BertForNextSentencePrediction", "DistilBertForMaskedLM", "LlamaModel"),
-        *("T5ForConditionalGeneration", "BartForConditionalGeneration", "PegasusForConditionalGeneration"),
+        "GPT2ForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "GPT2ForQuestionAnswering",
+        "LlamaForSequenceClassification",
+        "Gemma2ForSequenceClassification",
+        "BertForSequenceClassification",
+        "BertForMultipleChoice",
+        "BertForNextSentencePrediction",
+        "DistilBertForMaskedLM",
+        "LlamaModel",
+        "T5ForConditionalGeneration",
+        "BartForConditionalGeneration",
+        "PegasusForConditionalGeneration",
     ],
 )
 def test_models_of_other_tasks_are_named(class_name, save):
