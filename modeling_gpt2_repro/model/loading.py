@@ -46,7 +46,7 @@ def load_causal_lm(
     if not tokenizer("HellaSwag")["input_ids"]:
         raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with beside it")
     with explained_loading(name, flag):
-        check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+        _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
@@ -100,7 +100,7 @@ def explained_loading(name: str, flag: str = "") -> Iterator[str]:
         raise UserError(f"cannot load a model from {subject}: {_explain(error)}") from error
 
 
-def check_task(config: PreTrainedConfig) -> None:
+def _check_task(config: PreTrainedConfig) -> None:
     """Check that a model was saved as a causal language model.
 
     Raises:
