@@ -22,8 +22,9 @@ from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
 from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.evaluator import load_evaluator, load_items
-from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, HellaSwagResult
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS
 from modeling_gpt2_repro.evaluation.multiple_choice import format_score
 from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
 from modeling_gpt2_repro.model.folder import identify_weights

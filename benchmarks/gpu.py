@@ -58,8 +58,9 @@ from modeling_gpt2_repro.core.devices import (
     start_accelerator,
 )
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
-from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from modeling_gpt2_repro.core.devices import compute_once
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
-from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions, HellaSwagResult, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
 from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
 from modeling_gpt2_repro.model.loading import load_causal_lm

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.text_bytes import TextBytes, count_text_bytes
-from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 

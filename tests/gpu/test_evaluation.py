@@ -11,8 +11,9 @@ from conftest import REPOSITORY, SHARED_DATA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu.drawn_models import draw_model
-from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 from modeling_gpt2_repro.evaluation.scoring import can_share_context, evaluation_mode, score_items
 from modeling_gpt2_repro.evaluation.shared_context import build_rows
 from modeling_gpt2_repro.model.limits import get_max_positions
