@@ -20,10 +20,10 @@ import modeling_gpt2_repro
 import prepare_data
 import train
 from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.model.building import build_model
 from modeling_gpt2_repro.training import checkpoint as checkpoint_module
 from modeling_gpt2_repro.training import device_fit
 from modeling_gpt2_repro.training.batch_fit import WindowLoss
+from modeling_gpt2_repro.training.building import build_model
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 

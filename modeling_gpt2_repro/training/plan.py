@@ -12,7 +12,7 @@ from modeling_gpt2_repro.core.devices import ACCELERATOR_MICRO_BATCH_SIZE, get_l
 from modeling_gpt2_repro.data.dataset import TokenDataset
 from modeling_gpt2_repro.data.shards import load_manifest
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
-from modeling_gpt2_repro.model.building import build_skeleton
+from modeling_gpt2_repro.training.building import build_skeleton
 from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.inputs import Inputs

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from modeling_gpt2_repro.core.devices import describe_device, name_hardware, reset_peak_memory
 from modeling_gpt2_repro.data.text_bytes import NOTE
 from modeling_gpt2_repro.evaluation.samples import encode_prompt
-from modeling_gpt2_repro.model.building import build_model
 from modeling_gpt2_repro.model.limits import get_max_positions
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from modeling_gpt2_repro.training.building import build_model
 from modeling_gpt2_repro.training.checkpoint import TrainingState, resume_hint
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration

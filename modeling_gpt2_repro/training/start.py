@@ -11,7 +11,7 @@ from modeling_gpt2_repro.core.devices import compute_once
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import fingerprint_split
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
-from modeling_gpt2_repro.model.building import load_shape, resolve_shape
+from modeling_gpt2_repro.training.building import load_shape, resolve_shape
 from modeling_gpt2_repro.training.checkpoint import (
     TrainingState,
     check_experiment,

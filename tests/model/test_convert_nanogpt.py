@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.building import load_shape
 from modeling_gpt2_repro.model.convert_nanogpt import convert_state_dict, load_nanogpt, main
 from modeling_gpt2_repro.model.loading import load_causal_lm
+from modeling_gpt2_repro.training.building import load_shape
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from modeling_gpt2_repro.model.building import build_skeleton
+from modeling_gpt2_repro.training.building import build_skeleton
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.plan import Plan, count_flops_per_token
 

@@ -1,7 +1,5 @@
 """Building the model of a run: its shape, and its initial weights."""
 
-from typing import Protocol
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -11,58 +9,46 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.model.limits import check_sequence_length
 from modeling_gpt2_repro.model.loading import explained_loading, load_model
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from modeling_gpt2_repro.training.config import TrainingConfig
 
 DEFAULT_SIZE = "124M"
 SHAPE = ("n_layer", "n_head", "n_embd")
 
 
-class ShapeSettings(Protocol):
-    """The settings of a run that define its model; `None` leaves the shape to `model_size`, or to existing weights."""
-
-    init_from: str
-    model_size: str | None
-    n_layer: int | None
-    n_head: int | None
-    n_embd: int | None
-    sequence_length: int
-    dropout: float
-    seed: int
-
-
-def build_model(source: str, settings: ShapeSettings, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
+def build_model(source: str, config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
     """Build a model in float32 on the CPU: from `scratch`, by the seed alone, or from a folder or Hub id.
 
-    Dropout follows the settings in either case, not what existing weights were trained with.
+    Dropout follows the config in either case, not what existing weights were trained with.
 
     Raises:
-        UserError: there is no such model, or it contradicts the settings or the tokenizer.
+        UserError: there is no such model, or it contradicts the config or the tokenizer.
     """
     if source == "scratch":
-        config = _build_config(settings, len(tokenizer), tokenizer.eos_token_id)
-        _check_memory(config)
-        torch.manual_seed(settings.seed)
-        return GPT2ReproForCausalLM(config)
+        model_config = _build_config(config, len(tokenizer), tokenizer.eos_token_id)
+        _check_memory(model_config)
+        torch.manual_seed(config.seed)
+        return GPT2ReproForCausalLM(model_config)
 
     _check_memory(_load_config(source))
-    model = load_model(GPT2ReproForCausalLM, source, dtype=torch.float32, **_get_dropouts(settings))
-    for name, value in {**resolve_shape(settings), "vocab_size": len(tokenizer)}.items():
+    model = load_model(GPT2ReproForCausalLM, source, dtype=torch.float32, **_get_dropouts(config))
+    for name, value in {**resolve_shape(config), "vocab_size": len(tokenizer)}.items():
         if getattr(model.config, name) != value:
             asked_by = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
             raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {asked_by} says {value}")
-    check_sequence_length(model, settings.sequence_length, source)
+    check_sequence_length(model, config.sequence_length, source)
     return model
 
 
-def resolve_shape(settings: ShapeSettings) -> dict[str, int]:
-    """Return the layers, heads and width that the settings ask for, which for existing weights may be none.
+def resolve_shape(config: TrainingConfig) -> dict[str, int]:
+    """Return the layers, heads and width that the config asks for, which may be none for existing weights.
 
     Raises:
         UserError: an unknown `model_size`.
     """
-    size = settings.model_size or (DEFAULT_SIZE if settings.init_from == "scratch" else None)
+    size = config.model_size or (DEFAULT_SIZE if config.init_from == "scratch" else None)
     if size is not None and size not in MODEL_SIZES:
         raise UserError(f"unknown --model_size {size}: use one of {', '.join(MODEL_SIZES)}")
-    wanted = {name: getattr(settings, name) for name in SHAPE}
+    wanted = {name: getattr(config, name) for name in SHAPE}
     return MODEL_SIZES.get(size, {}) | {name: value for name, value in wanted.items() if value is not None}
 
 
@@ -72,41 +58,42 @@ def load_shape(source: str) -> dict[str, int]:
     Raises:
         UserError: its configuration cannot be read.
     """
-    config = _load_config(source)
-    return {name: getattr(config, name) for name in SHAPE}
+    model_config = _load_config(source)
+    return {name: getattr(model_config, name) for name in SHAPE}
 
 
-def build_skeleton(settings: ShapeSettings, vocab_size: int) -> GPT2ReproForCausalLM:
+def build_skeleton(config: TrainingConfig, vocab_size: int) -> GPT2ReproForCausalLM:
     """Build the model that a run would train on the meta device, without weights, to count its parameters.
 
     Raises:
         UserError: the shape is impossible, or `init_from` has no configuration.
     """
-    if settings.init_from == "scratch":
-        config = _build_config(settings, vocab_size, eos_token_id=None)
+    if config.init_from == "scratch":
+        model_config = _build_config(config, vocab_size, eos_token_id=None)
     else:
-        config = _load_config(settings.init_from)
+        model_config = _load_config(config.init_from)
     with torch.device("meta"):
-        return GPT2ReproForCausalLM(config)
+        return GPT2ReproForCausalLM(model_config)
 
 
-def _build_config(settings: ShapeSettings, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
-    shape = resolve_shape(settings)
+def _build_config(config: TrainingConfig, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
+    shape = resolve_shape(config)
     if shape["n_embd"] % shape["n_head"]:
         raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
     return GPT2ReproConfig(
         vocab_size=vocab_size,
-        n_positions=settings.sequence_length,
+        n_positions=config.sequence_length,
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
         **shape,
-        **_get_dropouts(settings),
+        **_get_dropouts(config),
     )
 
 
-def _check_memory(config: GPT2ReproConfig) -> None:
+def _check_memory(model_config: GPT2ReproConfig) -> None:
     """Raise a `UserError` for a model whose weights alone exceed the machine's memory: trying would kill processes."""
-    matrices = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.n_positions) * config.n_embd
+    n_embd, n_rows = model_config.n_embd, model_config.vocab_size + model_config.n_positions
+    matrices = 12 * model_config.n_layer * n_embd**2 + n_rows * n_embd
     memory = measure_total_memory()
     if memory is not None and 4 * matrices > memory:
         raise UserError(
@@ -115,8 +102,8 @@ def _check_memory(config: GPT2ReproConfig) -> None:
         )
 
 
-def _get_dropouts(settings: ShapeSettings) -> dict[str, float]:
-    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+def _get_dropouts(config: TrainingConfig) -> dict[str, float]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
 
 
 def _load_config(source: str) -> GPT2ReproConfig:
