@@ -21,10 +21,10 @@ from modeling_gpt2_repro.core.devices import prepare_cpu_process, start_accelera
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
 from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.evaluation.evaluator import load_evaluator, load_items
+from modeling_gpt2_repro.evaluation.evaluator import load_evaluator
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
-from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split
-from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS
+from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS, HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.multiple_choice import format_score
 from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
 from modeling_gpt2_repro.model.folder import identify_weights
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_cpu_process()
     accelerator = start_accelerator("no")
 
-    items = load_items(config.data_file, config.limit, accelerator)
+    items = load_hellaswag(config.data_file, config.limit)
     evaluator = load_evaluator(
         config.model,
         accelerator,
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trust_remote_code=config.trust_remote_code,
     )
     protocols = list(ENCODERS) if config.protocol == "both" else [config.protocol]
-    results = evaluator.evaluate_hellaswag(items, evaluator.tokenizer, protocols, config.batch_tokens)
+    questions = HellaSwagQuestions(items, evaluator.tokenizer, accelerator)
+    results = evaluator.evaluate_hellaswag(questions, protocols, config.batch_tokens)
     if accelerator.is_main_process:
         report(config, results, is_validation_split=is_full_validation_split(items))
     accelerator.end_training()

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.devices import compute_once
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult, evaluate_hellaswag
-from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem, load_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
 from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
@@ -51,18 +48,13 @@ class Evaluator:
         check_sequence_length(self.model, sequence_length, self.name)
 
     def evaluate_hellaswag(
-        self,
-        items: Sequence[HellaSwagItem],
-        tokenizer: PreTrainedTokenizerBase,
-        protocols: Sequence[str],
-        batch_tokens: int | None = None,
+        self, questions: HellaSwagQuestions, protocols: Sequence[str], batch_tokens: int | None = None
     ) -> list[HellaSwagResult]:
-        """Score the model on `items` under each protocol (see `hellaswag.evaluate_hellaswag`).
+        """Score the model under each protocol (see `hellaswag.evaluate_hellaswag`).
 
         Raises:
             UserError: the model cannot read the items, or gives a log-probability that is not finite.
         """
-        questions = HellaSwagQuestions(items, tokenizer, self.accelerator)
         encoded = [questions.encode(protocol) for protocol in protocols]
         check_token_ids(self.model, max(each.largest_id for each in encoded), self.name, self.flag)
         with self.accelerator.autocast():
@@ -86,8 +78,3 @@ def load_evaluator(name: str, accelerator: Accelerator, flag: str = "--model", *
     model = model.to(accelerator.device)
     check_causal(model, name, flag)
     return Evaluator(model, tokenizer, accelerator, name, flag)
-
-
-def load_items(data_file: str | None, limit: int | None, accelerator: Accelerator) -> list[HellaSwagItem]:
-    """Load HellaSwag items in the first process, and return them in all (see `hellaswag_data.load_hellaswag`)."""
-    return compute_once(partial(load_hellaswag, data_file, limit), accelerator)

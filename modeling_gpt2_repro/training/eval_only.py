@@ -4,18 +4,17 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.data.dataset import TokenDataset, load_data_tokenizer
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
-from modeling_gpt2_repro.data.text_bytes import NOTE, count_text_bytes
+from modeling_gpt2_repro.data.text_bytes import NOTE
 from modeling_gpt2_repro.evaluation import baseline as baselines
-from modeling_gpt2_repro.evaluation.evaluator import Evaluator, load_evaluator, load_items
+from modeling_gpt2_repro.evaluation.evaluator import Evaluator, load_evaluator
 from modeling_gpt2_repro.evaluation.validation import ValidationResult, measure_loss
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.inputs import Inputs, open_inputs
 
 
 def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -27,22 +26,17 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
         UserError: data or model are missing or broken, or the model cannot read the data's tokens.
     """
     silence_libraries()
+    inputs = open_inputs(config, accelerator)
     path = Path(config.data_dir) / BASELINES_NAME
-    tokenizer = load_data_tokenizer(config.data_dir)
     baselines.read_baselines(path)  # a damaged file ends the command now, and not when the result is added to it
-    val_set = items = validation = hellaswag = None
-    if config.eval_every:
-        val_set = TokenDataset(config.data_dir, "val", config.sequence_length, len(tokenizer))
-    if config.hellaswag_every:
-        items = load_items(config.hellaswag_file, config.hellaswag_limit, accelerator)
     evaluator = load_evaluator(config.init_from, accelerator, flag="--init_from")
-    evaluator.check_fits(config.data_dir, tokenizer, config.sequence_length)
+    evaluator.check_fits(config.data_dir, inputs.tokenizer, config.sequence_length)
 
-    precision = accelerator.mixed_precision
-    if val_set is not None:
-        validation = baselines.record_validation(measure_validation(evaluator, val_set, tokenizer, config), precision)
-    if items is not None:
-        (score,) = evaluator.evaluate_hellaswag(items, tokenizer, ["original"])
+    precision, validation, hellaswag = accelerator.mixed_precision, None, None
+    if inputs.val_set is not None:
+        validation = baselines.record_validation(measure_validation(evaluator, inputs, config), precision)
+    if inputs.hellaswag is not None:
+        (score,) = evaluator.evaluate_hellaswag(inputs.hellaswag, ["original"])
         hellaswag = baselines.record_hellaswag(score, config.hellaswag_file, config.hellaswag_limit, precision)
     if accelerator.is_main_process:
         baseline = baselines.Baseline(
@@ -58,25 +52,18 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
         keep(baseline, path)
 
 
-def measure_validation(
-    evaluator: Evaluator, val_set: TokenDataset, tokenizer: PreTrainedTokenizerFast, config: TrainingConfig
-) -> ValidationResult:
+def measure_validation(evaluator: Evaluator, inputs: Inputs, config: TrainingConfig) -> ValidationResult:
     """Compute the loss on the tokens that a run with this configuration is validated on."""
     accelerator = evaluator.accelerator
-    n_windows = config.eval_tokens // config.sequence_length
-    text_bytes = count_text_bytes(val_set, n_windows, tokenizer)
-    if not text_bytes.is_exact and accelerator.is_main_process:
+    if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
         print(NOTE, flush=True)
-    if config.micro_batch_size == "auto":
-        largest_batch_size = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
-    else:
-        largest_batch_size = int(config.micro_batch_size)
+    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
     return measure_loss(
         evaluator.model,
-        val_set,
-        n_windows,
-        largest_batch_size=largest_batch_size,
-        n_bytes=text_bytes.count,
+        inputs.val_set,
+        config.eval_tokens // config.sequence_length,
+        largest_batch_size=largest if config.micro_batch_size == "auto" else int(config.micro_batch_size),
+        n_bytes=inputs.eval_bytes.count,
         accelerator=accelerator,
     )
 

@@ -14,10 +14,10 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened inputs of a run; what is never evaluated is `None`."""
+    """The opened inputs of a run; what is never evaluated, or trained on, is `None`."""
 
     tokenizer: PreTrainedTokenizerBase
-    train_set: TokenDataset
+    train_set: TokenDataset | None
     val_set: TokenDataset | None
     eval_bytes: TextBytes | None
     hellaswag: HellaSwagQuestions | None
@@ -30,8 +30,9 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
         UserError: any of it is missing or damaged, or does not belong together.
     """
     tokenizer = load_data_tokenizer(config.data_dir)
-    train_set = TokenDataset(config.data_dir, "train", config.sequence_length, len(tokenizer))
-    val_set = eval_bytes = hellaswag = None
+    train_set = val_set = eval_bytes = hellaswag = None
+    if not config.eval_only:
+        train_set = TokenDataset(config.data_dir, "train", config.sequence_length, len(tokenizer))
     if config.eval_every:
         val_set = TokenDataset(config.data_dir, "val", config.sequence_length, len(tokenizer))
         eval_bytes = count_text_bytes(val_set, config.eval_tokens // config.sequence_length, tokenizer)
