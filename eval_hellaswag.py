@@ -16,7 +16,7 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 # isort: split
 import torch
 
-from modeling_gpt2_repro.core.arguments import parse_arguments, setting
+from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting
 from modeling_gpt2_repro.core.devices import prepare_cpu_process, start_accelerator
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
@@ -31,7 +31,7 @@ from modeling_gpt2_repro.model.folder import identify_weights
 
 
 @dataclass
-class HellaSwagConfig:
+class HellaSwagConfig(Config):
     """Flags of the command."""
 
     model: str = setting(MISSING, "folder or Hub id of a causal language model with its tokenizer", path=True)
@@ -44,15 +44,13 @@ class HellaSwagConfig:
     limit: int | None = setting(None, "score only the first so many items; None: all")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
     batch_tokens: int | None = setting(
-        None, "tokens that a forward pass reads at most, padding included; None: as many as free memory holds"
+        None,
+        "tokens that a forward pass reads at most, padding included; None: as many as free memory holds",
+        least=1,
     )
     output: str | None = setting(None, "write the scores to this .json file; None: print only", path=True)
     per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't", path=True)
     trust_remote_code: bool = setting(False, "run the model code that comes with --model")
-
-    def __post_init__(self):
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise UserError(f"--batch_tokens {self.batch_tokens}: has to be at least 1")
 
     @property
     def data_name(self) -> str:
