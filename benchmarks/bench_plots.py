@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_tracking import STEP_METRICS
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.core.arguments import write_settings
+from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.plots.run_figure import CURVES, draw_curves
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -40,7 +40,7 @@ EVAL_EVERY, LOOP_STEPS = 250, 100
 def write_run(folder: Path, n_steps: int) -> None:
     """Write the files of a run whose numbers are noise around a falling line."""
     generator = np.random.default_rng(0)
-    write_settings(TrainingConfig(run_name=folder.name), folder / "config.yaml")
+    write_config(TrainingConfig(run_name=folder.name), folder / "config.yaml")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as stream:
         for step in range(n_steps + 1):
             names = STEP_METRICS if step else ()

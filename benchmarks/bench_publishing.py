@@ -56,7 +56,7 @@ def main() -> None:
     from transformers.utils import logging as transformers_logging
 
     from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-    from modeling_gpt2_repro.core.arguments import write_settings
+    from modeling_gpt2_repro.core.arguments import write_config
     from modeling_gpt2_repro.model.folder import save_model
     from modeling_gpt2_repro.publishing.uploader import Publisher
     from modeling_gpt2_repro.training.config import TrainingConfig
@@ -81,7 +81,7 @@ def main() -> None:
         run_folder = Path(name) / "bench"
         config = TrainingConfig(run_name="bench", push_to_hub=True, data_dir=str(run_folder))
         run_folder.mkdir()
-        write_settings(config, run_folder / "config.yaml")
+        write_config(config, run_folder / "config.yaml")
         steps = range(1, arguments.checkpoints + 1)
         (run_folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
         checkpoints = [run_folder / "checkpoints" / f"step_{step:07d}" for step in steps]

@@ -20,17 +20,28 @@ from accelerate import Accelerator
 
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
 from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run_folder import RunFolder
+from modeling_gpt2_repro.training.trackers import choose_trackers
 
 STEP_METRICS = (
-    *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/data_wait_seconds"),
-    *("train/tokens", "train/epoch", "train/flops", "train/elapsed_seconds", "train/peak_memory_gb"),
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/data_wait_seconds",
+    "train/tokens",
+    "train/epoch",
+    "train/flops",
+    "train/elapsed_seconds",
+    "train/peak_memory_gb",
 )
 PAUSE_SECONDS = 0.002
 
 
 def time_records(folder: Path, report_to: str, n_steps: int) -> list[float]:
     """Return the milliseconds that each step's numbers take."""
-    record = RunRecord(folder, Accelerator())
+    record = RunRecord(RunFolder(folder), Accelerator(), trackers=choose_trackers(report_to))
     record.start(TrainingConfig(report_to=report_to), None)
     times = []
     for step in range(1, n_steps + 1):

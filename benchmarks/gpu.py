@@ -58,8 +58,9 @@ from modeling_gpt2_repro.core.devices import (
     start_accelerator,
 )
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
-from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
@@ -560,15 +561,17 @@ def read_saved_steps(folder: Path) -> set[int]:
 def list_toy_flags() -> list[str]:
     """Return the flags of a run that a CPU makes in seconds."""
     return [
-        *(
-            "--n_layer=2",
-            "--n_head=2",
-            "--n_embd=32",
-            "--sequence_length=32",
-            "--tokens_per_step=256",
-            "--eval_every=0",
-        ),
-        *("--max_steps=500", "--warmup_tokens=512", "--hellaswag_every=0", "--sample_every=0", "--compile=off"),
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=32",
+        "--sequence_length=32",
+        "--tokens_per_step=256",
+        "--eval_every=0",
+        "--max_steps=500",
+        "--warmup_tokens=512",
+        "--hellaswag_every=0",
+        "--sample_every=0",
+        "--compile=off",
     ]
 
 

@@ -612,10 +612,10 @@ BAD_INPUTS = {
         "tokenizer 'x/y'",
     ),
     "other flag": (lambda folder: ["--num_proc", "4"], "--num_workers"),
-    "bad number": (lambda folder: ["--shard_size", "0"], "at least 1"),
+    "bad number": (lambda folder: ["--shard_size", "0"], "--shard_size has to be 1 or more"),
     "nothing to verify": (lambda folder: ["--verify"], "there is no data folder"),
     "nothing to inspect": (lambda folder: ["--inspect", "3"], "there is no data folder"),
-    "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect -1: has to be at least 0"),
+    "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect has to be 0 or more, not -1"),
 }
 
 

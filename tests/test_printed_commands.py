@@ -23,8 +23,9 @@ from small_runs import flags
 
 import prepare_data
 import train
-from eval_hellaswag import EvaluationSettings
+from eval_hellaswag import HellaSwagConfig
 from modeling_gpt2_repro.core.arguments import parse_arguments
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import open_split
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.evaluation.samples import SamplingConfig
@@ -33,15 +34,14 @@ from modeling_gpt2_repro.plots import run_figure
 from modeling_gpt2_repro.publishing.hub import UploadSettings
 from modeling_gpt2_repro.publishing.uploader import Publisher
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.run_folder import read_settings
+from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
-from prepare_data import PrepareSettings
 
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
 SETTINGS = {
     "train.py": TrainingConfig,
-    "prepare_data.py": PrepareSettings,
-    "eval_hellaswag.py": EvaluationSettings,
+    "prepare_data.py": PrepareConfig,
+    "eval_hellaswag.py": HellaSwagConfig,
     "modeling_gpt2_repro.model.convert_nanogpt": NanoGPTConfig,
     "modeling_gpt2_repro.evaluation.samples": SamplingConfig,
     "modeling_gpt2_repro.publishing.hub": UploadSettings,
@@ -198,7 +198,7 @@ def test_what_a_text_calls_a_program_is_there(name):
 def list_flags(program: str) -> set[str]:
     """Return the names of a program's flags."""
     fields = dataclasses.fields(SETTINGS[program])
-    aliases = {alias.removeprefix("--") for field in fields for alias in field.metadata.get("aliases", ())}
+    aliases = {alias.removeprefix("--") for field in fields for alias in field.metadata["argparse"]["aliases"]}
     return {field.name for field in fields} | aliases | {"config", "help"}
 
 
@@ -275,7 +275,7 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     }
     assert train.main(flags(data_dir, output_dir, "a run", **small)) == 0
     final = Path(output_dir, "a run", "final").absolute()
-    config, data = read_settings(final.parent), read_tree(Path(data_dir))
+    config, data = dataclasses.asdict(RunFolder(final.parent).read_config()), read_tree(Path(data_dir))
 
     monkeypatch.chdir(tmp_path / "second")
     (commands,) = (block for block in list_blocks((final / "README.md").read_text()) if "prepare_data.py" in block)
@@ -283,9 +283,11 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     for program, script, *argv in read_commands(commands):
         assert program == "python" and mains.pop(script)(argv) == 0
     again = Path("runs/a run")
-    assert not mains and read_tree(Path(read_settings(again)["data_dir"])).keys() == data.keys()
+    assert not mains and read_tree(Path(RunFolder(again).read_config().data_dir)).keys() == data.keys()
     apart = {"data_dir", "output_dir", "report_to"} if "PATH/TO" in commands else {"output_dir", "report_to"}
-    changes = {name for name, value in read_settings(again).items() if value != config[name]}
+    changes = {
+        name for name, value in dataclasses.asdict(RunFolder(again).read_config()).items() if value != config[name]
+    }
     assert changes <= apart
     weights = [(folder / "model.safetensors").read_bytes() for folder in (final, again / "final")]
     assert weights[0] == weights[1]

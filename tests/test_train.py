@@ -20,10 +20,10 @@ import modeling_gpt2_repro
 import prepare_data
 import train
 from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.model.building import build_model
 from modeling_gpt2_repro.training import checkpoint as checkpoint_module
 from modeling_gpt2_repro.training import device_fit
 from modeling_gpt2_repro.training.batch_fit import WindowLoss
+from modeling_gpt2_repro.training.building import build_model
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
@@ -44,8 +44,14 @@ def test_loss_falls_and_validation_follows(finished_run):
 def test_run_folder_is_complete(finished_run, shards):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
-        *("config.yaml", "metrics.jsonl", "log.txt", "samples.jsonl", "status.json", "curves.png"),
-        *("checkpoints", "final"),
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "samples.jsonl",
+        "status.json",
+        "curves.png",
+        "checkpoints",
+        "final",
     }
     assert {path.name for path in (finished_run / "checkpoints").iterdir()} == {"step_0000006", "step_0000012"}
     status = json.loads((finished_run / "status.json").read_text())
@@ -436,7 +442,7 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"init_from": "no/such-model"}, "cannot load a model from no/such-model"),
         ({"sample_tokens": 4}, "the prompt has 8 tokens already"),
         ({"sample_prompt": ""}, "the prompt has no tokens"),
-        ({"seed": 2**64}, "--seed below 2**63"),
+        ({"seed": 2**64}, "--seed has to be below 9,223,372,036,854,775,808"),
         ({"hellaswag_file": "missing.jsonl"}, "missing.jsonl"),
         ({"sequence_length": 8, "sample_every": 0}, "tokens does not fit the model's 8 positions"),
         ({"resume_from_checkpoint": "missing"}, "missing is not a checkpoint to resume from"),

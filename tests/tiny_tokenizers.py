@@ -158,9 +158,23 @@ def build_plain_added_end() -> PreTrainedTokenizerFast:
 FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     build.__name__.removeprefix("build_"): build
     for build in (
-        *(build_gpt2, build_qwen, build_gpt_neox, build_roberta, build_llama3, build_clip, build_gpt1, build_llama),
-        *(build_gemma, build_merged_end, build_t5, build_xlm_roberta, build_unigram_nfkc, build_bert),
-        *(build_word_piece, build_word_level, build_plain_added_end),
+        build_gpt2,
+        build_qwen,
+        build_gpt_neox,
+        build_roberta,
+        build_llama3,
+        build_clip,
+        build_gpt1,
+        build_llama,
+        build_gemma,
+        build_merged_end,
+        build_t5,
+        build_xlm_roberta,
+        build_unigram_nfkc,
+        build_bert,
+        build_word_piece,
+        build_word_level,
+        build_plain_added_end,
     )
 }
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.core.arguments import write_settings
+from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
 def write_run(folder: Path, lines: list[dict], **settings) -> Path:
     folder.mkdir(exist_ok=True)
-    write_settings(TrainingConfig(**{"run_name": folder.name, **settings}), folder / "config.yaml")
+    write_config(TrainingConfig(**{"run_name": folder.name, **settings}), folder / "config.yaml")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from modeling_gpt2_repro.core.arguments import expand_home
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.scores import list_scores
-from modeling_gpt2_repro.training.record import METRICS, SAMPLES, read_json_lines
-from modeling_gpt2_repro.training.run_folder import describe_validation, find_last_validation, merge_lines, read_lines
+from modeling_gpt2_repro.training.metrics import find_last_validation, format_validation, merge_metrics
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
 def describe_run(run_folder: Path) -> list[str]:
@@ -19,21 +18,22 @@ def describe_run(run_folder: Path) -> list[str]:
     Raises:
         UserError: the folder has no metrics.
     """
-    metrics = read_lines(run_folder)
+    folder = RunFolder(run_folder)
+    metrics = folder.read_metrics()
     if not metrics:
-        raise UserError(f"{run_folder} has no {METRICS}: give the folder of a run that has begun")
-    last, validation = merge_lines(metrics), find_last_validation(metrics)
+        raise UserError(f"{run_folder} has no {folder.metrics.name}: give the folder of a run that has begun")
+    last, validation = merge_metrics(metrics), find_last_validation(metrics)
     lines = [f"{run_folder}: {last['step']:,} steps, {last.get('train/tokens', 0):,} tokens"]
     if validation is not None:
         when = "" if validation["step"] == last["step"] else f", at step {validation['step']:,}"
-        lines.append(f"  validation loss  {describe_validation(validation)}{when}")
+        lines.append(f"  validation loss  {format_validation(validation)}{when}")
     lines += [describe_score(score) for score in list_scores(run_folder)]
-    samples = read_json_lines(run_folder / SAMPLES)
+    samples = folder.read_samples()
     if samples:
         lines.append(f"  sample           {samples[-1].get('text')!r}")
-    for name, what in (("final", "model"), (CURVES, "curves"), (METRICS, "numbers")):
-        if (run_folder / name).exists():
-            lines.append(f"  {what:16} {run_folder / name}")
+    for path, what in ((folder.final, "model"), (folder.curves, "curves"), (folder.metrics, "numbers")):
+        if path.exists():
+            lines.append(f"  {what:16} {path}")
     return lines
 
 

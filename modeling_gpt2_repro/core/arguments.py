@@ -1,13 +1,17 @@
-"""Settings of a script: one typed dataclass, filled from a YAML file and from command-line flags.
+"""The settings of a command: one typed dataclass, filled from a YAML file and from command-line flags.
 
-Every knob has one home: a field of the script's dataclass, whose `metadata={"help": ...}` says what it means and in
-which unit. Flags win over the file given by `--config`, and the file wins over the defaults.
+A setting has one home, the field that declares it with `setting`: its default, its help, its bounds, and whether it is
+a path, private, or free to change when the work is resumed. Flags take precedence over the file given by `--config`,
+and the file over the defaults.
 """
 
 import argparse
 import codecs
+import copy
 import dataclasses
 import difflib
+import functools
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,83 +24,130 @@ from transformers.hf_argparser import HfArgumentParser
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import open_atomically
 
-Settings = TypeVar("Settings")
+AnyConfig = TypeVar("AnyConfig", bound="Config")
+
+# Python's own integers have no end, but nothing here is counted so far, and products of larger ones fit no float.
+LARGEST_NUMBER = 2**64
 
 
-PATH = "PATH"  # what `--help` calls the value of a setting that is one
-
-
-def setting(default: Any, help: str, path: bool = False, **kwargs) -> Any:
-    """Declare a field of a settings dataclass with its default and the text that `--help` shows.
+def setting(
+    default: Any,
+    help: str,
+    *,
+    heading: str | None = None,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    path: bool = False,
+    private: bool = False,
+    resumable: bool = True,
+    positional: bool = False,
+    metavar: str | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """Declare a field of a `Config`.
 
     Args:
-        path: the value is one, or may be one; a `~` at its front then stands for the home folder.
+        default: its value where neither flag nor file gives one; a list for a setting that takes several values.
+        help: what `--help` shows, with the unit.
+        heading: begins a group of flags in `--help`, which lasts until the next heading.
+        above, least, below, most: bounds of a number; `below=math.inf` asks for a finite one.
+        path: a path, or possibly one; a leading `~` stands for the home folder.
+        private: says where a run is and whom it reports to, and nothing about its result.
+        resumable: may change when the work is resumed. What decides the result may not.
+        positional: given without a flag.
     """
-    if path:
-        kwargs["metavar"] = PATH
+    metavar = metavar or ("PATH" if path else None)
+    metadata = {
+        "argparse": {"help": help, "aliases": list(aliases)} | ({"metavar": metavar} if metavar else {}),
+        "heading": heading,
+        "bounds": (above, least, below, most),
+        "path": path,
+        "private": private,
+        "resumable": resumable,
+        "positional": positional,
+    }
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
-    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# Declares a setting that decides the result, which resumed work may not change.
+experiment = functools.partial(setting, resumable=False)
+
+
+class Config:
+    """Base of a command's settings, each of which is checked against its bounds.
+
+    Raises:
+        UserError: a number out of bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and (broken := _find_broken_bound(value, *field.metadata["bounds"])):
+                raise UserError(f"--{field.name} has to be {broken}, not {value}")
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """The settings that decide the result, which may not change when the work is resumed."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if not field.metadata["resumable"]
+        }
 
 
 def parse_arguments(
-    settings_type: type[Settings],
+    config_type: type[AnyConfig],
     argv: Sequence[str] | None,
     *,
     description: str,
+    prog: str | None = None,
     foreign_flags: Mapping[str, str] | None = None,
-) -> Settings:
-    """Fill `settings_type` from `argv` (`None`: the process's own arguments).
+) -> AnyConfig:
+    """Fill `config_type` from `argv` (`None`: the arguments of this process).
 
-    `foreign_flags` maps flag names of other projects (without dashes) to a sentence that names ours.
+    Args:
+        prog: the command's name in `--help`; `None` for the name of the script.
+        foreign_flags: flags of other projects, without dashes, and a sentence each that names ours.
 
     Raises:
         UserError: an unknown name (the message has the nearest known one), a value of the wrong type, or a `--config`
             file that cannot be read or is not a mapping.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(settings_type, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="settings to start from, by the names of the flags below"
-    )
-    for action in parser._actions:
-        if action.type is int:
-            action.type = whole_number
-
-    fields = dataclasses.fields(settings_type)
-    names = {field.name for field in fields}
-    aliases = {alias.removeprefix("--") for field in fields for alias in field.metadata.get("aliases", ())}
-    for name in (field.name for field in fields if field.default_factory is not dataclasses.MISSING):
-        if [argument.split("=")[0] for argument in argv].count(f"--{name}") > 1:
+    flags = list(sys.argv[1:] if argv is None else argv)
+    parser, foreign_flags = Parser(config_type, prog=prog, description=description), foreign_flags or {}
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    for name, field in fields.items():
+        if _is_list(field) and [flag.split("=")[0] for flag in flags].count(f"--{name}") > 1:
             raise UserError(f"--{name} is given twice: put all its values behind one")
-    foreign_flags = foreign_flags or {}
-    # The file is turned into flags that stand before the real ones, so that both pass the same checks.
-    config_parser = Parser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config_file = config_parser.parse_known_args(argv)[0].config
-    flags = list(argv)
+    config_file = Parser(add_help=False).parse_known_args(flags)[0].config
     if config_file is not None:
-        flags = _read_config_file(expand_home(config_file), names | aliases, foreign_flags) + flags
+        # As flags in front of the given ones, so that both pass the same checks.
+        aliases = {alias.lstrip("-") for field in fields.values() for alias in field.metadata["argparse"]["aliases"]}
+        flags = _read_config_file(expand_home(config_file), fields.keys() | aliases, foreign_flags) + flags
     namespace, unknown = parser.parse_known_args(flags)
     for argument in unknown:
         if argument.startswith("--"):
-            raise UserError(describe_unknown_name(argument[2:].split("=")[0], names, foreign_flags, dashes="--"))
-    if unknown:
-        raise UserError(f"unexpected argument {unknown[0]!r}: every setting is given as --name value (see --help)")
-    for field in fields:
-        value = getattr(namespace, field.name)
-        _check_value(field, value)
-        if field.metadata.get("metavar") == PATH and value is not None:
-            expanded = [expand_home(each) for each in value] if isinstance(value, list) else expand_home(value)
-            setattr(namespace, field.name, expanded)
-    return settings_type(**{name: getattr(namespace, name) for name in names})
+            raise UserError(_describe_unknown(argument[2:].split("=")[0], fields.keys(), foreign_flags, dashes="--"))
+        raise UserError(f"unexpected argument {argument!r}: every setting is given as --name value (see --help)")
+    return config_type(**{name: _read_value(field, getattr(namespace, name)) for name, field in fields.items()})
+
+
+def write_config(config: Config, path: str | Path) -> None:
+    """Write settings as YAML, which `--config` reads back to the same settings."""
+    with open_atomically(path) as stream:
+        yaml.safe_dump(dataclasses.asdict(config), stream, sort_keys=False, allow_unicode=True)
 
 
 def expand_home(path: str) -> str:
-    """Return a path with the folder that `~` or `~user` at its front stands for, which shells expand in some places.
+    """Replace `~` or `~user` at the front of a path, which shells expand in some places only.
 
     Raises:
-        UserError: there is no such user, or nobody has told where this one's home folder is.
+        UserError: there is no such user, or this one's home folder is not known.
     """
     try:
         expanded = os.path.expanduser(path)
@@ -110,25 +161,6 @@ def expand_home(path: str) -> str:
     return expanded
 
 
-def write_settings(settings: Any, path: str | Path) -> None:
-    """Write a settings dataclass as YAML that `--config` reads back to the same settings."""
-    with open_atomically(path) as stream:
-        yaml.safe_dump(dataclasses.asdict(settings), stream, sort_keys=False, allow_unicode=True)
-
-
-def describe_unknown_name(name: str, names: set[str], foreign_flags: Mapping[str, str], dashes: str = "") -> str:
-    """Say that `name` is not a setting, and which one was probably meant."""
-    name = name.replace("-", "_")
-    if name in foreign_flags:
-        return f"unknown setting {dashes}{name}: {foreign_flags[name]}"
-    nearest = difflib.get_close_matches(name, names | set(foreign_flags), n=1, cutoff=0.5)
-    if not nearest:
-        return f"unknown setting {dashes}{name} (see --help for the known ones)"
-    return f"unknown setting {dashes}{name}: did you mean {dashes}{nearest[0]}?" + (
-        f" ({foreign_flags[nearest[0]]})" if nearest[0] in foreign_flags else ""
-    )
-
-
 def whole_number(text: str) -> int:
     """Read a whole number, also as people write large ones: `10_000`, `375e6`."""
     try:
@@ -137,23 +169,56 @@ def whole_number(text: str) -> int:
         if not float(text).is_integer():
             raise ValueError(f"{text} is not a whole number") from None
         number = int(float(text))
-    if abs(number) > 2**64:  # nothing here is counted that far, and products of larger ones fit no float
+    if abs(number) > LARGEST_NUMBER:
         raise ValueError(f"{text} is too large")
     return number
 
 
-def _check_value(field: dataclasses.Field, value: Any) -> None:
-    """Refuse what no setting can mean, whatever it is for."""
-    is_list = field.default_factory is not dataclasses.MISSING
-    if isinstance(value, list) and not is_list:  # argparse takes `--name=--` for no value at all
+def _find_broken_bound(
+    value: float, above: float | None, least: float | None, below: float | None, most: float | None
+) -> str | None:
+    """Return in words the first bound that a number breaks, `None` if it is inside. NaN breaks any bound."""
+    if above is not None and not value > above:
+        return f"above {above:g}"
+    if least is not None and not value >= least:
+        return f"{least:,} or more"
+    if below is not None and not value < below:
+        return "finite" if math.isinf(below) else f"below {below:,}"
+    if most is not None and not value <= most:
+        return f"{most:,} or less"
+    return None
+
+
+def _is_list(field: dataclasses.Field) -> bool:
+    return field.default_factory is not dataclasses.MISSING
+
+
+def _read_value(field: dataclasses.Field, value: Any) -> Any:
+    """Refuse what no setting can mean, and expand `~` in paths."""
+    if isinstance(value, list) and not _is_list(field):  # argparse takes `--name=--` for no value at all
         raise UserError(f"--{field.name}: expected one value")
-    for text in value if is_list else [value]:
+    for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
             raise UserError(f"--{field.name} {text!r}: has to be text in UTF-8 without null characters")
+    if not field.metadata["path"] or value is None:
+        return value
+    return [expand_home(each) for each in value] if isinstance(value, list) else expand_home(value)
+
+
+def _describe_unknown(name: str, names: set[str], foreign_flags: Mapping[str, str], dashes: str = "") -> str:
+    """Name the setting that was probably meant by one that does not exist."""
+    name = name.replace("-", "_")
+    if name in foreign_flags:
+        return f"unknown setting {dashes}{name}: {foreign_flags[name]}"
+    nearest = difflib.get_close_matches(name, names | foreign_flags.keys(), n=1, cutoff=0.5)
+    if not nearest:
+        return f"unknown setting {dashes}{name} (see --help for the known ones)"
+    hint = f" ({foreign_flags[nearest[0]]})" if nearest[0] in foreign_flags else ""
+    return f"unknown setting {dashes}{name}: did you mean {dashes}{nearest[0]}?{hint}"
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Leaves scalars text, which the flags' own types then read, but for what only YAML spells so, outside quotes.
+    """Leaves scalars text, for the flags' own types to read, except what only YAML spells so, outside quotes.
 
     YAML 1.1 takes `on` and `no` for booleans, and 6e-4 for a word.
     """
@@ -164,9 +229,10 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, str]) -> list[str]:
+    """Return the settings of a file as flags."""
     try:
         content = Path(path).read_bytes()
-        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as a shell of Windows's writes it
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes it
         values = yaml.load(content.decode("utf-16" if is_wide else "utf-8"), Loader=_TextLoader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --config {path}: {error}") from error
@@ -177,22 +243,41 @@ def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, st
     flags = []
     for name, value in values.items():
         if name not in names:
-            raise UserError(f"--config {path}: " + describe_unknown_name(str(name), names, foreign_flags))
-        # An item of a list could be a list, or else be taken for the flag that it looks like.
+            raise UserError(f"--config {path}: " + _describe_unknown(str(name), names, foreign_flags))
+        # An item of a list could be a list itself, or be taken for the flag that it looks like.
         items = value if isinstance(value, list) else []
         if isinstance(value, dict) or not all(isinstance(item, str) and not item.startswith("--") for item in items):
             raise UserError(f"--config {path}: {name} has to be a single value or a list of such")
-        if value in (None, []):
-            continue
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
+        if items:
+            flags += [f"--{name}", *items]
+        elif value not in (None, []):
             flags.append(f"--{name}={value}")
     return flags
 
 
 class Parser(HfArgumentParser):
-    """An `HfArgumentParser` whose complaints are `UserError`s, also for commands that take names without a flag."""
+    """The parser of a `Config`, or of `--config` alone. Its complaints are `UserError`s."""
+
+    def __init__(self, config_type: type[Config] | None = None, **kwargs):
+        self._group: argparse._ArgumentGroup | Parser = self
+        super().__init__(config_type, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs})
+        self.register("type", int, whole_number)
+        self.add_argument(
+            "--config", metavar="FILE.yaml", help="settings to start from, by the names of the flags below"
+        )
+
+    @staticmethod
+    def _parse_dataclass_field(parser: "Parser", field: dataclasses.Field) -> None:
+        given = field.metadata
+        if given["heading"]:
+            parser._group = parser.add_argument_group(given["heading"])
+        if given["positional"]:
+            options = {name: value for name, value in given["argparse"].items() if name != "aliases"}
+            parser._group.add_argument(field.name, nargs="+" if _is_list(field) else None, **options)
+            return
+        field = copy.copy(field)
+        field.metadata = given["argparse"]
+        HfArgumentParser._parse_dataclass_field(parser._group, field)
 
     def error(self, message: str):
         raise UserError(message)
@@ -208,13 +293,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {whole_number: "N", float: "X", str: "TEXT"}.get(action.type, "yes|no")
+        return {int: "N", float: "X", str: "TEXT"}.get(action.type, "yes|no")
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = [option for option in action.option_strings if "-" not in option.lstrip("-")]
         if action.nargs == 0 or not options:
-            return ", ".join(options)
+            return ", ".join(options) or super()._format_action_invocation(action)
         return f"{', '.join(options)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
     def add_usage(self, usage, actions, groups, prefix=None):
-        super().add_usage("%(prog)s [--config FILE.yaml] [--name value ...]", actions, groups, prefix)
+        positional = "".join(f" {self._format_args(each, each.dest)}" for each in actions if not each.option_strings)
+        super().add_usage(f"%(prog)s{positional} [--config FILE.yaml] [--name value ...]", actions, groups, prefix)

@@ -49,3 +49,13 @@ def discard_unwritten() -> None:
         except (OSError, ValueError):
             with outliving_readers():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def silence_libraries() -> None:
+    """Keep stderr for our progress bars and one-line errors: no warnings and bars of transformers and the Hub."""
+    from huggingface_hub.utils import logging as hub_logging  # here: this module starts before the libraries
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Baselines: what a model reaches on a folder's validation tokens and on HellaSwag, for curves to be compared with.
+"""Baselines: scores that `train.py --eval_only` measured here, kept beside the data for curves to compare with.
 
-They are kept in one file beside the shards. A loss means something on its own tokens only, so each baseline carries
-the checksums of the validation shards, how many of their tokens it read and in windows of which length: it is
-compared with nothing else.
+Those of `evaluation.published_scores` were measured by others; `plots.references` chooses from both what a run may be
+compared with. A loss is comparable on the same tokens only, so each baseline carries the checksums of the validation
+shards, the number of tokens evaluated and the window length.
 """
 
 import json
@@ -12,33 +12,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import Dataset
-
 from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.core.files import follow_links, write_json
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
-from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
+from modeling_gpt2_repro.evaluation.multiple_choice import format_score
+from modeling_gpt2_repro.evaluation.validation import ValidationResult
 
-# OpenAI's smallest model by its names on the Hub, which curves are compared with.
+# The Hub ids of OpenAI's smallest model, which curves are compared with.
 GPT2_124M_NAMES = ("openai-community/gpt2", "gpt2")
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model's numbers; either part is `None` where it was not measured.
+    """A model's scores; either part is `None` if it was not measured.
 
     Attributes:
-        model: its Hub id, or the absolute path of its folder.
+        model: Hub id, or the absolute path of a folder.
         val_checksums: of the validation shards, in order.
-        eval_tokens, sequence_length: as a run's settings say them.
-        validation: `val/loss` (nats a token), `val/bpb` (bits a byte), `n_tokens` predicted.
-        hellaswag: `items` (what tells them from others), `name`, `limit`, `protocol`, and the scores.
+        eval_tokens, sequence_length: as in a run's configuration.
+        validation: `val/loss` (nats per token), `val/bpb` (bits per byte), `n_tokens` predicted.
+        hellaswag: `items` (their identifier), `name`, `limit`, `protocol`, and the scores.
 
-    Both parts also say in which `mixed_precision` they were measured, and at which `date`.
+    Both parts also have `mixed_precision` and the `date` of the measurement.
     """
 
     model: str
@@ -50,58 +46,17 @@ class Baseline:
 
     @property
     def key(self) -> tuple:
-        """What a file holds one baseline of."""
+        """The identity of a baseline: a file holds one for each."""
         return self.model, tuple(self.val_checksums), self.eval_tokens, self.sequence_length
 
 
 def identify_model(name: str) -> str:
-    """Return a Hub id as it is, and a folder's absolute path: a folder called `gpt2` is not OpenAI's model."""
+    """Return a Hub id unchanged, and a folder's absolute path: a folder called `gpt2` is not OpenAI's model."""
     return str(follow_links(name)) if Path(name).is_dir() else name
 
 
-def measure_loss(
-    model: nn.Module,
-    val_set: Dataset,
-    n_windows: int,
-    *,
-    largest_batch_size: int,
-    n_bytes: float,
-    accelerator: Accelerator,
-) -> ValidationResult:
-    """Evaluate the loss as a run does, with half as many windows at once whenever memory does not suffice.
-
-    Each process halves for itself: the batch size changes no number.
-
-    Raises:
-        UserError: not even one window fits, or the loss is not finite.
-    """
-    batch_size, result = largest_batch_size, None
-    while result is None:
-        try:
-            result = evaluate_loss(
-                model,
-                val_set,
-                n_windows,
-                batch_size=batch_size,
-                n_bytes=n_bytes,
-                accelerator=accelerator,
-            )
-        except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise UserError(
-                    "not even one sequence fits in the device's memory: use a shorter --sequence_length"
-                ) from error
-            batch_size //= 2
-    if not math.isfinite(result.loss):
-        raise UserError(
-            "the model's validation loss is not finite: its weights are broken, or its precision is too low "
-            "(try --mixed_precision no)"
-        )
-    return result
-
-
 def record_validation(result: ValidationResult, mixed_precision: str) -> dict[str, Any]:
-    """Return a baseline's `validation`. JSON has no NaN: tokens that stand for no bytes leave `val/bpb` at `None`."""
+    """Return a baseline's `validation`. Tokens that stand for no bytes give `val/bpb` `None`, as JSON has no NaN."""
     return {
         "val/loss": result.loss,
         "val/bpb": result.bpb if math.isfinite(result.bpb) else None,
@@ -113,7 +68,7 @@ def record_validation(result: ValidationResult, mixed_precision: str) -> dict[st
 def record_hellaswag(
     result: HellaSwagResult, data_file: str | None, limit: int | None, mixed_precision: str
 ) -> dict[str, Any]:
-    """Return a baseline's `hellaswag`, from the first `limit` items of `data_file` (`None`: all, the Hub's)."""
+    """Return a baseline's `hellaswag` for the first `limit` items (`None`: all) of `data_file` (`None`: the Hub's)."""
     return {
         "items": identify_items(data_file),
         "name": name_items(data_file, limit),
@@ -125,21 +80,13 @@ def record_hellaswag(
 
 
 def read_baselines(path: Path) -> list[Baseline]:
-    """Read all baselines of a file, of whatever tokens; no file means none.
+    """Read all baselines of a file, or none if there is no file.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
-        baselines = [Baseline(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        for baseline in baselines:
-            for part, name in ((baseline.validation, "val/loss"), (baseline.hellaswag, "acc_norm")):
-                # What is drawn has to be a number.
-                if part is not None and not (type(part[name]) in (int, float) and math.isfinite(part[name])):
-                    raise TypeError(f"{name} is {part[name]!r}")
-            if not isinstance(baseline.model, str) or not isinstance(baseline.hellaswag, dict | None):
-                raise TypeError("it holds something else than baselines")
-            hash(baseline.key)
+        return [_parse_baseline(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -148,11 +95,22 @@ def read_baselines(path: Path) -> list[Baseline]:
             f"{path} is damaged ({type(error).__name__}: {error}): remove it, and measure again with train.py "
             "--eval_only"
         ) from error
-    return baselines
+
+
+def _parse_baseline(entry: dict[str, Any]) -> Baseline:
+    """Check what curves are drawn from. Raises any of the errors that `read_baselines` explains."""
+    baseline = Baseline(**entry)
+    for part, name in ((baseline.validation, "val/loss"), (baseline.hellaswag, "acc_norm")):
+        if part is not None and not (type(part[name]) in (int, float) and math.isfinite(part[name])):
+            raise TypeError(f"{name} is {part[name]!r}")
+    if not isinstance(baseline.model, str) or not isinstance(baseline.hellaswag, dict | None):
+        raise TypeError("an entry is not a baseline")
+    hash(baseline.key)
+    return baseline
 
 
 def load_baselines(path: Path, val_checksums: list[str]) -> list[Baseline]:
-    """Read the baselines of a file that belong to the validation shards of these checksums.
+    """Read the baselines of a file that were measured on the validation shards with these checksums.
 
     Raises:
         UserError: the file is damaged.
@@ -161,27 +119,21 @@ def load_baselines(path: Path, val_checksums: list[str]) -> list[Baseline]:
 
 
 def save_baseline(path: Path, baseline: Baseline) -> None:
-    """Add a baseline to a file, in place of the same model's on the same tokens; a part that it lacks stays.
+    """Add a baseline to a file. It replaces the same model's on the same tokens, except for a part that it lacks.
 
     Raises:
         UserError: the file is damaged.
         OSError: it cannot be written.
     """
-    others = []
-    for other in read_baselines(path):
-        if other.key == baseline.key:
-            baseline = replace(
-                baseline,
-                validation=baseline.validation or other.validation,
-                hellaswag=baseline.hellaswag or other.hellaswag,
-            )
-        else:
-            others.append(other)
-    write_json(path, [asdict(entry) for entry in (*others, baseline)])
+    others = {other.key: other for other in read_baselines(path)}
+    older = others.pop(baseline.key, baseline)
+    validation, hellaswag = baseline.validation or older.validation, baseline.hellaswag or older.hellaswag
+    baseline = replace(baseline, validation=validation, hellaswag=hellaswag)
+    write_json(path, [asdict(entry) for entry in (*others.values(), baseline)])
 
 
 def format_baseline(baseline: Baseline) -> str:
-    """Lay out a model's numbers with their units, one a line."""
+    """Return a model's scores with their units, one per line."""
     rows = [("model", baseline.model)]
     if validation := baseline.validation:
         windows = f"in windows of {baseline.sequence_length:,}"
@@ -192,8 +144,7 @@ def format_baseline(baseline: Baseline) -> str:
     if hellaswag := baseline.hellaswag:
         rows.append(("HellaSwag", f"{hellaswag['n']:,} items: {hellaswag['name']}, protocol {hellaswag['protocol']}"))
         for metric in ("acc_norm", "acc"):
-            stderr = hellaswag[f"{metric}_stderr"]
-            rows.append((f"  {metric}", f"{hellaswag[metric]:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")))
+            rows.append((f"  {metric}", format_score(hellaswag[metric], hellaswag[f"{metric}_stderr"])))
         if hellaswag["n_truncated"]:
             rows.append(("  cut", f"{hellaswag['n_truncated']:,} contexts on the left, to fit the model"))
     return "\n".join(f"{name:<12}{value}" for name, value in rows)

@@ -1,14 +1,14 @@
-"""HellaSwag's items: from the Hub or a file of the same format, checked field by field."""
+"""HellaSwag items: read from the Hub or a file in the same format, and checked field by field."""
 
 import codecs
 import contextlib
-import gzip
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.file_kinds import ARROW, EMPTY, PARQUET, TEXT, check_encoding, describe_content
@@ -18,15 +18,16 @@ DATASET_NAME = "Rowan/hellaswag"
 # The Hub repository's head since its conversion to parquet; the validation split has 10,042 rows there.
 DATASET_REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
 
-# Items by label 0..3 in the validation split: tells it from other data in the same format.
+# Number of items with label 0, 1, 2 and 3 in the validation split, which identifies it.
 VALIDATION_LABEL_COUNTS = (2515, 2485, 2584, 2458)
 
 # 48 items written for this package in HellaSwag's two styles. They show the format and let a demo run without a
-# network; a score on them says nothing about HellaSwag and is never to be compared with one.
+# network. A score on them is not comparable with one on HellaSwag.
 SAMPLE_FILE = Path(__file__).with_name("hellaswag_sample.jsonl")
 
 N_ENDINGS = 4
-GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # no text begins with them
+TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
+CODEC_BY_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # no text begins like this
 NO_LABEL = ", as in HellaSwag's test split: use the validation split"
 
 
@@ -47,12 +48,12 @@ def load_hellaswag(data_file: str | Path | None = None, limit: int | None = None
     """Load HellaSwag's validation split from the Hub, or a file with its field names.
 
     Args:
-        data_file: one JSON object a line, or an array of them, compressed by gzip or zstd or not; or the dataset's own
-            parquet or Arrow file. `label` may be a number or a string of digits. `None` means the Hub.
+        data_file: a file with one JSON object per line or an array of them, plain or compressed with gzip or zstd, or
+            the dataset's own parquet or Arrow file. `label` may be a number or a string of digits. `None` is the Hub.
         limit: keep only the first `limit` items.
 
     Raises:
-        UserError: the data cannot be reached or an item is malformed; the message names the file, line and field.
+        UserError: the data are out of reach, or an item is malformed; the message names the file, line and field.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit of HellaSwag items has to be at least 1, not {limit}")
@@ -64,14 +65,13 @@ def load_hellaswag(data_file: str | Path | None = None, limit: int | None = None
 
 
 def name_items(data_file: str | Path | None, limit: int | None) -> str:
-    """Say what is scored: only the Hub's validation set is HellaSwag, a file goes by its own name."""
+    """Return the name of the items beside a score: HellaSwag for the Hub's validation split only, else the file's."""
     name = Path(data_file).name if data_file else "HellaSwag validation"
     return f"first {limit} items of {name}" if limit else name
 
 
 def identify_items(data_file: str | Path | None) -> str:
-    """Return what tells these items from others, whatever their file is called: two scores compare only where it is
-    the same.
+    """Return an identifier of the content of the items: two scores are comparable only if theirs are equal.
 
     Raises:
         OSError: the file cannot be read.
@@ -80,7 +80,7 @@ def identify_items(data_file: str | Path | None) -> str:
 
 
 def _read_hub_rows() -> list[tuple[str, Any]]:
-    import datasets  # takes a second to import, and a local file does without it
+    import datasets  # takes a second, and a local file does without it
 
     try:
         dataset = datasets.load_dataset(DATASET_NAME, split="validation", revision=DATASET_REVISION)
@@ -98,34 +98,28 @@ def _read_file_rows(data_file: str | Path) -> list[tuple[str, Any]]:
         kind = describe_content(content)
         if kind in (PARQUET, ARROW):
             return [(f"{data_file}, row {index}", row) for index, row in enumerate(_read_table(content, kind))]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the HellaSwag file {data_file}: {error}") from error
     check_encoding(content[:4], data_file)
     if kind not in (None, TEXT, EMPTY):
         raise UserError(f"{data_file} holds no HellaSwag items: it is {kind}")
     content = content.removeprefix(codecs.BOM_UTF8)
     if content.lstrip().startswith(b"["):
-        with contextlib.suppress(ValueError, RecursionError):  # of what is none, a line below tells more
+        with contextlib.suppress(ValueError, RecursionError):  # reading line by line explains more
             return [(f"{data_file}, item {number}", row) for number, row in enumerate(json.loads(content), start=1)]
     return _read_jsonl_rows(content, data_file)
 
 
 def _decompress(content: bytes) -> bytes:
-    if content.startswith(GZIP_MAGIC):
-        return gzip.decompress(content)
-    if content.startswith(ZSTD_MAGIC):
-        import pyarrow as pa
-
-        return pa.CompressedInputStream(pa.BufferReader(content), "zstd").read()
-    return content
+    codec = next((codec for magic, codec in CODEC_BY_MAGIC.items() if content.startswith(magic)), None)
+    return pa.CompressedInputStream(pa.BufferReader(content), codec).read() if codec else content
 
 
 def _read_table(content: bytes, kind: str) -> list[dict[str, Any]]:
-    """Return the rows of a file as the Hub, or the datasets library in a folder of its own, has them."""
-    import pyarrow as pa  # takes its time, and most files are text
-    import pyarrow.parquet
-
+    """Return the rows of a table as the Hub has it (parquet), or as `datasets` saves it (Arrow)."""
     if kind == PARQUET:
+        import pyarrow.parquet
+
         return pyarrow.parquet.read_table(pa.BufferReader(content)).to_pylist()
     open_table = pa.ipc.open_file if content.startswith(b"ARROW1") else pa.ipc.open_stream
     return open_table(pa.BufferReader(content)).read_all().to_pylist()
@@ -151,20 +145,24 @@ def _read_jsonl_rows(content: bytes, data_file: str | Path) -> list[tuple[str, A
 
 
 def parse_item(row: Any, where: str) -> HellaSwagItem:
-    """Check one row of the dataset and give it types. `where` begins the message of a `UserError`."""
+    """Check a row of the dataset and convert it.
+
+    Raises:
+        UserError: the row is malformed; the message begins with `where`.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with HellaSwag's fields, not a {type(row).__name__}")
-    if isinstance(row.get("doc"), dict):  # a sample that lm-evaluation-harness has logged
+    if isinstance(row.get("doc"), dict):  # a sample logged by lm-evaluation-harness
         row = row["doc"]
     if "query" in row and "ctx" not in row:
         raise UserError(
-            f"{where}: the item is one that lm-evaluation-harness has made its query of, and not the dataset's: it "
-            "lacks `ctx`, which a query does not give back"
+            f"{where}: the item was rewritten by lm-evaluation-harness and lacks `ctx`, which cannot be restored from "
+            "its `query`: use the dataset's own file"
         )
-    for field in ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"):
+    for field in ("ind", *TEXT_FIELDS, "endings", "label"):
         if field not in row:
             raise UserError(f"{where}: the field `{field}` is missing{NO_LABEL if field == 'label' else ''}")
-    for field in ("activity_label", "ctx_a", "ctx_b", "ctx"):
+    for field in TEXT_FIELDS:
         if not isinstance(row[field], str):
             raise UserError(f"{where}: the field `{field}` has to be a text, not {row[field]!r}")
     if not row["ctx"].strip():
@@ -175,15 +173,12 @@ def parse_item(row: Any, where: str) -> HellaSwagItem:
         raise UserError(f"{where}: the field `endings` has to be a list of {N_ENDINGS} texts, not {found}")
     if not all(isinstance(ending, str) and ending.strip() for ending in endings):
         raise UserError(f"{where}: the field `endings` holds an empty ending")
-    for text in (row["activity_label"], row["ctx_a"], row["ctx_b"], row["ctx"], *endings):
+    for text in (*(row[field] for field in TEXT_FIELDS), *endings):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{where}: it holds half of a surrogate pair, which is no character")
     return HellaSwagItem(
         ind=_parse_integer(row, "ind", where),
-        activity_label=row["activity_label"],
-        ctx_a=row["ctx_a"],
-        ctx_b=row["ctx_b"],
-        ctx=row["ctx"],
+        **{field: row[field] for field in TEXT_FIELDS},
         endings=tuple(endings),
         label=_parse_label(row, where),
     )
@@ -208,5 +203,5 @@ def _parse_label(row: dict, where: str) -> int:
 
 
 def is_full_validation_split(items: Sequence[HellaSwagItem]) -> bool:
-    """Tell HellaSwag's whole validation split by its number of items of each label."""
+    """Return whether these are HellaSwag's whole validation split, by the number of items with each label."""
     return tuple(sum(item.label == label for item in items) for label in range(N_ENDINGS)) == VALIDATION_LABEL_COUNTS

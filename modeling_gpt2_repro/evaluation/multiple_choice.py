@@ -1,26 +1,26 @@
-"""From log-probabilities of competing endings to accuracies: pure arithmetic, whatever computed them."""
+"""Multiple choice: from log-probabilities of competing endings to accuracies, as pure arithmetic."""
 
 import math
 from collections.abc import Sequence
 
 
 def pick_endings(nll: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
-    """Return the most probable ending by its sum and by its mean over its length; the first one wins a tie.
+    """Return the index of the most probable ending by sum and by mean over length; the first one wins a tie.
 
     Args:
         nll: each ending's summed negative log-probability.
-        lengths: what each sum is divided by. An ending of none, which was nothing but a mark, is never picked.
+        lengths: the divisor of each sum. An ending of length 0, which was nothing but a mark, is never picked.
     """
     means = [total / length if length else math.inf for total, length in zip(nll, lengths, strict=True)]
     return min(range(len(nll)), key=nll.__getitem__), min(range(len(nll)), key=means.__getitem__)
 
 
 def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int]) -> dict[str, float | None]:
-    """Reduce what `pick_endings` picked to `acc` and `acc_norm`, as fractions, and their standard errors `*_stderr`.
+    """Reduce the answers to `acc` and `acc_norm`, as fractions, and their standard errors `*_stderr`.
 
     Args:
-        picked: for each question, the ending picked by its sum and the one by its mean.
-        labels: the right ending of each.
+        picked: for each question, the endings picked by sum and by mean, as from `pick_endings`.
+        labels: the right ending of each question.
     """
     result: dict[str, float | None] = {}
     for name, picks in zip(("acc", "acc_norm"), zip(*picked, strict=True), strict=True):
@@ -31,10 +31,15 @@ def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int])
 
 
 def compute_standard_error(hits: Sequence[bool]) -> float | None:
-    """Return the sample standard error of the mean of n zeros and ones; `None` where n is 1.
+    """Return the sample standard error of the mean of n zeros and ones; `None` if n is 1.
 
-    The order of operations is lm-evaluation-harness's, so that the numbers are the same to the last bit.
+    The order of operations is that of lm-evaluation-harness, for numbers that are equal to the last bit.
     """
     n = len(hits)
     mean = sum(hits) / n
     return math.sqrt(sum((hit - mean) ** 2 for hit in hits) / (n - 1)) / math.sqrt(n) if n > 1 else None
+
+
+def format_score(score: float, stderr: float | None = None) -> str:
+    """Return an accuracy, with its standard error if there is one, as in `0.2955 +- 0.0046`."""
+    return f"{score:.4f}" if stderr is None else f"{score:.4f} +- {stderr:.4f}"

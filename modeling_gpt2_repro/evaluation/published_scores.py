@@ -1,14 +1,15 @@
-"""HellaSwag scores that others published for models of GPT-2's and GPT-3's sizes, on the validation split.
+"""Published scores: what others measured GPT-2 and GPT-3 to reach on HellaSwag's validation split.
 
-They are not ours, and they are not all measured in the same way:
+Scores measured here are in `evaluation.baseline`; `plots.references` chooses from both what a run may be compared
+with. The published ones were not all measured in the same way:
 
 - GPT-2 124M and 1558M: docstring of `hellaswag.py` in karpathy/build-nanogpt, `original` by that script and `lm_eval`
   by EleutherAI's harness.
-- GPT-2 350M and 774M: `hella2_baseline` in `play.ipynb` of the same repository, to which its runs are compared. It
-  does not say what measured them; its figures for 124M (0.2945) and 1558M (0.4889) are within 0.0011 of the script's.
+- GPT-2 350M and 774M: `hella2_baseline` in `play.ipynb` of the same repository, which compares its runs with them. How
+  they were measured is unknown; its figures for 124M (0.2945) and 1558M (0.4889) are within 0.0011 of the script's.
 - GPT-3 125M: GPT-3 paper (https://arxiv.org/abs/2005.14165), table H.1, HellaSwag, zero-shot, "Small". The paper
-  compares the likelihood per token (section 2.4), as `acc_norm` in `original` does, but how it writes the items is not
-  published, and neither is the model.
+  compares the likelihood per token (section 2.4), as `acc_norm` in `original` does, but neither its rendering of the
+  items nor the model is published.
 """
 
 PUBLISHED_SCORES: dict[tuple[str, str], dict[str, float]] = {

@@ -13,14 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.core.arguments import parse_arguments, setting
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.scoring import evaluation_mode
-from modeling_gpt2_repro.model.loading import (
-    check_causal,
-    check_token_ids,
-    get_max_positions,
-    load_causal_lm,
-    silence_libraries,
-)
+from modeling_gpt2_repro.model.causality import check_causal
+from modeling_gpt2_repro.model.limits import check_token_ids, get_max_positions
+from modeling_gpt2_repro.model.loading import load_causal_lm
 
 
 def generate_samples(
@@ -35,42 +32,21 @@ def generate_samples(
 ) -> list[str]:
     """Continue `prompt` `n_samples` times to `n_tokens` tokens each (the prompt's included) and return the texts.
 
-    Each sample draws from a CPU generator of its own, keyed by (seed, sample), over the `top_k` likeliest tokens: the
-    caller's RNG is never touched and a sample does not depend on how many others there are. Keys and values are
-    cached where the model has such. A sample is cut at the end-of-text token. `model` stays in the mode it was in.
+    Each sample draws from its own CPU generator, keyed by (seed, sample), over the `top_k` most likely tokens: the
+    caller's RNG is never touched, and a sample does not depend on how many others there are. A sample ends before its
+    end-of-text token. The model's training mode is restored.
 
     Raises:
-        UserError: an empty prompt, or a prompt and sample that do not fit into the model's positions.
+        UserError: the prompt is empty, or prompt and sample do not fit into the model's positions.
     """
-    for name, value in (("n_samples", n_samples), ("n_tokens", n_tokens), ("top_k", top_k)):
+    for name, value in {"n_samples": n_samples, "n_tokens": n_tokens, "top_k": top_k}.items():
         if value < 1:
-            raise UserError(f"--{name} has to be 1 or more, not {value}")
+            raise UserError(f"{name} has to be 1 or more, not {value}")
     prompt_ids = encode_prompt(model, tokenizer, prompt, n_tokens)
-
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**63) for sample in range(n_samples)]
     ids = torch.tensor([prompt_ids] * n_samples, device=model.device)
-    inputs = {"input_ids": ids, "use_cache": True}
     with evaluation_mode(model):
-        while ids.shape[1] < n_tokens:
-            outputs = model(**inputs)
-            values, candidates = outputs.logits[:, -1].float().cpu().topk(min(top_k, outputs.logits.shape[-1]))
-            if not values.softmax(-1).isfinite().all():
-                raise UserError(
-                    "the model's probabilities are no numbers: its weights are broken, by a --learning_rate that was "
-                    "too high, or its precision is too low"
-                )
-            drawn = [
-                torch.multinomial(probabilities, 1, generator=generator)
-                for probabilities, generator in zip(values.softmax(-1), generators, strict=True)
-            ]
-            new_ids = candidates.gather(1, torch.stack(drawn)).to(ids.device)
-            ids = torch.cat([ids, new_ids], dim=1)
-            if (
-                getattr(outputs, "past_key_values", None) is None
-            ):  # a model with a state of another kind reads all anew
-                inputs["input_ids"] = ids
-            else:
-                inputs |= {"input_ids": new_ids, "past_key_values": outputs.past_key_values}
+        ids = extend_ids(model, ids, n_tokens, top_k, generators)
 
     texts = []
     for row in ids.tolist():
@@ -81,11 +57,47 @@ def generate_samples(
     return texts
 
 
+def extend_ids(
+    model: nn.Module, ids: torch.Tensor, n_tokens: int, top_k: int, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Extend token ids of shape (samples, length) to (samples, n_tokens), each sample by its own generator.
+
+    Keys and values are cached, unless a model has none: one with another kind of state reads all ids each time.
+    """
+    inputs = {"input_ids": ids, "use_cache": True}
+    while ids.shape[1] < n_tokens:
+        outputs = model(**inputs)
+        new_ids = draw_tokens(outputs.logits[:, -1], top_k, generators).to(ids.device)
+        ids = torch.cat([ids, new_ids], dim=1)
+        if getattr(outputs, "past_key_values", None) is None:
+            inputs["input_ids"] = ids
+        else:
+            inputs |= {"input_ids": new_ids, "past_key_values": outputs.past_key_values}
+    return ids
+
+
+def draw_tokens(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw a token for each sample from its `top_k` largest logits: (samples, vocab_size) in, (samples, 1) out.
+
+    Raises:
+        UserError: the probabilities are not finite.
+    """
+    values, candidates = logits.float().cpu().topk(min(top_k, logits.shape[-1]))
+    probabilities = values.softmax(-1)
+    if not probabilities.isfinite().all():
+        raise UserError(
+            "the model's probabilities are not finite: its weights are broken (by too high a learning rate?), or its "
+            "precision is too low"
+        )
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
+    return candidates.gather(1, torch.stack(drawn))
+
+
 def encode_prompt(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int) -> list[int]:
     """Return the ids of a prompt that samples of `n_tokens` tokens can continue.
 
     Raises:
-        UserError: there is nothing to continue, or no room to.
+        UserError: the prompt is empty, or leaves no room for a sample.
     """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     n_positions = get_max_positions(model)

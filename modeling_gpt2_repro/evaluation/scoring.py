@@ -1,4 +1,4 @@
-"""Log-probabilities of given endings after a given context, under any causal language model."""
+"""Scoring: log-probabilities of given endings after a given context, under any causal language model."""
 
 import contextlib
 import math
@@ -17,17 +17,17 @@ from modeling_gpt2_repro.evaluation.shared_context import (
     fits_in_one_row,
 )
 
-# More tokens at once only cost memory: the rate of GPT-2 124M on a CPU is level from 512 to 1,024 and falls slowly
-# from there. The number for other devices is a guess.
+# Larger batches only cost memory: the throughput of GPT-2 124M on a CPU is level from 512 to 1,024 tokens and falls
+# slowly from there. The number for other devices is a guess.
 LARGEST_BATCH_TOKENS = {"cpu": 1024}
 OTHER_LARGEST_BATCH_TOKENS = 32_768
-# Logits whose float32 copy and exponentials exist at once, in places.
+# Places whose logits are copied to float32 and exponentiated at once.
 SOFTMAX_CHUNK_PLACES = 512
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off for a while."""
+    """Switch dropout and gradients off within the context, and restore the training mode after it."""
     was_training = model.training
     model.eval()
     try:
@@ -39,10 +39,10 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def choose_batch_tokens(model: torch.nn.Module) -> int:
-    """Return how many tokens to read at once: what half of the device's free memory holds, and no more than pays.
+    """Return how many tokens a batch may have: as many as half of the device's free memory holds, up to a maximum.
 
-    A power of two, so that what else lies in memory hardly ever changes the batches, and with them the last bits of
-    the numbers.
+    A power of two, so that small changes in free memory rarely change the batches, and with them the last bits of the
+    numbers.
     """
     device = next(model.parameters()).device
     most = LARGEST_BATCH_TOKENS.get(device.type, OTHER_LARGEST_BATCH_TOKENS)
@@ -62,12 +62,12 @@ def score_items(
     """Return the summed negative log-probability, in nats, of every ending of every item, all rows at once.
 
     Args:
-        selects_places: let the vocabulary head see those places only that an ending's token is predicted from.
+        selects_places: apply the vocabulary head only at the places that an ending's token is predicted from.
     """
     batch = collate_rows([row for rows in rows_by_item for row in rows])
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
-    if not batch.is_plain:  # causal attention alone hides the padding behind a plain row
+    if not batch.is_plain:  # behind a plain row, causal attention hides the padding
         inputs["position_ids"] = batch.position_ids.to(device)
         inputs["attention_mask"] = batch.build_attention_mask(get_compute_dtype(model), device)
     sums = iter(sum_nll(compute_logits(model, inputs, batch.places, selects_places), batch))
@@ -77,10 +77,10 @@ def score_items(
 def compute_logits(
     model: torch.nn.Module, inputs: dict[str, Any], places: tuple[torch.Tensor, torch.Tensor], selects_places: bool
 ) -> torch.Tensor:
-    """Return the model's logits at these places: row and column of each in, (places, vocab_size) out.
+    """Return the model's logits at `places`, the row and column of each, as (places, vocab_size).
 
-    Most of a small model's time and memory is its vocabulary head, so a hook in front of it lets only those hidden
-    states through. The model does the rest itself: some scale or cap what comes out of the head.
+    The vocabulary head takes most of a small model's time and memory, so a hook in front of it passes only the hidden
+    states at `places`. The rest is left to the model: some scale or cap the output of the head.
     """
     is_selected = False
 
@@ -101,7 +101,7 @@ def compute_logits(
 
 @contextlib.contextmanager
 def head_without_autocast(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model's vocabulary head compute in its weight's own type, where an autocast runs the rest in another.
+    """Let a model's vocabulary head compute in its weight's own type while autocast runs the rest in another.
 
     In bfloat16, logits near -100, as OpenAI's GPT-2 has them, are half a nat apart.
     """
@@ -127,7 +127,7 @@ def head_without_autocast(model: torch.nn.Module) -> Iterator[None]:
 def sum_nll(logits: torch.Tensor, batch: Batch) -> list[float]:
     """Return each ending's summed negative log-probability from the logits (places, vocab_size) of a batch.
 
-    In float32, because bfloat16 rounds a log-probability near 10 by up to 0.03 nat a token.
+    In float32, because bfloat16 rounds a log-probability near 10 by up to 0.03 nats per token.
     """
     target_places, target_ids = batch.target_places.to(logits.device), batch.target_ids.to(logits.device)
     normalizers = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in logits.split(SOFTMAX_CHUNK_PLACES)])
@@ -136,25 +136,26 @@ def sum_nll(logits: torch.Tensor, batch: Batch) -> list[float]:
 
 
 def get_compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return in which type the model's matrix products run: an autocast's, or that of its parameters."""
+    """Return the type of the model's matrix products: that of autocast, or else of its parameters."""
     parameter = next(model.parameters())
     device_type = parameter.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
 
 
 def get_attention_window(model: torch.nn.Module) -> int | None:
-    """Return how many tokens a layer looks back on at most, or `None` where the configuration names no such number."""
+    """Return the shortest attention window of a layer in tokens, or `None` if the configuration names none."""
     config = model.config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
     return min((window for window in windows if isinstance(window, int)), default=None)
 
 
 def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
-    """Tell whether contexts may be read once for their endings, from items that are scored both ways.
+    """Return whether a context can be read once for all of its endings, by scoring two items both ways.
 
-    Some architectures ignore the mask or the positions without a word, others refuse them. Items of middle and of
-    greatest length are asked; where none fits in one row it does not matter. Layers that look back on a window take
-    our mask in its place, so that all items have to fit into it. Call it in `evaluation_mode`.
+    Some architectures silently ignore the mask or the positions, others refuse them. The items probed are of median
+    and of maximum length among those that fit in one row; if none does, the answer does not matter. Layers with an
+    attention window use the mask instead of it, so all items have to fit into the window. Call it in
+    `evaluation_mode`.
     """
     window = get_attention_window(model)
     if window is not None and any(item.n_read_of_longest > window for item in items):
@@ -169,11 +170,11 @@ def _gives_same_numbers(model: torch.nn.Module, item: EncodedChoices, max_positi
     (expected,) = score_items(model, [separate], selects_places=False)
     try:
         (nll,) = score_items(model, [shared])
-    except Exception as error:  # of a mask or positions that it does not know, a model raises anything
+    except Exception as error:  # a model that does not know the mask or the positions raises any type
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         return False
-    # One unit of rounding on each token is what the order of a sum is worth.
+    # Another order of summation may cost one unit of rounding per token.
     unit = estimate_rounding(model)
     return not all(map(math.isfinite, expected)) or all(
         abs(one - other) <= 1e-3 + unit * abs(other) for one, other in zip(nll, expected, strict=True)
@@ -181,7 +182,7 @@ def _gives_same_numbers(model: torch.nn.Module, item: EncodedChoices, max_positi
 
 
 def estimate_rounding(model: torch.nn.Module) -> float:
-    """Return the relative size of a rounding step of the model's matrix products."""
+    """Return the relative rounding error of the model's matrix products."""
     dtype = get_compute_dtype(model)
     is_on_cuda = next(model.parameters()).device.type == "cuda"
     if dtype == torch.float32 and is_on_cuda and torch.get_float32_matmul_precision() != "highest":

@@ -1,12 +1,12 @@
-"""Rows: the sequences in which a model reads a context and the endings that compete to continue it.
+"""Shared contexts: a context and its competing endings in one row, so that the context is computed once.
 
-An item is one row, context first, with its endings behind it:
+An item is one row, the context first, followed by its endings:
 
     context  ending 0  ending 1  ending 2  ending 3
     0 1 2 3  4 5 6     4 5       4 5 6 7   4         positions
 
-The positions begin anew with every ending, and a mask hides the endings from each other: each of them is read as if it
-alone followed the context, which is computed once. The last token of an ending is only predicted, never read.
+Positions restart with every ending, and a mask hides the endings from each other, so that each is read as if it alone
+followed the context. The last token of an ending is only predicted, never read.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from modeling_gpt2_repro.core.errors import UserError
 
 @dataclass(frozen=True)
 class EncodedChoices:
-    """Token ids of one context and of the endings that compete to continue it; of an item, and of a row."""
+    """Token ids of a context and of its competing endings, for an item or a row."""
 
     context_ids: list[int]
     ending_ids: list[list[int]]
 
     @property
     def n_read(self) -> int:
-        """Tokens that a model reads where all of it is one row."""
+        """Tokens that a model reads if all of it is one row."""
         return len(self.context_ids) + sum(len(ids) - 1 for ids in self.ending_ids)
 
     @property
@@ -53,21 +53,21 @@ def truncate_context(context_ids: list[int], ending_ids: list[int], max_position
 
 
 def is_truncated(item: EncodedChoices, max_positions: int | None) -> bool:
-    """Say whether the item's context loses tokens before any of its endings."""
+    """Return whether the context loses tokens for any of the endings."""
     return any(
         len(truncate_context(item.context_ids, ids, max_positions)) < len(item.context_ids) for ids in item.ending_ids
     )
 
 
 def fits_in_one_row(item: EncodedChoices, max_positions: int | None) -> bool:
-    """Say whether all of an item is a row that no model could find too long, though its positions end earlier."""
+    """Return whether all tokens of an item are few enough for any model, although its positions end earlier."""
     return max_positions is None or item.n_read <= max_positions
 
 
 def build_rows(item: EncodedChoices, max_positions: int | None, shares_context: bool) -> list[EncodedChoices]:
-    """Return the rows of an item, its endings in order: a single one, or one for each ending.
+    """Return the rows of an item: a single one, or one for each ending in order.
 
-    A context that is too long loses another number of tokens before every ending, so that it cannot be shared.
+    A context that is too long cannot be shared, because it loses a different number of tokens for every ending.
     """
     if shares_context and fits_in_one_row(item, max_positions):
         return [item]
@@ -77,8 +77,8 @@ def build_rows(item: EncodedChoices, max_positions: int | None, shares_context: 
 def plan_batches(rows_by_item: Sequence[Sequence[EncodedChoices]], batch_tokens: int) -> list[list[int]]:
     """Group item indices, longest first, so that a batch's padded rows hold at most `batch_tokens` tokens.
 
-    An item stays whole; one that exceeds the budget alone makes a batch of its own. The plan is a function of the
-    rows and the budget only, so that any number of processes computes the same batches, hence the same numbers.
+    The rows of an item stay together; an item that exceeds the budget is a batch of its own. The plan depends on rows
+    and budget only, so any number of processes computes the same batches, hence the same numbers.
     """
     widths = [max(row.n_read for row in rows) for rows in rows_by_item]
     batches: list[list[int]] = []
@@ -101,7 +101,7 @@ class Batch:
     Attributes:
         input_ids, position_ids: (rows, width).
         segments: (rows, width), 0 in the context, i + 1 in ending i, -1 in the padding.
-        is_plain: no row has more than one ending, so that causal attention alone is right.
+        is_plain: no row has more than one ending, so causal attention needs no other mask.
         places: row and column, (places,) each, of every token after which a token of an ending is predicted.
         target_places: (targets,) into `places`; the last token of a context stands before all of its endings.
         target_ids: (targets,), the tokens of all endings of all rows, in order.
@@ -118,9 +118,9 @@ class Batch:
     ending_lengths: list[int]
 
     def build_attention_mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return (rows, 1, width, width) to add to the attention scores: 0 where a token may look, else the least.
+        """Return (rows, 1, width, width) to add to the attention scores: 0 where a token may attend, else the minimum.
 
-        A float mask, because a boolean one is silently misread by some attention implementations.
+        A float mask, because some attention implementations silently misread a boolean one.
         """
         segments = self.segments.to(device)
         keys, queries = segments.unsqueeze(1), segments.unsqueeze(2)
@@ -133,7 +133,7 @@ class Batch:
 
 
 def collate_rows(rows: Sequence[EncodedChoices]) -> Batch:
-    """Lay rows out as tensors on the CPU."""
+    """Collate rows into tensors on the CPU."""
     input_ids, position_ids, segments = [], [], []
     columns, target_places, target_ids = [], [], []
     for row in rows:

@@ -1,20 +1,27 @@
-"""Validation: the loss on a fixed set of tokens, the same on any hardware."""
+"""Validation: the loss of a causal language model on the same tokens on any hardware."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from modeling_gpt2_repro.core.devices import is_out_of_memory
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.evaluation.scoring import evaluation_mode, head_without_autocast
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Attributes: `loss` in nats a token, `bpb` in bits a UTF-8 byte of the text, `n_tokens` predicted."""
+    """Attributes: `loss` in nats per token, `bpb` in bits per UTF-8 byte of the text, `n_tokens` predicted."""
 
     loss: float
     bpb: float
@@ -30,15 +37,15 @@ def evaluate_loss(
     n_bytes: float,
     accelerator: Accelerator,
 ) -> ValidationResult:
-    """Compute the mean loss of `model` on the first `n_windows` windows of `dataset`, each of T+1 tokens.
+    """Compute the mean loss on the first `n_windows` windows of `dataset`, each of T+1 tokens.
 
-    Every process takes its share of the windows and the sums are reduced, so the result does not depend on their
-    number (up to the last bits of a float64 sum). `model` is any causal language model, raw, and stays in the mode it
-    was in.
+    The processes divide the windows and reduce their sums, so the result does not depend on their number, up to the
+    last bits of a float64 sum. The model's training mode is restored.
 
     Args:
-        batch_size: windows at once; changes speed and memory only.
-        n_bytes: the UTF-8 bytes of the text that the targets of these windows stand for (see `data.text_bytes`).
+        model: any causal language model, neither wrapped nor compiled.
+        batch_size: windows in one forward pass; changes speed and memory only.
+        n_bytes: UTF-8 bytes of the text that the targets of these windows stand for (see `data.text_bytes`).
     """
     windows = range(min(n_windows, len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
@@ -60,11 +67,56 @@ def evaluate_loss(
     )
 
 
+def measure_loss(
+    model: nn.Module,
+    dataset: Dataset,
+    n_windows: int,
+    *,
+    largest_batch_size: int,
+    n_bytes: float,
+    accelerator: Accelerator,
+) -> ValidationResult:
+    """Compute what `evaluate_loss` does, with the largest batch size that fits in memory.
+
+    Each process halves its batch size by itself, because no number depends on it.
+
+    Raises:
+        UserError: not even one window fits, or the loss is not finite.
+    """
+    evaluate = partial(evaluate_loss, model, dataset, n_windows, n_bytes=n_bytes, accelerator=accelerator)
+    result = halve_until_it_fits(evaluate, largest_batch_size)
+    if not math.isfinite(result.loss):
+        raise UserError(
+            "the model's validation loss is not finite: its weights are broken, or its precision is too low "
+            "(try --mixed_precision no)"
+        )
+    return result
+
+
+def halve_until_it_fits(function: Callable[..., Result], batch_size: int) -> Result:
+    """Return `function(batch_size=...)`, with half the batch size each time that memory runs out.
+
+    Raises:
+        UserError: memory does not suffice for a batch of one.
+    """
+    while True:
+        try:
+            return function(batch_size=batch_size)
+        except Exception as error:  # out of memory has many types (see `is_out_of_memory`)
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise UserError(
+                    "not even one sequence fits in the device's memory: use a shorter --sequence_length"
+                ) from error
+        batch_size //= 2
+
+
 def _compute_loss(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, can_skip_logits: bool
 ) -> torch.Tensor:
-    # Ours can do without the logits, which are most of the memory. Of another causal language model nothing but its
-    # logits is asked: how `forward` takes labels differs, and transformers' own ignore those that are shifted already.
+    # Our model can skip the logits, which take most of the memory. Other models are asked for nothing but logits: how
+    # their `forward` takes labels differs, and those in transformers ignore labels that are shifted already.
     if can_skip_logits:
         return model(input_ids=inputs, shift_labels=targets, use_cache=False, skip_logits=True).loss
     with head_without_autocast(model):

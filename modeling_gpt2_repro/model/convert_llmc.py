@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints of karpathy/llm.c (`gpt2_124M.bin`, `model_00019560.bin`) as state dicts of nanoGPT's form."""
+"""GPT-2 checkpoints of karpathy/llm.c (`gpt2_124M.bin`, `model_00019560.bin`), read as those of nanoGPT."""
 
 import math
 from pathlib import Path
@@ -10,16 +10,16 @@ import torch
 from modeling_gpt2_repro.core.errors import UserError
 
 FORMAT = "llm.c"
-# train_gpt2.py, write_model: 256 int32 of header, then the tensors. The versions before were of unpadded vocabularies.
+# train_gpt2.py, write_model: a header of 256 int32, then the tensors. Earlier versions did not pad the vocabulary.
 HEADER_BYTES = 256 * 4
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
 
 
 def read_llmc_model(path: Path) -> dict[str, Any]:
-    """Return `model`, the state dict with weights (out, in), memory-mapped, `model_args`, its shape, and `format`.
+    """Return `model`, a memory-mapped state dict with weights (out, in), `model_args`, its shape, and `format`.
 
     Raises:
-        UserError: another version, or a file of another size than its header says.
+        UserError: the file has another version, or a size that its header contradicts.
     """
     header = np.fromfile(path, dtype="<i4", count=256).tolist()
     if len(header) < 256 or header[1] not in DTYPES:
@@ -36,7 +36,7 @@ def read_llmc_model(path: Path) -> dict[str, Any]:
     integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="c", offset=HEADER_BYTES)
     parts = torch.from_numpy(integers).view(dtype).split(list(map(math.prod, shapes.values())))
     weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    # The rows that fill the vocabulary up to a multiple of 128 are zeros.
+    # Rows of zeros pad the vocabulary to a multiple of 128.
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model_args["vocab_size"]]
     return {"model": weights, "model_args": model_args, "format": FORMAT}
 
@@ -44,19 +44,17 @@ def read_llmc_model(path: Path) -> dict[str, Any]:
 def _list_shapes(
     block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, n_rows: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors in the file's order: each kind of all layers, before the next kind."""
-    layer = {
-        **{"ln_1.weight": (n_embd,), "ln_1.bias": (n_embd,)},
-        **{"attn.c_attn.weight": (3 * n_embd, n_embd), "attn.c_attn.bias": (3 * n_embd,)},
-        **{"attn.c_proj.weight": (n_embd, n_embd), "attn.c_proj.bias": (n_embd,)},
-        **{"ln_2.weight": (n_embd,), "ln_2.bias": (n_embd,)},
-        **{"mlp.c_fc.weight": (4 * n_embd, n_embd), "mlp.c_fc.bias": (4 * n_embd,)},
-        **{"mlp.c_proj.weight": (n_embd, 4 * n_embd), "mlp.c_proj.bias": (n_embd,)},
+    """Return the shapes in the file's order: each kind of tensor for all layers, before the next kind."""
+    modules = {
+        "ln_1": (n_embd,),
+        "attn.c_attn": (3 * n_embd, n_embd),
+        "attn.c_proj": (n_embd, n_embd),
+        "ln_2": (n_embd,),
+        "mlp.c_fc": (4 * n_embd, n_embd),
+        "mlp.c_proj": (n_embd, 4 * n_embd),
     }
-    return {
-        "transformer.wte.weight": (n_rows, n_embd),
-        "transformer.wpe.weight": (block_size, n_embd),
-        **{f"transformer.h.{i}.{name}": shape for name, shape in layer.items() for i in range(n_layer)},
-        "transformer.ln_f.weight": (n_embd,),
-        "transformer.ln_f.bias": (n_embd,),
-    }
+    shapes = {"transformer.wte.weight": (n_rows, n_embd), "transformer.wpe.weight": (block_size, n_embd)}
+    for module, shape in modules.items():
+        shapes |= {f"transformer.h.{i}.{module}.weight": shape for i in range(n_layer)}
+        shapes |= {f"transformer.h.{i}.{module}.bias": shape[:1] for i in range(n_layer)}
+    return shapes | {"transformer.ln_f.weight": (n_embd,), "transformer.ln_f.bias": (n_embd,)}

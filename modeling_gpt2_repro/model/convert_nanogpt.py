@@ -1,39 +1,37 @@
-"""Checkpoints of karpathy/nanoGPT (`ckpt.pt`), build-nanogpt (`log/model_*.pt`) and llm.c as models of ours.
+"""Checkpoints of karpathy/nanoGPT (`ckpt.pt`), build-nanogpt (`log/model_*.pt`) and llm.c, converted to our model.
 
 As a command: `python -m modeling_gpt2_repro.model.convert_nanogpt --checkpoint ckpt.pt --output_dir DIR`.
 """
 
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
 from modeling_gpt2_repro.core.arguments import parse_arguments, setting
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused, reports_user_errors
-from modeling_gpt2_repro.core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
+from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
 from modeling_gpt2_repro.core.locks import FolderLock
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_tokenizer
-from modeling_gpt2_repro.model.convert_llmc import FORMAT, read_llmc_model
+from modeling_gpt2_repro.model.convert_llmc import FORMAT
 from modeling_gpt2_repro.model.folder import save_published_model
-from modeling_gpt2_repro.model.loading import silence_libraries
+from modeling_gpt2_repro.model.torch_file import IgnoredValue, SavedConfig, read_checkpoint_file
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
 Activation = Literal["auto", "gelu", "gelu_new"]
 
-# Of torch.compile, FSDP and activation checkpointing, which stand anywhere in a name; and of DistributedDataParallel,
-# DeepSpeed and Lightning, in front of it.
+# Prefixes of wrappers: of torch.compile, FSDP and activation checkpointing anywhere in a name; of
+# DistributedDataParallel, DeepSpeed and Lightning in front of it.
 WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 WRAPPER_PREFIXES = re.compile(rf"^(({WRAPPERS}|_forward_module|module|model|gpt|net)\.)+|({WRAPPERS})\.")
-# Where people put the weights, and what says the shape.
+# Keys of a checkpoint that projects keep the weights and the model's shape under.
 WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
 SHAPE_KEYS = ("model_args", "config", "model_config", "hyper_parameters", "args")
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")
@@ -41,12 +39,6 @@ LINEAR_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
 TRUNK = "transformer."
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 C_FC = "transformer.h.0.mlp.c_fc.weight"
-# Classes of settings, by what they are called; and values that no model needs. Neither is looked up.
-SETTINGS_CLASS = re.compile(r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)")
-SKIPPED_CLASS = re.compile(
-    r"(numpy|pathlib|datetime|decimal|uuid)\.[\w.]+"
-    r"|builtins\.(bool|bytes|complex|dict|Ellipsis|float|frozenset|int|list|range|set|slice|str|tuple)"
-)
 
 
 def load_nanogpt(
@@ -64,44 +56,35 @@ def load_nanogpt(
 
     Args:
         tokenizer: of the training data. Embedding rows beyond its ids are padding (50,304 rows for GPT-2's 50,257 ids)
-            and left out; `None` keeps all.
-        activation_function: no file names it; `auto` goes by the project. build-nanogpt has GELU's tanh approximation
-            (`gelu_new`). So had nanoGPT until its commit 594068e7 (17 May 2023), and exact GELU (`gelu`) since: its
-            files are taken for newer, unless their `model_args` lack the `bias` of commit e808a671 (27 January 2023).
+            and dropped; `None` keeps all.
+        activation_function: no file names it. `auto` chooses by project: GELU's tanh approximation (`gelu_new`) for
+            build-nanogpt and llm.c. nanoGPT used it until commit 594068e7 (17 May 2023) and exact GELU (`gelu`) since;
+            its files count as newer unless their `model_args` lack the `bias` of commit e808a671 (27 January 2023).
         n_head: needed for a bare state dict whose heads are not 64 wide, as GPT-2's are.
-        report: called with a line on what was taken for granted and one on what was left out.
+        report: called with a line about each assumption and about what was dropped.
 
     Raises:
-        UserError: not such a file, no GPT-2 in it, or one that contradicts itself or the arguments.
+        UserError: the file is no such checkpoint or damaged, its weights are not a whole GPT-2's, or it contradicts
+            itself or the arguments.
     """
-    content = _read_file(Path(path))
+    content = read_checkpoint_file(Path(path))
     weights = next((content[key] for key in WEIGHTS_KEYS if isinstance(content.get(key), dict)), content)
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(
             f"{path} has no weights: neither under `{'`, `'.join(WEIGHTS_KEYS)}` nor as a state dict alone"
         )
-    declared = next((content[key] for key in SHAPE_KEYS if isinstance(content.get(key), dict | _SavedSettings)), {})
-    declared = vars(declared) if isinstance(declared, _SavedSettings) else declared
-    declared = {name: value for name, value in declared.items() if not isinstance(value, _Skipped | None)}
     try:
         state_dict = convert_state_dict(weights)
-        n_head = _choose_n_head(_measure_shape(state_dict), declared, n_head)
+        n_head = _choose_n_head(_measure_shape(state_dict), _find_declared_shape(content), n_head)
+        if activation_function == "auto":
+            activation_function, reason = _guess_activation(content, weights)
+            report(f"activation taken: {activation_function}, {reason} (--activation_function to say otherwise)")
+        if tokenizer is not None:
+            state_dict = _drop_padding_rows(state_dict, len(tokenizer), report)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    if activation_function == "auto":
-        activation_function, reason = _guess_activation(content, weights)
-        report(f"activation taken: {activation_function}, {reason} (--activation_function to say otherwise)")
 
-    eos_token_id = None
-    if tokenizer is not None:
-        n_rows, n_ids, eos_token_id = len(state_dict[WTE]), len(tokenizer), tokenizer.eos_token_id
-        if n_rows < n_ids:
-            raise UserError(
-                f"{path} has embeddings for {n_rows:,} token ids, but the tokenizer has {n_ids:,}: give the "
-                "--tokenizer that it was trained with, or --tokenizer none"
-            )
-        state_dict |= {name: state_dict[name][:n_ids] for name in (WTE, HEAD)}
-        report(f"embedding rows beyond the tokenizer's {n_ids:,} ids, dropped: {n_rows - n_ids}")
+    eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     config = GPT2ReproConfig(
         n_head=n_head,
         activation_function=activation_function,
@@ -115,34 +98,46 @@ def load_nanogpt(
 
 
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state dict, in float32, that `GPT2LMHeadModel` and our class have for the same function.
+    """Return a state dict in float32, as `GPT2LMHeadModel` and our class have it, that computes the same function.
 
-    `nn.Linear` weights (out, in) are transposed to GPT-2's `Conv1D` (in, out), in which a dict may also be already;
-    a model without any bias gets zeros; causal masks and the prefixes of wrappers are left out.
+    `nn.Linear` weights (out, in) are transposed to GPT-2's `Conv1D` (in, out), unless they have that form already; a
+    model without biases gets zeros; causal masks and the prefixes of wrappers are dropped.
 
     Raises:
-        UserError: weights that are missing, unknown or of a wrong shape, or a head that is not the token embedding.
+        UserError: weights are missing, unknown or of a wrong shape, or the head is not the token embedding.
     """
-    tensors = {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in state_dict.items()}
-    if WTE.removeprefix(TRUNK) in tensors:  # as in OpenAI's own files
-        tensors = {name if name == HEAD else TRUNK + name: tensor for name, tensor in tensors.items()}
-    tensors = {name: tensor.float() for name, tensor in tensors.items() if not MASK_BUFFER.search(name)}
+    tensors = {name: tensor.float() for name, tensor in _normalize_names(state_dict).items()}
     for name in (WTE, WPE, C_FC):
         if name not in tensors or tensors[name].dim() != 2:
             raise UserError(f"no GPT-2 state dict: it has no matrix {name}")
-    tensors.setdefault(HEAD, tensors[WTE])  # which are one, and some files have only once
+    tensors.setdefault(HEAD, tensors[WTE])  # the two are tied, and some files hold only one
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(GPT2ReproConfig(n_head=1, **_measure_shape(tensors)))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-    # The attention's projection is square: how all matrices lie shows in the MLP's first.
-    linear = {name for name in expected if name.endswith(LINEAR_WEIGHTS)}
-    if len(tensors[C_FC]) < tensors[C_FC].shape[1]:
-        linear = set()
-    expected |= {name: expected[name][::-1] for name in linear}
+    transposed = set()
+    if not _has_conv1d_layout(tensors[C_FC]):
+        transposed = {name for name in expected if name.endswith(LINEAR_WEIGHTS)}
+        expected |= {name: expected[name][::-1] for name in transposed}
     if not any(name.endswith(".bias") for name in tensors):
         tensors |= {name: torch.zeros(shape) for name, shape in expected.items() if name.endswith(".bias")}
+    _check_tensors(tensors, expected)
+    return {name: tensors[name].t().contiguous() if name in transposed else tensors[name] for name in expected}
 
+
+def _normalize_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights under GPT-2's names, without prefixes of wrappers and without causal masks."""
+    tensors = {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in state_dict.items()}
+    if WTE.removeprefix(TRUNK) in tensors:  # as in OpenAI's own files
+        tensors = {name if name == HEAD else TRUNK + name: tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if not MASK_BUFFER.search(name)}
+
+
+def _has_conv1d_layout(c_fc: torch.Tensor) -> bool:
+    """Return whether matrices are (in, out): the MLP's first shows it, as the attention's projection is square."""
+    return c_fc.shape[0] < c_fc.shape[1]
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise UserError(f"no GPT-2 state dict: it has {unknown[0]} (unknown names: {len(unknown)})")
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -152,80 +147,27 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
             raise UserError(f"{name} is {tuple(tensors[name].shape)}, where GPT-2 of this size has {tuple(shape)}")
     if not torch.equal(tensors[HEAD], tensors[WTE]):
         raise UserError(f"{HEAD} differs from {WTE}: in GPT-2, and in nanoGPT since 14 January 2023, they are one")
-    return {name: tensors[name].t().contiguous() if name in linear else tensors[name] for name in expected}
 
 
-class _SavedSettings:
-    """Stands in for a class of settings, such as build-nanogpt's `GPTConfig`: its fields, and none of its code."""
-
-
-class _Skipped:
-    """Stands in for a value that is not needed, such as NumPy's losses, or a path: takes anything and does nothing."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-def _begin_dict(*_: Any) -> dict:
-    """Stands in for `defaultdict`."""
-    return {}
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """Read plain data and tensors, where the file allows memory-mapped: the optimizer's moments are never read."""
-    if path.is_dir():
+def _drop_padding_rows(
+    state_dict: dict[str, torch.Tensor], n_ids: int, report: Callable[[str], object]
+) -> dict[str, torch.Tensor]:
+    n_rows = len(state_dict[WTE])
+    if n_rows < n_ids:
         raise UserError(
-            f"--checkpoint {path} is a folder: give the file in it; one with a config.json needs no conversion"
+            f"it has embeddings for {n_rows:,} token ids, but the tokenizer has {n_ids:,}: give the --tokenizer that "
+            "it was trained with, or --tokenizer none"
         )
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path} is not a file: give the .pt file itself")
-    content = describe_content(path)
-    if content == LLMC_MODEL:
-        return read_llmc_model(path)
-    try:
-        if content == SAFETENSORS:
-            return safetensors.torch.load_file(path)
-        saved = _unpickle(path, is_mapped=content == ZIP) if content in (None, ZIP) else None
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise_if_refused(error, path)
-        # Of torch's message what is wrong, not its advice to read the file as code.
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a whole file of torch.save's: {reason}") from error
-    if saved is None and content is not None:
-        raise UserError(f"{path} is not a file of torch.save's: it is {content}")
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint's dict")
-    return saved
+    report(f"embedding rows beyond the tokenizer's {n_ids:,} ids, dropped: {n_rows - n_ids}")
+    return state_dict | {name: state_dict[name][:n_ids] for name in (WTE, HEAD)}
 
 
-def _unpickle(path: Path, is_mapped: bool) -> Any:
-    """Read a file of torch.save's, with a stand-in for each class in it that is known to be data."""
-    stand_ins: dict[str, Callable] = {}
-    while True:
-        try:
-            with (
-                warnings.catch_warnings(action="ignore"),  # of another pickle protocol
-                torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]),
-            ):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
-        except Exception as error:
-            unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
-            name = unknown and (unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}")
-            if name is None or name in stand_ins:
-                raise
-        if SETTINGS_CLASS.fullmatch(name):
-            stand_ins[name] = _SavedSettings
-        elif name == "collections.defaultdict":
-            stand_ins[name] = _begin_dict
-        elif SKIPPED_CLASS.fullmatch(name):
-            stand_ins[name] = _Skipped
-        else:
-            raise UserError(f"{path} would run code ({name}) to be read: save the model's state_dict() alone")
+def _find_declared_shape(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint's configuration says, of whatever names and types."""
+    found = (content[key] for key in SHAPE_KEYS if isinstance(content.get(key), dict | SavedConfig))
+    declared = next(found, {})
+    fields = vars(declared) if isinstance(declared, SavedConfig) else declared
+    return {name: value for name, value in fields.items() if not isinstance(value, IgnoredValue | None)}
 
 
 def _measure_shape(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -235,7 +177,7 @@ def _measure_shape(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _choose_n_head(shape: dict[str, int], declared: dict[str, Any], asked: int | None) -> int:
-    """Check what the file says of its shape, and return the heads, which its weights do not show."""
+    """Return the number of heads, which weights do not show, and check the rest of a declared shape against them."""
     measured = {**shape, "block_size": shape["n_positions"]}
     for name in measured.keys() & declared.keys():
         if declared[name] != measured[name]:
@@ -251,23 +193,21 @@ def _choose_n_head(shape: dict[str, int], declared: dict[str, Any], asked: int |
     return n_head
 
 
-def _guess_activation(content: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple[str, str]:
-    """Return the activation and whose it is, for a file that cannot name it."""
-    if content.get("format") == FORMAT:
-        return "gelu_new", "llm.c's"
-    if isinstance(content.get("config"), _SavedSettings):
-        return "gelu_new", "build-nanogpt's"
-    if isinstance(content.get("model_args"), dict):
-        old = "bias" not in content["model_args"]
-        return ("gelu_new", "nanoGPT's before 27 January 2023") if old else ("gelu", "nanoGPT's since 17 May 2023")
-    # build-nanogpt saves causal masks, nanoGPT does not where torch has fused attention; OpenAI's are (in, out).
-    if any(
-        name.endswith(C_FC.removeprefix(TRUNK)) and len(weight) < weight.shape[-1] for name, weight in weights.items()
-    ):
-        return "gelu_new", "GPT-2's, as the file has its layout"
-    if any(MASK_BUFFER.search(name) for name in weights):
-        return "gelu_new", "build-nanogpt's, as the file has causal masks"
-    return "gelu", "nanoGPT's since 17 May 2023, as the file has no causal masks"
+def _guess_activation(content: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """Return the activation function and the reason for it: the first evidence of the project that wrote the file."""
+    model_args = content.get("model_args")
+    is_nanogpt = isinstance(model_args, dict)
+    evidence = (
+        (content.get("format") == FORMAT, "gelu_new", "llm.c's"),
+        (isinstance(content.get("config"), SavedConfig), "gelu_new", "build-nanogpt's"),
+        (is_nanogpt and "bias" not in model_args, "gelu_new", "nanoGPT's before 27 January 2023"),
+        (is_nanogpt, "gelu", "nanoGPT's since 17 May 2023"),
+        (_has_conv1d_layout(_normalize_names(weights)[C_FC]), "gelu_new", "GPT-2's, as the file has its layout"),
+        # nanoGPT saves causal masks only if torch lacks fused attention, build-nanogpt always.
+        (any(map(MASK_BUFFER.search, weights)), "gelu_new", "build-nanogpt's, as the file has causal masks"),
+        (True, "gelu", "nanoGPT's since 17 May 2023, as the file has no causal masks"),
+    )
+    return next((activation, reason) for is_found, activation, reason in evidence if is_found)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A model folder: what makes one, how it is told from another, and how a model is written into it."""
+"""Model folders: checking one, identifying its weights, and saving a model as a checkpoint or in published form."""
 
 import hashlib
 import json
@@ -11,35 +11,34 @@ from modeling_gpt2_repro.core.files import compute_checksum, write_json
 
 
 def check_model_folder(name: str | Path) -> None:
-    """Check that what is to be a model folder, or a name on the Hub, is not a file.
+    """Check that a model folder is one, holds safetensors, and that no index in it names a file outside of it.
+
+    A Hub id passes: `from_pretrained(use_safetensors=True)` refuses pickles there, and a snapshot is one folder.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is a file, its weights are pickled only, or an index is damaged or leads out of it.
     """
-    if Path(name).is_file():
+    folder = Path(name)
+    if folder.is_file():
         raise ValueError(
             "it is a file, not a model folder: python -m modeling_gpt2_repro.model.convert_nanogpt --checkpoint FILE "
             "--output_dir FOLDER makes one of a checkpoint of nanoGPT, build-nanogpt, llm.c or a state dict of GPT-2"
         )
-
-
-def check_weight_names(folder: str | Path) -> None:
-    """Check what the index of a model in several files calls them; transformers would follow a path out of `folder`.
-
-    Raises:
-        ValueError: an index is damaged, or names a file that is not in the folder.
-    """
-    for index in Path(folder).glob("*.index.json") if Path(folder).is_dir() else ():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in names:
-            if Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"{index} names {name!r}, which is not a file of its folder")
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            "it holds its weights as a pickle, which may run anything when opened: load it with from_pretrained where "
+            "you trust it, and let save_pretrained write model.safetensors"
+        )
+    for index in folder.glob("*.index.json"):
+        for file in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(file).name != file or file in ("", ".."):
+                raise ValueError(f"{index} names {file!r}, which is not a file of its folder")
 
 
 def identify_weights(folder: str | Path) -> str | None:
-    """Return what tells the weights in a model folder from others: the checksum of their file, or of all checksums.
+    """Return an identifier of the weights in a model folder: the checksum of their file, or of their checksums.
 
-    `None` where there are none, as for the name of a model on the Hub.
+    `None` if there are none, as for a Hub id.
     """
     checksums = [f"{compute_checksum(path)} {path.name}" for path in sorted(Path(folder).glob("*.safetensors"))]
     if len(checksums) > 1:
@@ -48,7 +47,7 @@ def identify_weights(folder: str | Path) -> str | None:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write weights, configuration, the model's two code files, generation settings and the tokenizer, if any."""
+    """Save weights, configuration, the model's two code files, generation settings and the tokenizer, if any."""
     eos_token_id = tokenizer.eos_token_id if tokenizer is not None else None
     model.generation_config = GenerationConfig(
         bos_token_id=eos_token_id, eos_token_id=eos_token_id, do_sample=True, top_k=50
@@ -59,20 +58,20 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 
 def save_published_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write a model folder that names itself GPT-2, which is what its tensors are.
+    """Save a model folder whose configuration declares GPT-2, which its tensors are.
 
-    Plain `AutoModelForCausalLM.from_pretrained(folder)` opens it as transformers' own `GPT2LMHeadModel`, with nothing
-    of ours installed; with `trust_remote_code=True` the code files in it give our class. Dropout belongs to a run and
-    not to the weights: it is written as 0.0.
+    Plain `AutoModelForCausalLM.from_pretrained(folder)` opens it as `GPT2LMHeadModel` of transformers, without this
+    package; `trust_remote_code=True` gives our class from the folder's code files. Dropout belongs to a run and not to
+    the weights, so it is saved as 0.0.
     """
     save_model(folder, model, tokenizer)
     write_json(folder / "config.json", describe_as_gpt2(model.config))
 
 
 def describe_as_gpt2(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what `config.json` says in a folder that names itself GPT-2, given our configuration."""
-    # to_dict and not a saved file, which leaves out what equals our defaults: stock GPT-2's dropouts default to 0.1.
+    """Return the content of `config.json` in a folder that declares GPT-2, given our configuration."""
+    # to_dict and not a saved file, which omits values equal to our defaults: stock GPT-2's dropouts default to 0.1.
     content = {name: 0.0 if name.endswith("_pdrop") else value for name, value in config.to_dict().items()}
-    # n_ctx is n_positions in OpenAI's files, and llama.cpp's converter asks for it.
+    # OpenAI's files also have n_positions as n_ctx, which llama.cpp's converter needs.
     names = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": content["n_positions"]}
     return content | names

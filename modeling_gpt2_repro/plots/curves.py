@@ -1,13 +1,14 @@
 """The numbers of a run by step: from its folder, or from the log of the original script."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.file_kinds import check_encoding
+from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
 from modeling_gpt2_repro.plots.references import (
     Reference,
     identify_validation,
@@ -15,8 +16,7 @@ from modeling_gpt2_repro.plots.references import (
     list_score_references,
     list_validation_split_references,
 )
-from modeling_gpt2_repro.training.record import LOG, METRICS, read_metrics
-from modeling_gpt2_repro.training.run_folder import name_hellaswag_items, read_settings
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 # build-nanogpt's total_batch_size: its log counts steps, not tokens.
 LOGGED_TOKENS_PER_STEP = 524_288
@@ -86,29 +86,29 @@ def load_curves(path: str | Path, logged_tokens_per_step: int = LOGGED_TOKENS_PE
         UserError: it is neither, or holds no numbers, or the run's settings cannot be read.
     """
     path = Path(path)
-    if path.name == METRICS:
+    if path.name == RunFolder(path).metrics.name:
         path = path.parent
-    if (path / METRICS).exists():
+    if RunFolder(path).metrics.exists():
         return _load_run(path)
-    log = path / LOG if path.is_dir() else path
+    log = RunFolder(path).log if path.is_dir() else path
     if not log.exists():
-        raise UserError(f"{path} has neither {METRICS} nor {LOG}: give the folder of a run that has begun, or a log")
+        raise UserError(f"{path} has neither metrics.jsonl nor log.txt: give the folder of a begun run, or a log")
     return _load_log(log, logged_tokens_per_step)
 
 
 def _load_run(folder: Path) -> Curves:
-    settings = read_settings(folder)
+    settings = asdict(RunFolder(folder).read_config())
     series = collect_series(
-        [(line["step"], name, value) for line in read_metrics(folder / METRICS) for name, value in line.items()]
+        [(line["step"], name, value) for line in RunFolder(folder).read_metrics() for name, value in line.items()]
     )
     series.pop("step", None)
     if not series:
-        raise UserError(f"{folder / METRICS} holds no numbers yet: draw it when the run has begun")
+        raise UserError(f"{RunFolder(folder).metrics} holds no numbers yet: draw it when the run has begun")
     return Curves(
         name=settings["run_name"],
         tokens_per_step=settings["tokens_per_step"],
         series=series,
-        items=name_hellaswag_items(settings),
+        items=name_items(settings["hellaswag_file"], settings["hellaswag_limit"]),
         validation=identify_validation(settings),
         loss_references=list_loss_references(settings),
         score_references=list_score_references(settings),

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.plots.run_figure import CURVES, draw_curves
-from modeling_gpt2_repro.training.record import METRICS
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 IMPORT_FOLDER = Path(__file__).resolve().parents[2]
 NICENESS = 19  # the training comes first wherever both want the same core
@@ -50,7 +50,9 @@ class CurveDrawer:
             self._attempt(self._ask)
 
     def _is_wanted(self) -> bool:
-        return self._enabled and (self._folder / METRICS).exists()  # a run that only samples has none at its start
+        return (
+            self._enabled and RunFolder(self._folder).metrics.exists()
+        )  # a run that only samples has none at its start
 
     def _ask(self) -> None:
         has_ended = self._process is not None and self._process.poll() is not None

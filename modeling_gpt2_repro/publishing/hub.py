@@ -25,13 +25,13 @@ from modeling_gpt2_repro.core.arguments import expand_home, parse_arguments, set
 from modeling_gpt2_repro.core.errors import UserError, format_line, reports_user_errors
 from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.core.hub_client import HubUnreachableError, ask_hub, describe_hub_failure
+from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.model.folder import describe_as_gpt2
-from modeling_gpt2_repro.model.loading import silence_libraries
 from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import FOLDER as EVAL_RESULTS
 from modeling_gpt2_repro.publishing.model_card import CARD, describe_model
 from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, list_models, read_step
-from modeling_gpt2_repro.training.run_folder import read_settings
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 Answer = TypeVar("Answer")
 # A repository with other files than these, and without our code, holds something that is not ours to replace.
@@ -150,7 +150,7 @@ def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "gpt2":
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()
-    data_dir = read_settings(run_folder)["data_dir"]
+    data_dir = RunFolder(run_folder).read_config().data_dir
     # What a card says of data that are gone by now could not be said again.
     if step is None and CARD in files and not Path(data_dir).is_dir():
         print(format_line(f"the model card stays as it is, since its data, {data_dir}, are not here"), file=sys.stderr)

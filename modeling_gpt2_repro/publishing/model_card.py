@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,19 @@ from safetensors import safe_open
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import open_atomically
 from modeling_gpt2_repro.data.shards import Manifest, load_manifest
+from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
 from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import build_eval_results, render_eval_results
 from modeling_gpt2_repro.publishing.reproduction import list_commands, read_versions, shorten
 from modeling_gpt2_repro.publishing.scores import choose_validation_split_scores, list_scores, read_training_scores
 from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.record import (
-    SAMPLES,
-    read_json_lines,
+from modeling_gpt2_repro.training.metrics import (
+    find_last_validation,
+    format_validation,
+    merge_metrics,
     read_json_object,
 )
-from modeling_gpt2_repro.training.run_folder import (
-    describe_validation,
-    find_last_validation,
-    merge_lines,
-    name_hellaswag_items,
-    read_lines,
-    read_settings,
-)
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -97,12 +92,12 @@ def describe_model(
     Raises:
         UserError: the run's settings are missing or damaged.
     """
-    settings = read_settings(run_folder)
+    settings = asdict(RunFolder(run_folder).read_config())
     manifest = None
     with contextlib.suppress(UserError):
         manifest = load_manifest(settings["data_dir"])
-    lines = read_lines(run_folder, step)
-    last = merge_lines(lines, step)
+    lines = RunFolder(run_folder).read_metrics(step)
+    last = merge_metrics(lines, step)
     training_scores = read_training_scores(last)
     own_scores = list_scores(run_folder, repo_id) if step is None else []
     scores = choose_validation_split_scores(training_scores, own_scores, settings)
@@ -215,10 +210,11 @@ def _list_results(facts: Facts) -> list[tuple[str, str]]:
         rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats a token"))
     if validation is not None:
         when = "" if validation["step"] == last["step"] else f" of an earlier model, at step {validation['step']:,}"
-        rows.append((f"validation loss{when}", describe_validation(validation)))
+        rows.append((f"validation loss{when}", format_validation(validation)))
         rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
     for protocol, score in facts.training_scores.items():
-        name = f"{name_hellaswag_items(settings)}: acc_norm, protocol `{protocol}`, in training"
+        items = name_items(settings["hellaswag_file"], settings["hellaswag_limit"])
+        name = f"{items}: acc_norm, protocol `{protocol}`, in training"
         rows.append((name, _describe_score(score, "acc_norm")))
     for score in facts.own_scores:
         for metric in ("acc_norm", "acc"):
@@ -309,7 +305,7 @@ def _describe_precision(mixed_precision: str) -> str:
 
 def _quote_samples(facts: Facts) -> str:
     end = facts.last.get("step", math.inf)
-    lines = [line for line in read_json_lines(facts.run_folder / SAMPLES) if line["step"] <= end]
+    lines = [line for line in RunFolder(facts.run_folder).read_samples() if line["step"] <= end]
     newest = max((line["step"] for line in lines), default=None)
     return "".join(f"> {quote_text(str(line.get('text')))}\n\n" for line in lines if line["step"] == newest)
 

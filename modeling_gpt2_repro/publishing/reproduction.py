@@ -2,22 +2,16 @@
 
 import re
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from modeling_gpt2_repro.core.arguments import Config
 from modeling_gpt2_repro.core.devices import list_versions
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import Manifest
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.record import STATUS, read_json_object
-
-# Settings that say where a run lay and whom it told, and change nothing of the model.
-PERSONAL = {
-    *("output_dir", "resume_from_checkpoint", "report_to", "wandb_project", "yes", "micro_batch_size"),
-    *("push_to_hub", "hub_model_id", "hub_public"),
-}
-# Those that name files or folders, or may.
-PATHS = {"data_dir", "dataset_name", "files", "hellaswag_file", "init_from", "output_dir", "tokenizer"}
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
 def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
@@ -26,21 +20,24 @@ def list_commands(settings: dict[str, Any], manifest: Manifest | None) -> str:
     if manifest is not None:
         recorded = manifest.settings | {"revision": manifest.source.get("revision"), "tokenizer": manifest.tokenizer}
         unset = {name: value for name, value in recorded.items() if value is None or value is False or value == []}
-        # Unless told, one script writes to where the other reads.
+        # By default, one script writes to where the other reads.
         folder = {"output_dir": settings["data_dir"]} if settings["data_dir"] != defaults["data_dir"] else {}
-        commands.append("python prepare_data.py" + _format_flags(recorded | folder, unset))
-    changed = {name: value for name, value in settings.items() if name not in PERSONAL}
-    commands.append("python train.py" + _format_flags(changed, defaults))
+        commands.append("python prepare_data.py" + _format_flags(PrepareConfig, recorded | folder, unset))
+    private = {field.name for field in fields(TrainingConfig) if field.metadata["private"]}
+    shared = {name: value for name, value in settings.items() if name not in private}
+    commands.append("python train.py" + _format_flags(TrainingConfig, shared, defaults))
     return "\n".join(commands)
 
 
-def _format_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+def _format_flags(config_type: type[Config], settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Return the settings that differ from the defaults as flags; of their paths only what others may see."""
+    paths = {field.name for field in fields(config_type) if field.metadata["path"]}
     flags = ""
     for name, value in settings.items():
         if name in defaults and value == defaults[name]:
             continue
         values = [str(each) for each in (value if isinstance(value, list) else [value])]
-        if name in PATHS:
+        if name in paths:
             values = [shorten(each) for each in values]
         separator = " " if isinstance(value, list) else "="
         flags += f" --{name}{separator}{' '.join(map(_quote, values))}"
@@ -57,7 +54,7 @@ def _quote(text: str) -> str:
 
 def read_versions(run_folder: Path) -> dict[str, str]:
     """Return the versions that a finished run says it ran with, else those that are installed."""
-    recorded = read_json_object(run_folder / STATUS).get("versions")
+    recorded = RunFolder(run_folder).read_status().get("versions")
     return recorded if isinstance(recorded, dict) and recorded else list_versions()
 
 

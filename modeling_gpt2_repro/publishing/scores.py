@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.core.errors import format_line
-from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, METRIC_PREFIXES, SCORE_NAMES
+from modeling_gpt2_repro.evaluation.hellaswag import METRIC_PREFIXES, SCORE_NAMES
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS
 from modeling_gpt2_repro.model.folder import identify_weights
 from modeling_gpt2_repro.plots.references import is_scored_on_validation_split
-from modeling_gpt2_repro.training.record import read_json_object
+from modeling_gpt2_repro.training.metrics import read_json_object
 
 
 def read_training_scores(last: dict[str, float]) -> dict[str, dict[str, float]]:

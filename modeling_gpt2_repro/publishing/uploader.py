@@ -26,8 +26,7 @@ from modeling_gpt2_repro.publishing.hub import (
 )
 from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, list_models, read_step
 from modeling_gpt2_repro.training.config import TrainingConfig
-
-WAITING = "hub_upload"
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
 class Publisher:
@@ -42,7 +41,7 @@ class Publisher:
 
     def __init__(self, run_folder: Path, config: TrainingConfig, is_enabled: bool, say: Callable[[str], None]):
         self.run_folder, self.config, self.is_enabled, self.say = run_folder, config, is_enabled, say
-        self.waiting = run_folder / WAITING
+        self.waiting = RunFolder(run_folder).uploads
         self._repo_id: str | None = None
         self._has_warned = False
         self._is_finishing = False

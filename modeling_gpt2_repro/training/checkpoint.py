@@ -36,8 +36,8 @@ from modeling_gpt2_repro.core.files import (
 from modeling_gpt2_repro.model.folder import save_model
 
 TRAINING_STATE = "training_state"
-# Parts of an experiment that say nothing to a person, and what it means that they differ.
-FINGERPRINTS = {"data": "the training data are others", "tokenizer": "the tokenizer is another one"}
+# Parts of an experiment that are no use to a reader, and what it means that they differ.
+FINGERPRINTS = {"data": "the training data changed", "tokenizer": "the tokenizer changed"}
 OPTIMIZER_NAME, STATE_NAME, CHECKSUMS_NAME = "optimizer.pt", "state.json", "checksums.json"
 
 
@@ -186,12 +186,12 @@ def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) 
 
 
 def resume_hint(requested: str, folder: Path) -> str:
-    """Say how a run that ended early goes on, given its `resume_from_checkpoint` and its checkpoint folder."""
+    """Describe how to resume a run that ended early, given its `resume_from_checkpoint` and its checkpoint folder."""
     if not list_checkpoints(folder):
         return "it has no checkpoint yet, and the same command starts it again"
     goes_back = requested == "never" or (requested != "auto" and is_own_checkpoint(requested, folder))
-    way = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
-    return f"{way} goes on from its last checkpoint"
+    command = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
+    return f"{command} resumes from its last checkpoint"
 
 
 def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -264,7 +264,9 @@ def load_state(checkpoint: Path) -> TrainingState:
         return TrainingState.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise_if_refused(error, path)
-        raise UserError(f"{checkpoint} is not a checkpoint of this version: {path.name} has no {error}") from error
+        raise UserError(
+            f"{checkpoint} is not a checkpoint of this version: cannot read {path.name}: {error}"
+        ) from error
 
 
 def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[str, Any]) -> None:

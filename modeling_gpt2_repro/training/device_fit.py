@@ -1,6 +1,7 @@
-"""Where a run's model meets its device: it is placed, compiled, and given a micro-batch that fits."""
+"""Where a run's model meets its device: it is placed, compiled, given a micro-batch that fits, and distributed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -10,30 +11,17 @@ from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.core.devices import measure_device_memory, name_hardware
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
-from modeling_gpt2_repro.training.batch_fit import Fit, WindowLoss, fit_micro_batch
+from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from modeling_gpt2_repro.training import checkpoint as checkpoints
+from modeling_gpt2_repro.training.batch_fit import Fit, WindowLoss, fit_micro_batch, settle_gradient_exchange
 from modeling_gpt2_repro.training.checkpoint import TrainingState
-from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.faults import explained_out_of_memory
 from modeling_gpt2_repro.training.memory import StepMemory
+from modeling_gpt2_repro.training.plan import Plan
+from modeling_gpt2_repro.training.start import Start
 
 
-def describe_step_memory(config: TrainingConfig, accelerator: Accelerator, model: GPT2ReproForCausalLM) -> StepMemory:
-    """Describe the memory of a step on a GPU."""
-    return StepMemory(
-        n_layer=model.config.n_layer,
-        n_embd=model.config.n_embd,
-        vocab_size=model.config.vocab_size,
-        n_positions=model.config.n_positions,
-        sequence_length=config.sequence_length,
-        compute_bytes=4 if accelerator.mixed_precision == "no" else 2,
-        is_checkpointed=config.gradient_checkpointing,
-        loss_chunk_tokens=config.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
-    )
-
-
-def place_on_device(
-    config: TrainingConfig, accelerator: Accelerator, model: GPT2ReproForCausalLM
-) -> GPT2ReproForCausalLM:
+def place_on_device(model: GPT2ReproForCausalLM, memory: StepMemory, accelerator: Accelerator) -> GPT2ReproForCausalLM:
     """Move the model to the device.
 
     Raises:
@@ -44,7 +32,7 @@ def place_on_device(
         model = model.to(accelerator.device)
     except torch.OutOfMemoryError:
         available = measure_device_memory(accelerator.device)
-        advice = describe_step_memory(config, accelerator, model).advise(available, MODEL_SIZES)
+        advice = memory.advise(available, MODEL_SIZES)
         message = (
             f"the weights of {model.num_parameters():,} parameters alone do not fit in the memory of device "
             f"{accelerator.process_index}, of which {available / 1e9:.1f} GB are free: "
@@ -57,28 +45,43 @@ def place_on_device(
 
 
 def fit_to_device(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    model: GPT2ReproForCausalLM,
+    plan: Plan,
+    memory: StepMemory,
+    start: Start,
     train_set: TokenDataset,
-    sizes: list[int],
-    state: TrainingState | None,
+    model: GPT2ReproForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
     say: Callable[[str], None],
-) -> Fit:
-    """Compile the loss where that works, and find the first of the micro-batch `sizes`, largest first, that fits.
-
-    A run resumed on the same hardware begins with its own, which decides the last bits of its updates; on a GPU any
-    other begins with what should fit.
+) -> tuple[Fit, torch.optim.Optimizer]:
+    """Compile the loss if that works, find the largest micro-batch that fits, restore the optimizer, and distribute.
 
     Raises:
-        UserError: not even the smallest fits.
+        UserError: not even the smallest size fits, or the optimizer's state cannot be read.
+    """
+    sizes, advice = choose_sizes(plan.micro_batch_sizes, memory, start.state, accelerator)
+    fit = fit_micro_batch(WindowLoss(model), train_set, sizes, plan.config.compile, accelerator, say, advice)
+    # Not before the trial, which keeps room for what this brings.
+    if start.checkpoint:
+        checkpoints.load_optimizer_state(start.checkpoint, optimizer, accelerator.scaler)
+    loss_model, optimizer = accelerator.prepare(fit.loss_model, optimizer)
+    with explained_out_of_memory(sizes, fit.micro_batch_size):
+        settle_gradient_exchange(loss_model, train_set, fit.micro_batch_size, accelerator)
+    return replace(fit, loss_model=loss_model), optimizer
+
+
+def choose_sizes(
+    sizes: list[int], memory: StepMemory, state: TrainingState | None, accelerator: Accelerator
+) -> tuple[list[int], str]:
+    """Return which of the micro-batch `sizes` to try, largest first, and what would fit if none does.
+
+    A run resumed on the same hardware begins with its own size, which decides the last bits of its updates; on a GPU
+    any other begins with what should fit.
     """
     calculated, advice = sizes, ""
     if accelerator.device.type == "cuda":
-        memory = describe_step_memory(config, accelerator, model)
         available = min(gather_object([measure_device_memory(accelerator.device)]))
         calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
     is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
     is_known = all(gather_object([is_known]))  # or processes on other devices would try other sizes
-    sizes = sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated
-    return fit_micro_batch(WindowLoss(model), train_set, sizes, config.compile, accelerator, say, advice)
+    return (sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated), advice

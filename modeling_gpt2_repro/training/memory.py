@@ -7,6 +7,9 @@ CUDA. It only chooses where a trial begins, and what to advise where nothing fit
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
+from modeling_gpt2_repro.training.config import TrainingConfig
+
 # Bytes a parameter in float32: weight, gradient, AdamW's two moments, and the buckets in which gradients travel.
 STATIC_BYTES = 4 + 4 + 8 + 4
 # Values that a block saves of a token, in multiples of its width: the residual stream before each layer norm, in
@@ -73,3 +76,17 @@ class StepMemory:
         needed = {flags: step.estimate(1) for flags, step in options.items()}
         fitting = [f"{flags} (about {size / 1e9:.1f} GB)" for flags, size in needed.items() if size <= available_bytes]
         return " or ".join(fitting[:2])
+
+
+def describe_step_memory(config: TrainingConfig, model: GPT2ReproForCausalLM, mixed_precision: str) -> StepMemory:
+    """Describe the memory of a training step on a GPU."""
+    return StepMemory(
+        n_layer=model.config.n_layer,
+        n_embd=model.config.n_embd,
+        vocab_size=model.config.vocab_size,
+        n_positions=model.config.n_positions,
+        sequence_length=config.sequence_length,
+        compute_bytes=4 if mixed_precision == "no" else 2,
+        is_checkpointed=config.gradient_checkpointing,
+        loss_chunk_tokens=config.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
+    )

@@ -1,13 +1,25 @@
 """The arithmetic of a run: what it costs and how long it takes, before it starts and while it goes on."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from accelerate import Accelerator
 from torch import nn
 
-from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.core.devices import ACCELERATOR_MICRO_BATCH_SIZE, get_largest_micro_batch_size
+from modeling_gpt2_repro.data.dataset import TokenDataset
+from modeling_gpt2_repro.data.shards import load_manifest
+from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
+from modeling_gpt2_repro.training.building import build_skeleton
+from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
 from modeling_gpt2_repro.training.console import format_duration
+from modeling_gpt2_repro.training.inputs import Inputs
 from modeling_gpt2_repro.training.preflight import estimate_disk_bytes
+from modeling_gpt2_repro.training.start import Start
 
+GPT2_VOCAB_SIZE = 50257
 # A forward pass alone is a third of the work of forward and backward.
 FORWARD_SHARE = 1 / 3
 # HellaSwag's validation split, and the tokens that a model reads of an item in the `original` protocol, the context
@@ -22,6 +34,7 @@ class Plan:
     """How the work is divided and how much of it there is.
 
     Args:
+        micro_batch_sizes: sequences at once that divide the work and are to be tried, largest first.
         micro_batch_size: sequences that a process takes at once.
         first_step: completed updates at the start, above 0 when resumed.
         max_steps: updates of the whole run.
@@ -32,7 +45,9 @@ class Plan:
         eval_tokens, hellaswag_tokens: tokens that one evaluation of each kind reads.
     """
 
+    config: TrainingConfig
     n_processes: int
+    micro_batch_sizes: list[int]
     micro_batch_size: int
     first_step: int
     max_steps: int
@@ -47,10 +62,12 @@ class Plan:
         """Tell whether what happens every `every` steps (0: never), and at the end, happens after `step` updates."""
         return every > 0 and (step % every == 0 or step == self.last_step)
 
-    def is_eval_step(self, config: TrainingConfig, step: int) -> bool:
-        """Tell whether the model after `step` updates is validated, scored or sampled, or is the last one."""
-        every = (config.eval_every, config.hellaswag_every, config.sample_every)
-        return step == self.last_step or any(self.is_due(each, step) for each in every)
+    def is_eval_step(self, step: int) -> bool:
+        """Tell whether the model after `step` updates is validated, scored or sampled."""
+        config = self.config
+        return any(
+            self.is_due(each, step) for each in (config.eval_every, config.hellaswag_every, config.sample_every)
+        )
 
     def count_due(self, every: int) -> int:
         """Return how often that happens in the rest of the whole run, its start included."""
@@ -58,27 +75,29 @@ class Plan:
             return 0
         return self.max_steps // every - self.first_step // every + 1 + (self.max_steps % every > 0)
 
-    def count_micro_steps(self, config: TrainingConfig) -> int:
-        """Return the micro-steps in which each process makes its share of an update."""
-        return config.windows_per_step // (self.n_processes * self.micro_batch_size)
+    @property
+    def n_micro_steps(self) -> int:
+        """Micro-steps in which each process makes its share of an update."""
+        return self.config.windows_per_step // (self.n_processes * self.micro_batch_size)
 
-    def count_training_tokens(self, config: TrainingConfig) -> int:
-        """Return the tokens of the updates that are left."""
-        return (self.max_steps - self.first_step) * config.tokens_per_step
+    @property
+    def training_tokens(self) -> int:
+        """Tokens of the updates that are left."""
+        return (self.max_steps - self.first_step) * self.config.tokens_per_step
 
-    def count_evaluation_tokens(self, config: TrainingConfig) -> int:
-        """Return the tokens that validation and HellaSwag read in the rest of the run."""
-        return self.count_due(config.eval_every) * self.eval_tokens + (
-            self.count_due(config.hellaswag_every) * self.hellaswag_tokens
-        )
+    @property
+    def evaluation_tokens(self) -> int:
+        """Tokens that validation and HellaSwag read in the rest of the run."""
+        validation = self.count_due(self.config.eval_every) * self.eval_tokens
+        return validation + self.count_due(self.config.hellaswag_every) * self.hellaswag_tokens
 
-    def estimate_seconds(self, config: TrainingConfig, tokens_per_second: float) -> float:
+    def estimate_seconds(self, tokens_per_second: float) -> float:
         """Return how long the rest of the run takes at a rate of all processes together, evaluations included."""
-        work = self.count_training_tokens(config) + FORWARD_SHARE * self.count_evaluation_tokens(config)
-        return work / tokens_per_second
+        return (self.training_tokens + FORWARD_SHARE * self.evaluation_tokens) / tokens_per_second
 
-    def estimate_disk_bytes(self, config: TrainingConfig) -> int:
-        """Return the disk that the run takes at most."""
+    def estimate_disk_bytes(self) -> int:
+        """Return the disk space that the run takes at most."""
+        config = self.config
         n_saves = max(1, self.count_due(config.save_every) - 1)  # none at step 0, and one when it is asked to stop
         n_kept = self.max_steps // config.keep_weights_every if config.keep_weights_every else 0
         n_best = 2 if config.save_best else 0  # one more while it is replaced
@@ -86,70 +105,132 @@ class Plan:
         n_models = n_kept + n_best + n_waiting
         return estimate_disk_bytes(self.n_parameters, n_saves, config.keep_checkpoints, n_models)
 
-    def describe_length(self, config: TrainingConfig) -> str:
-        """Say how many steps and epochs the run has."""
+    def count_progress(self, step: int) -> dict[str, float]:
+        """Return epochs, tokens and floating-point operations after `step` updates."""
+        tokens = step * self.config.tokens_per_step
+        return {
+            "train/epoch": step * self.config.windows_per_step / self.n_windows,
+            "train/tokens": tokens,
+            "train/flops": tokens * self.flops_per_token,
+        }
+
+    def describe_length(self) -> str:
+        """Describe how many steps and epochs the run has."""
+        config, epochs = self.config, "an unknown part of the data, which are not prepared yet"
         warmup = f"warm-up {config.warmup_steps:,} steps"
         if config.warmup_steps > self.max_steps:
-            warmup += " (which the run does not reach the end of)"
-        if self.n_windows is None:
-            epochs = "an unknown part of the data, which are not prepared yet"
-        else:
+            warmup += " (longer than the run)"
+        if self.n_windows is not None:
             epochs = f"{self.max_steps * config.windows_per_step / self.n_windows:.3f} epochs"
         tokens = self.max_steps * config.tokens_per_step
         return f"length      {self.max_steps:,} steps = {epochs}, {tokens:,} tokens; {warmup}"
 
-    def describe_step(self, config: TrainingConfig) -> str:
-        """Say what an optimizer step is made of."""
+    def describe_step(self) -> str:
+        """Describe what an optimizer step is made of."""
         return (
-            f"step        {config.tokens_per_step:,} tokens = {self.n_processes} process(es) x "
-            f"{self.count_micro_steps(config)} micro-step(s) x {self.micro_batch_size} sequence(s) x "
-            f"{config.sequence_length:,} tokens"
+            f"step        {self.config.tokens_per_step:,} tokens = {self.n_processes} process(es) x "
+            f"{self.n_micro_steps} micro-step(s) x {self.micro_batch_size} sequence(s) x "
+            f"{self.config.sequence_length:,} tokens"
         )
 
-    def describe_costs(self, config: TrainingConfig) -> list[str]:
-        """Say what the whole run costs, and how long it is at a few rates."""
-        lines = [f"model       {self.n_parameters:,} parameters", self.describe_step(config)]
-        for n_processes in EXAMPLE_PROCESSES:
-            if n_processes != self.n_processes and config.windows_per_step % n_processes == 0:
-                size = next(size for size in config.list_divisors(n_processes) if size <= self.micro_batch_size)
-                micro_steps = config.windows_per_step // n_processes // size
-                lines.append(
-                    f"            on {n_processes} process(es) {micro_steps} micro-step(s) x {size} sequence(s)"
-                )
-        training = self.count_training_tokens(config)
-        evaluation = self.count_evaluation_tokens(config)
-        disk = self.estimate_disk_bytes(config)
+    def describe_costs(self) -> list[str]:
+        """Describe what the whole run costs, and how long it is at a few rates."""
+        config, training, evaluation = self.config, self.training_tokens, self.evaluation_tokens
         rates = [config.plan_tokens_per_second] if config.plan_tokens_per_second else EXAMPLE_RATES
-        durations = (
-            f"{format_duration(self.estimate_seconds(config, rate))} at {rate:,.0f} tokens/s" for rate in rates
-        )
+        durations = [f"{format_duration(self.estimate_seconds(rate))} at {rate:,.0f} tokens/s" for rate in rates]
         return [
-            *lines,
-            self.describe_length(config),
+            f"model       {self.n_parameters:,} parameters",
+            self.describe_step(),
+            *self._describe_other_processes(),
+            self.describe_length(),
             f"arithmetic  {self.flops_per_token:,} FLOPs a token, forward and backward (6 N + 12 L d T: PaLM paper, "
             f"appendix B), {training * self.flops_per_token:.3g} in all",
             f"evaluation  {self.count_due(config.eval_every):,} x {self.eval_tokens:,} validation tokens and "
             f"{self.count_due(config.hellaswag_every):,} x {self.hellaswag_tokens:,} HellaSwag tokens: "
             f"{FORWARD_SHARE * evaluation / training:.1%} of the work of training on top",
-            f"disk        up to {disk / 1e9:.1f} GB",
+            f"disk        up to {self.estimate_disk_bytes() / 1e9:.1f} GB",
             f"time        {', '.join(durations)}",
         ]
 
-    def count_progress(self, step: int, config: TrainingConfig) -> dict[str, float]:
-        """Return epochs, tokens and floating-point operations after `step` updates."""
-        tokens = step * config.tokens_per_step
-        return {
-            "train/epoch": step * config.windows_per_step / self.n_windows,
-            "train/tokens": tokens,
-            "train/flops": tokens * self.flops_per_token,
-        }
+    def _describe_other_processes(self) -> Iterator[str]:
+        windows = self.config.windows_per_step
+        for n_processes in EXAMPLE_PROCESSES:
+            if n_processes != self.n_processes and windows % n_processes == 0:
+                size = next(each for each in self.config.list_divisors(n_processes) if each <= self.micro_batch_size)
+                micro_steps = windows // n_processes // size
+                yield f"            on {n_processes} process(es) {micro_steps} micro-step(s) x {size} sequence(s)"
+
+
+def build_plan(
+    config: TrainingConfig, inputs: Inputs, start: Start, model: nn.Module, accelerator: Accelerator
+) -> Plan:
+    """Plan a run, with the largest micro-batch that is to be tried.
+
+    Raises:
+        UserError: the processes do not divide a step.
+    """
+    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
+    return Plan(
+        config=config,
+        n_processes=accelerator.num_processes,
+        micro_batch_sizes=sizes,
+        micro_batch_size=sizes[0],
+        first_step=start.step,
+        max_steps=start.max_steps,
+        last_step=min(start.max_steps, SMOKE_STEPS) if config.smoke else start.max_steps,
+        n_windows=len(inputs.train_set),
+        n_parameters=model.num_parameters(),
+        flops_per_token=count_flops_per_token(model, config.sequence_length),
+        eval_tokens=min(config.eval_tokens, inputs.val_set.n_tokens) if inputs.val_set else 0,
+        hellaswag_tokens=inputs.hellaswag.encode("original").n_tokens if inputs.hellaswag else 0,
+    )
+
+
+def describe_plan(config: TrainingConfig) -> list[str]:
+    """Describe the arithmetic of a run in lines, from its settings and, if they are prepared, its data.
+
+    Nothing is computed and no device is needed: the micro-batch is the one that a GPU's trial begins with.
+
+    Raises:
+        UserError: settings that do not work, or neither data nor `max_steps`.
+    """
+    n_windows, eval_tokens, vocab_size = None, config.eval_tokens, GPT2_VOCAB_SIZE
+    if Path(config.data_dir).is_dir() or config.max_steps is None:
+        manifest = load_manifest(config.data_dir)
+        vocab_size = manifest.vocab_size if manifest is not None else GPT2_VOCAB_SIZE
+        n_windows = len(TokenDataset(config.data_dir, "train", config.sequence_length, vocab_size))
+        if config.eval_every:
+            val_set = TokenDataset(config.data_dir, "val", config.sequence_length, vocab_size)
+            eval_tokens = min(eval_tokens, val_set.n_tokens)
+    n_items = min(config.hellaswag_limit or HELLASWAG_ITEMS, HELLASWAG_ITEMS)
+    if config.hellaswag_every and config.hellaswag_file is not None:
+        n_items = len(load_hellaswag(config.hellaswag_file, config.hellaswag_limit))
+    n_processes, model = int(os.environ.get("WORLD_SIZE", "1")), build_skeleton(config, vocab_size)
+    sizes = config.list_micro_batch_sizes(n_processes, ACCELERATOR_MICRO_BATCH_SIZE)
+    max_steps = config.derive_max_steps(n_windows or 0)
+    plan = Plan(
+        config=config,
+        n_processes=n_processes,
+        micro_batch_sizes=sizes,
+        micro_batch_size=sizes[0],
+        first_step=0,
+        max_steps=max_steps,
+        last_step=max_steps,
+        n_windows=n_windows,
+        n_parameters=model.num_parameters(),
+        flops_per_token=count_flops_per_token(model, config.sequence_length),
+        eval_tokens=eval_tokens,
+        hellaswag_tokens=TOKENS_PER_HELLASWAG_ITEM * n_items,
+    )
+    return plan.describe_costs()
 
 
 def count_flops_per_token(model: nn.Module, sequence_length: int) -> int:
     """Return the floating-point operations that training spends on a token, forward and backward.
 
-    6 N + 12 L d T (PaLM paper, appendix B), with N the parameters of the matrices a token passes through: all but the
-    position embedding, the tied token embedding once, for the head.
+    6 N + 12 L d T (PaLM paper, appendix B), with N the parameters of the matrices that a token passes through: all but
+    the position embedding, and the tied token embedding once, for the head.
     """
     config = model.config
     n_parameters = model.num_parameters() - config.max_position_embeddings * config.hidden_size

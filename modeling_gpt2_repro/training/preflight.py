@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import check_place, follow_links, is_utf8
+from modeling_gpt2_repro.core.files import follow_links, is_utf8
 from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.record import CHECKPOINTS, CONFIG, FILES, REPLACED_FILES, REPLACED_FOLDERS
 
 # Float32 weights, and AdamW's two moments of each.
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
@@ -45,47 +44,6 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
         raise UserError(
             f"the run needs up to {needed_bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: make "
             "room, choose another --output_dir, or keep fewer checkpoints with --keep_checkpoints"
-        )
-
-
-def check_run_folder(folder: Path) -> None:
-    """Raise a `UserError` where a new run would take the place of files that are no run's, having no `config.yaml`."""
-    theirs = [name for name in (*REPLACED_FILES, *REPLACED_FOLDERS) if has_content(folder / name)]
-    if theirs and not os.path.lexists(folder / CONFIG):
-        raise UserError(
-            f"{folder} is not the folder of a run, and the run would replace its {theirs[0]}: give another --run_name"
-        )
-
-
-def has_content(path: Path) -> bool:
-    """Tell an empty place, as links to another disk are laid before a run, from one where something would be lost."""
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
-
-
-def check_links(folder: Path, is_resumed: bool) -> None:
-    """Check where the links in a run folder lead.
-
-    Raises:
-        UserError: nothing can be written there, two names share a place, or a run that is resumed has lost its
-            checkpoints.
-    """
-    models = sorted((folder / CHECKPOINTS).glob("step_*"))
-    paths = [folder, *(folder / name for name in (*FILES, *REPLACED_FOLDERS)), *models]
-    for path in paths:
-        check_place(path, is_folder=path.name in REPLACED_FOLDERS and path.name != CHECKPOINTS)
-    for path in (path for path in paths if path not in (folder, folder / CHECKPOINTS)):
-        for other in paths:
-            if other != path and follow_links(other).is_relative_to(follow_links(path)):
-                raise UserError(
-                    f"{path} leads to {follow_links(path)}, where {other} lies too, and would be lost with it: remove "
-                    "the link, or let it lead elsewhere"
-                )
-    checkpoints = folder / CHECKPOINTS
-    has_begun = any(has_content(folder / name) for name in FILES)
-    if is_resumed and has_begun and checkpoints.is_symlink() and not checkpoints.exists():
-        raise UserError(
-            f"{checkpoints} is a link to {follow_links(checkpoints)}, which is not there: bring it back to go on, or "
-            "give --resume_from_checkpoint never to start again"
         )
 
 

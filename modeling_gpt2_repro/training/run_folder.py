@@ -1,59 +1,203 @@
-"""Reading a run folder: what every report starts from."""
+"""The folder of a run: what its files are called, where they are, and how they are read, cleared and checked."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import (
+    check_place,
+    clear_leftovers,
+    follow_links,
+    make_folder,
+    make_way,
+    open_atomically,
+    remove_folder,
+    restore_folder,
+    sync_file,
+)
+from modeling_gpt2_repro.training.checkpoint import list_models, prune_checkpoints, read_step
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.record import CONFIG, METRICS, read_metrics
+from modeling_gpt2_repro.training.metrics import (
+    Metrics,
+    format_log_lines,
+    read_json_lines,
+    read_json_object,
+    read_metrics,
+)
 
-MEASURED = ("val/", "hellaswag")  # how the names of such metrics begin
 
+class RunFolder:
+    """Paths and readers of `runs/NAME/`. Any of its files and folders may be a link to another disk.
 
-def read_settings(run_folder: Path) -> dict[str, Any]:
-    """Return the settings of a run by name.
-
-    Raises:
-        UserError: the file is missing or damaged.
+    Attributes:
+        config: what was run, complete enough to run again.
+        metrics: one JSON object a line, the source of all other reports.
+        log: the losses in the original script's format.
+        samples: continuations of one prompt, one JSON object a line.
+        status: whether the run is running, finished, preempted or failed.
+        curves: the picture.
+        lock: names the process that writes to the folder.
+        checkpoints: models with what training needs to resume from them, `step_N`.
+        best: the model of the lowest validation loss; `best_metrics` in it has the loss and the step.
+        final: the finished model.
+        tensorboard: the event files of that tracker.
+        uploads: checkpoints that wait for the Hub.
     """
-    return asdict(parse_arguments(TrainingConfig, [f"--config={run_folder / CONFIG}"], description=""))
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+        self.samples = self.path / "samples.jsonl"
+        self.status = self.path / "status.json"
+        self.curves = self.path / "curves.png"
+        self.lock = self.path / "lock"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.best_metrics = self.best / "metrics.json"
+        self.final = self.path / "final"
+        self.tensorboard = self.path / "tensorboard"
+        self.uploads = self.path / "hub_upload"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that a run writes."""
+        return [self.config, self.status, *self.replaced_files]
+
+    @property
+    def replaced_files(self) -> list[Path]:
+        """The files that a run which starts over replaces."""
+        return [self.metrics, self.log, self.samples, self.curves]
+
+    @property
+    def replaced_folders(self) -> list[Path]:
+        """The folders that a run which starts over replaces."""
+        return [self.checkpoints, self.final, self.best, self.tensorboard]
+
+    def read_config(self) -> TrainingConfig:
+        """Read the settings of the run.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return parse_arguments(TrainingConfig, [f"--config={self.config}"], description="")
+
+    def read_metrics(self, up_to: int | None = None) -> list[Metrics]:
+        """Read the metrics up to a step (`None`: all), one dict a line."""
+        return [line for line in read_metrics(self.metrics) if up_to is None or line["step"] <= up_to]
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        """Read the samples, each a `step` and a `text`."""
+        return read_json_lines(self.samples)
+
+    def read_status(self) -> dict[str, Any]:
+        """Read how the run stands; empty where nothing says it."""
+        return read_json_object(self.status)
+
+    def read_best_loss(self, step: int) -> float | None:
+        """Return the validation loss of the model in `best/` if that is of an update up to `step`."""
+        best = read_json_object(self.best_metrics)
+        is_known = isinstance(best.get("step"), int) and isinstance(best.get("val/loss"), float)
+        return best["val/loss"] if is_known and best["step"] <= step else None
+
+    def get_finished_step(self) -> int:
+        """Return the steps of the finished model; 0 if there is none, or its steps are not known."""
+        status = self.read_status()
+        is_finished = status.get("status") == "finished" and self.final.is_dir()
+        return status["step"] if is_finished and isinstance(status.get("step"), int) else 0
+
+    def prepare(self) -> None:
+        """Make the folders that links of the run's files lead into."""
+        for path in self.files:
+            make_way(path)
+        if self.checkpoints.is_symlink():  # or one that leads nowhere would count as having lost what was there
+            make_folder(self.checkpoints)
+
+    def clear(self, keeps_best: bool) -> None:
+        """Delete what a run that starts over replaces."""
+        for path in self.replaced_files:
+            follow_links(path).unlink(missing_ok=True)
+        prune_checkpoints(self.checkpoints, keep=0, keep_weights_every=0)  # which may restore one
+        for model in list_models(self.checkpoints):
+            remove_folder(model)
+        for path in self.replaced_folders:
+            # The folder of the checkpoints stays: it may be a file system of its own.
+            if path != self.checkpoints and not (path == self.best and keeps_best):
+                remove_folder(path)
+
+    def go_back(self, step: int) -> None:
+        """Forget what was recorded and saved of later updates than `step`."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                kept = [line for line in read_json_lines(path) if line["step"] <= step]
+                with open_atomically(path) as stream:
+                    stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        with open_atomically(self.log) as stream:
+            for line in self.read_metrics():
+                stream.writelines(format_log_lines(line))
+        for model in list_models(self.checkpoints):
+            if read_step(model) > step:
+                remove_folder(model)
+
+    def undo_replacements(self) -> None:
+        """Give back what had the name of a folder whose replacement a kill cut short."""
+        for path in (self.final, self.best):
+            restore_folder(path)
+
+    def clear_leftovers(self, config: TrainingConfig) -> None:
+        """Do what a run that was killed, or had a bad disk, left undone."""
+        for path in (self.final, self.best):
+            clear_leftovers(path)
+        prune_checkpoints(self.checkpoints, config.keep_checkpoints, config.keep_weights_every)
+
+    def sync(self) -> None:
+        """Make the records durable, before something is that begins where they end."""
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                sync_file(path)
+
+    def check_replaceable(self) -> None:
+        """Raise a `UserError` if a new run would replace files that are not a run's, as there is no `config.yaml`."""
+        theirs = [path for path in (*self.replaced_files, *self.replaced_folders) if has_content(path)]
+        if theirs and not os.path.lexists(self.config):
+            raise UserError(
+                f"{self} is not the folder of a run, and the run would replace its {theirs[0].name}: give another "
+                "--run_name"
+            )
+
+    def check_links(self, is_resumed: bool) -> None:
+        """Check where the links in the folder lead.
+
+        Raises:
+            UserError: nothing can be written there, two names share a place, or a run that is resumed has lost its
+                checkpoints.
+        """
+        whole_folders = [path for path in self.replaced_folders if path != self.checkpoints]
+        paths = [*self.files, *whole_folders, *sorted(self.checkpoints.glob("step_*"))]
+        for path in (self.path, self.checkpoints, *paths):
+            check_place(path, is_folder=path in whole_folders)
+        for path in paths:
+            for other in (self.path, self.checkpoints, *paths):
+                if other != path and follow_links(other).is_relative_to(follow_links(path)):
+                    raise UserError(
+                        f"{path} leads to {follow_links(path)}, where {other} lies too, and would be lost with it: "
+                        "remove the link, or let it lead elsewhere"
+                    )
+        has_begun = any(has_content(path) for path in self.files)
+        if is_resumed and has_begun and self.checkpoints.is_symlink() and not self.checkpoints.exists():
+            raise UserError(
+                f"{self.checkpoints} is a link to {follow_links(self.checkpoints)}, which is not there: bring it back "
+                "to go on, or give --resume_from_checkpoint never to start again"
+            )
 
 
-def name_hellaswag_items(settings: dict[str, Any]) -> str:
-    """Say on which items a run was scored."""
-    return name_items(settings["hellaswag_file"], settings["hellaswag_limit"])
-
-
-def read_lines(run_folder: Path, step: int | None = None) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics, of those after `step` none."""
-    return [line for line in read_metrics(run_folder / METRICS) if step is None or line["step"] <= step]
-
-
-def merge_lines(lines: Sequence[dict[str, float]], step: int | None = None) -> dict[str, float]:
-    """Return what is recorded of the model after `step` updates, or of the last model: nothing where nothing is.
-
-    The last value of every metric that goes on from step to step, and the step; but what is measured of one model now
-    and then is not true of the next one, and only the values at this very step are given.
-    """
-    if not lines:
-        return {}
-    step = max(int(line["step"]) for line in lines) if step is None else step
-    merged: dict[str, float] = {}
-    for line in lines:
-        is_of_model = line["step"] == step
-        merged |= {name: value for name, value in line.items() if is_of_model or not name.startswith(MEASURED)}
-    return merged | {"step": step}
-
-
-def find_last_validation(lines: Sequence[dict[str, float]]) -> dict[str, float] | None:
-    """Return the line of the last validation, if there was one."""
-    return max((line for line in lines if "val/loss" in line), key=lambda line: line["step"], default=None)
-
-
-def describe_validation(last: dict[str, float]) -> str:
-    """Write the last validation loss with its units."""
-    text = f"{last['val/loss']:.4f} nats a token"
-    return text + (f", {last['val/bpb']:.4f} bits a byte" if "val/bpb" in last else "")
+def has_content(path: Path) -> bool:
+    """Tell whether something would be lost with a path. Links to other disks are laid to empty places before a run."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0

@@ -2,7 +2,6 @@
 
 import statistics
 
-from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.plan import Plan
 from modeling_gpt2_repro.training.throughput import Clock, Peak
@@ -11,15 +10,13 @@ from modeling_gpt2_repro.training.throughput import Clock, Peak
 WARMUP_UPDATES = 2
 
 
-def describe_smoke_test(
-    config: TrainingConfig, plan: Plan, clock: Clock, peak: Peak, peak_memory_gb: float
-) -> list[str]:
+def describe_smoke_test(plan: Plan, clock: Clock, peak: Peak, peak_memory_gb: float) -> list[str]:
     """Say in lines what was measured, and how long the whole run takes at that.
 
     Args:
         clock: with `update`, `evaluation` and `checkpoint`.
     """
-    updates = clock.seconds["update"]
+    config, updates = plan.config, clock.seconds["update"]
     update = statistics.median(updates[WARMUP_UPDATES:] or updates)
     evaluation, checkpoint = (statistics.mean(clock.seconds[name] or [0.0]) for name in ("evaluation", "checkpoint"))
     rate = config.tokens_per_step / update

@@ -6,48 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import yaml
 
-# Dense matrix products in bf16 or fp16 with float32 accumulation, in FLOP/s, and the document that has the number;
-# where that quotes twice as much, for sparse matrices, half of it. The first name whose words a device's own name
-# holds is taken. The RTX PRO 6000 Blackwell Server Edition is left out: the numbers of its data sheet do not agree.
-PEAK_FLOPS = {
-    "GB300": (2500e12, "NVIDIA Blackwell Ultra data sheet"),
-    "B300": (2250e12, "NVIDIA Blackwell Ultra data sheet"),
-    "GB200": (2500e12, "NVIDIA Blackwell data sheet"),
-    "B200": (2250e12, "NVIDIA Blackwell data sheet"),
-    "GH200": (989e12, "NVIDIA GH200 data sheet"),
-    "H200 NVL": (835.5e12, "NVIDIA H200 data sheet"),
-    "H200": (989e12, "NVIDIA H200 data sheet"),
-    "H100 PCIe": (756e12, "NVIDIA H100 data sheet"),
-    "H100 NVL": (835.5e12, "NVIDIA H100 data sheet"),
-    "H100": (989e12, "NVIDIA H100 data sheet"),
-    "H800 PCIe": (756e12, "NVIDIA H800 data sheet"),
-    "H800": (989e12, "NVIDIA H800 data sheet"),
-    "H20": (148e12, "NVIDIA H20 specification for partners"),
-    "A100": (312e12, "NVIDIA A100 data sheet"),
-    "A800": (312e12, "NVIDIA A800 data sheet"),
-    "A40": (149.7e12, "NVIDIA A40 data sheet"),
-    "A30": (165e12, "NVIDIA A30 data sheet"),
-    "A10G": (70e12, "NVIDIA A10G data sheet"),
-    "A10": (125e12, "NVIDIA A10 data sheet"),
-    "L40S": (362.05e12, "NVIDIA L40S data sheet"),
-    "L40": (181.05e12, "NVIDIA L40 data sheet"),
-    "L4": (121e12, "NVIDIA L4 data sheet"),
-    "RTX PRO 6000 Blackwell Max-Q": (438.9e12, "NVIDIA RTX Blackwell PRO white paper"),
-    "RTX PRO 6000 Blackwell Workstation": (503.8e12, "NVIDIA RTX Blackwell PRO white paper"),
-    "RTX 6000 Ada": (364.25e12, "NVIDIA RTX 6000 Ada data sheet"),
-    "RTX A6000": (154.8e12, "NVIDIA GA102 white paper"),
-    "RTX 5090": (209.5e12, "NVIDIA RTX Blackwell white paper"),
-    "RTX 4090": (165.2e12, "NVIDIA Ada white paper"),
-    "RTX 3090 Ti": (80e12, "NVIDIA Ada white paper"),
-    "RTX 3090": (71e12, "NVIDIA GA102 white paper"),
-    "V100-SXM2": (125e12, "NVIDIA V100 data sheet"),
-    "V100-PCIE": (112e12, "NVIDIA V100 data sheet"),
-    "T4": (65e12, "NVIDIA T4 data sheet"),
-    "MI300X": (1307.4e12, "AMD Instinct MI300X data sheet"),
-}
+# Device names with their peak in TFLOP/s and its source, in the order in which they are looked for.
+PEAK_FLOPS = yaml.safe_load(Path(__file__).with_name("peak_flops.yaml").read_text(encoding="utf-8"))
 # Names that hold one from the table but mean another device, or a part of one: a MIG instance, a virtual GPU.
 REFUSED = re.compile(r"Laptop|\bMIG\b|-\d+[ABCQ]|RTX [45]090 D\b|A100-SXM-64GB|H100 \d+GB HBM2|H800 NVL|MI300X HF")
 # From NVIDIA's Ampere generation on TF32 runs at half the rate of bf16; the older two have none, and PyTorch uses
@@ -93,11 +58,11 @@ def find_peak(device_name: str, precision: str) -> Peak | None:
     """
     if REFUSED.search(device_name):
         return None
-    for name, (flops, source) in PEAK_FLOPS.items():
+    for name, (teraflops, source) in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device_name):
             if precision != "no":
-                return Peak(flops, source)
-            return None if name in WITHOUT_TF32 else Peak(flops / 2, source)
+                return Peak(teraflops * 1e12, source)
+            return None if name in WITHOUT_TF32 else Peak(teraflops * 1e12 / 2, source)
     return None
 
 

@@ -21,8 +21,8 @@ from accelerate.tracking import TensorBoardTracker, WandBTracker
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import make_folder
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
-TENSORBOARD = "tensorboard"
 # Where `wandb login` keeps a key for its own service, by the release.
 WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
 # In which it talks to a server.
@@ -68,9 +68,9 @@ class Wandb:
 
     name = "wandb"
 
-    def __init__(self, folder: Path, config: TrainingConfig, run_id: str, samples: list[dict[str, Any]]):
-        self._folder, self._config, self._run_id = folder, config, run_id
-        self._rows = [[line["step"], str(line.get("text"))] for line in samples]
+    def __init__(self, folder: RunFolder, config: TrainingConfig, run_id: str):
+        self._folder, self._config, self._run_id = folder.path, config, run_id
+        self._rows = [[line["step"], str(line.get("text"))] for line in folder.read_samples()]
 
     def start(self, first_step: int) -> str | None:
         make_folder(self._folder / self.name)  # where a link may lead, which wandb does not make
@@ -147,10 +147,10 @@ class TensorBoard:
     `tensorboard --logdir runs` then shows all runs of a folder.
     """
 
-    name = TENSORBOARD
+    name = "tensorboard"
 
-    def __init__(self, folder: Path, config: TrainingConfig):
-        self._folder, self._config = folder, config
+    def __init__(self, folder: RunFolder, config: TrainingConfig):
+        self._folder, self._config = folder.tensorboard, config
 
     def start(self, first_step: int) -> None:
         # Only where every process begins like this does TensorBoard take the second one for a resumed run.
@@ -161,8 +161,8 @@ class TensorBoard:
         self._open()
 
     def _open(self, **options: int) -> None:
-        make_folder(self._folder / self.name)  # where a link may lead, which TensorBoard does not make
-        self._tracker = TensorBoardTracker(self.name, self._folder, **options)
+        make_folder(self._folder)  # where a link may lead, which TensorBoard does not make
+        self._tracker = TensorBoardTracker(self._folder.name, self._folder.parent, **options)
         self._tracker.start()
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -197,11 +197,9 @@ def choose_trackers(requested: str) -> list[str]:
     return [name for name in TRACKERS if name in names]
 
 
-def build_tracker(
-    name: str, folder: Path, config: TrainingConfig, run_id: str, samples: list[dict[str, Any]]
-) -> Tracker:
-    """Build a tracker of a run that lies in `folder` and has written `samples` before; it is not started."""
-    return Wandb(folder, config, run_id, samples) if name == "wandb" else TensorBoard(folder, config)
+def build_tracker(name: str, folder: RunFolder, config: TrainingConfig, run_id: str) -> Tracker:
+    """Build a tracker of the run in `folder`; it is not started."""
+    return Wandb(folder, config, run_id) if name == "wandb" else TensorBoard(folder, config)
 
 
 def has_wandb_key() -> bool:

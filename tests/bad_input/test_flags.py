@@ -8,6 +8,7 @@ from strategies import draw_arguments, draw_settings, stays_here
 import eval_hellaswag
 import prepare_data
 import train
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 TRAIN_CHOICES = {
@@ -63,7 +64,7 @@ PREPARE_CHOICES = {
 def draw_prepare_arguments(draw) -> list[str]:
     # The built-in corpus is seconds of work, a folder as a dataset too; many workers are asked for below.
     left_alone = frozenset({"dataset_name", "num_workers"})
-    values = draw(draw_settings(prepare_data.PrepareSettings, PREPARE_CHOICES, left_alone))
+    values = draw(draw_settings(PrepareConfig, PREPARE_CHOICES, left_alone))
     values = {
         name: value
         for name, value in values.items()
@@ -91,7 +92,7 @@ EVALUATE_CHOICES = {
 
 @st.composite
 def draw_evaluation_arguments(draw) -> list[str]:
-    values = draw(draw_settings(eval_hellaswag.EvaluationSettings, EVALUATE_CHOICES, frozenset()))
+    values = draw(draw_settings(eval_hellaswag.HellaSwagConfig, EVALUATE_CHOICES, frozenset()))
     values = {
         name: value
         for name, value in values.items()

@@ -22,7 +22,8 @@ from modeling_gpt2_repro.commands import summary
 from modeling_gpt2_repro.evaluation import samples
 from modeling_gpt2_repro.model import convert_nanogpt
 from modeling_gpt2_repro.plots import run_figure
-from modeling_gpt2_repro.training.record import CURVES, FILES, REPLACED_FOLDERS, read_metrics
+from modeling_gpt2_repro.training.metrics import read_metrics
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 # A constant rate, so that a run may be prolonged; and all that a run can write, so that every place is written to.
 BEFORE = TINY | {"lr_schedule": "constant", "save_best": True, "report_to": "tensorboard"}
@@ -31,10 +32,11 @@ RUNS = {
     "resume": BEFORE | {"max_steps": 4, "keep_checkpoints": 1},
     "never": BEFORE | {"max_steps": 1, "seed": 7, "resume_from_checkpoint": "never"},
 }
+RUN = RunFolder("run")
 # Where the links lie that a case has at once, in the folder of the runs.
 PLACES = {
     # A picture is not drawn here.
-    "what is in the run folder": [f"run/{name}" for name in (*FILES, *REPLACED_FOLDERS) if name != CURVES],
+    "what is in the run folder": [str(path) for path in (*RUN.files, *RUN.replaced_folders) if path != RUN.curves],
     "the run folder": ["run"],
     "the folder of the runs": ["."],
     "checkpoints": ["run/checkpoints/step_0000001", "run/checkpoints/step_0000002"],

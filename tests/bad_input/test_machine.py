@@ -17,12 +17,13 @@ from test_flags import EVALUATE, PREPARE
 
 PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for name in ("", "bad_input"))])
 HELPFUL = (
-    *("train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.model.convert_nanogpt"),
-    *(
-        "modeling_gpt2_repro.evaluation.samples",
-        "modeling_gpt2_repro.plots.run_figure",
-        "modeling_gpt2_repro.publishing.hub",
-    ),
+    "train",
+    "prepare_data",
+    "eval_hellaswag",
+    "modeling_gpt2_repro.model.convert_nanogpt",
+    "modeling_gpt2_repro.evaluation.samples",
+    "modeling_gpt2_repro.plots.run_figure",
+    "modeling_gpt2_repro.publishing.hub",
 )
 MODULES = (*HELPFUL, "cases")
 # Then a file that its owner may not read is refused to root as well: linux/capability.h, without the first three.

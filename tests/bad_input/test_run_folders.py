@@ -19,8 +19,12 @@ from modeling_gpt2_repro.core.files import compute_checksum
 LONGER = {"sequence_length": 64, "tokens_per_step": 128, "eval_tokens": 64, "warmup_tokens": 128}
 CURVES = ("given/run/curves.png",)
 CHECKPOINT_FILES = [
-    *("training_state/state.json", "training_state/optimizer.pt", "training_state/checksums.json"),
-    *("model.safetensors", "config.json", "tokenizer.json"),
+    "training_state/state.json",
+    "training_state/optimizer.pt",
+    "training_state/checksums.json",
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
 ]
 SCORES = {"acc": 0.25, "acc_norm": 0.5, "acc_norm_stderr": 0.1, "n": 26}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modeling_gpt2_repro.commands.summary import main
-from modeling_gpt2_repro.core.arguments import write_settings
+from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
@@ -14,7 +14,7 @@ def run_folder(tmp_path, shards):
     folder = tmp_path / "run"
     folder.mkdir()
     config = TrainingConfig(data_dir=str(shards), run_name="run", max_steps=2, hellaswag_file="my/items.jsonl")
-    write_settings(config, folder / "config.yaml")
+    write_config(config, folder / "config.yaml")
     lines = [
         {"step": 1, "train/loss": 9.0, "train/tokens": 524288, "train/epoch": 0.5},
         {"step": 2, "train/loss": 8.0, "train/tokens": 1048576, "train/epoch": 1.0},

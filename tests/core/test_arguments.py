@@ -1,26 +1,27 @@
 """Settings from YAML files and flags."""
 
 import dataclasses
+import math
 import pwd
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from eval_hellaswag import EvaluationSettings
-from modeling_gpt2_repro.core.arguments import PATH, parse_arguments, setting, write_settings
+from eval_hellaswag import HellaSwagConfig
+from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting, write_config
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.evaluation.samples import SamplingConfig
 from modeling_gpt2_repro.model.convert_nanogpt import NanoGPTConfig
 from modeling_gpt2_repro.publishing.hub import UploadSettings
 from modeling_gpt2_repro.training.config import TrainingConfig
-from prepare_data import PrepareSettings
 
 
 @dataclass
-class Settings:
-    learning_rate: float = setting(6e-4, "peak")
-    n_tokens: int = setting(1000, "tokens")
+class Settings(Config):
+    learning_rate: float = setting(6e-4, "peak", heading="schedule", above=0, resumable=False)
+    n_tokens: int = setting(1000, "tokens", heading="the rest", least=1, most=10_000)
     n_steps: int | None = setting(None, "updates")
     mode: Literal["auto", "on"] = setting("auto", "how")
     prompt: str = setting("Hello", "text")
@@ -29,6 +30,7 @@ class Settings:
     folder: str = setting("runs", "where", path=True)
     file: str | None = setting(None, "which", path=True)
     inputs: list[str] = setting([], "from where", path=True)
+    share: float | None = setting(None, "part", least=0, below=math.inf)
 
 
 def parse(*argv: str) -> Settings:
@@ -61,7 +63,7 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
 
 def test_written_settings_come_back(tmp_path):
     settings = Settings(prompt="a: 'b' -- é\n", files=["x y"], n_steps=3, push=True)
-    write_settings(settings, tmp_path / "s.yaml")
+    write_config(settings, tmp_path / "s.yaml")
     assert parse(f"--config={tmp_path / 's.yaml'}") == settings
 
 
@@ -69,18 +71,23 @@ def test_written_settings_come_back(tmp_path):
     "argv",
     [
         *(f"--prompt={text}" for text in ("null", "~", "", ".inf", "--push", "-", "a\n\n  b ", "#x", "\u2028")),
-        *("--learning_rate=inf", "--learning_rate=1e-30"),
+        "--learning_rate=inf",
+        "--learning_rate=1e-30",
     ],
 )
 def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
-    write_settings(parse(argv), tmp_path / "s.yaml")
+    write_config(parse(argv), tmp_path / "s.yaml")
     assert parse(f"--config={tmp_path / 's.yaml'}") == parse(argv)
 
 
 @pytest.mark.parametrize(
     "path, expanded",
     [
-        *(("~/x", "HOME/x"), ("~", "HOME"), ("~/", "HOME/"), ("~/a b/~", "HOME/a b/~"), ("~root/x", "/root/x")),
+        ("~/x", "HOME/x"),
+        ("~", "HOME"),
+        ("~/", "HOME/"),
+        ("~/a b/~", "HOME/a b/~"),
+        ("~root/x", "/root/x"),
         *((each, each) for each in ("./~/x", "a/~/x", "gpt2", "openai-community/gpt2", "auto", "", "a~")),
     ],
 )
@@ -95,7 +102,7 @@ def test_a_path_may_begin_at_home(path, expanded, tmp_path, monkeypatch):
         + "".join(f"{name}: {values}\n" for name, values in (("inputs", [path, path]), ("files", [path])))
     )
     assert parse("--config", "~/s.yaml") == parse("--config=~/s.yaml") == wanted
-    write_settings(wanted, tmp_path / "t.yaml")
+    write_config(wanted, tmp_path / "t.yaml")
     assert parse("--config=~/t.yaml") == wanted
 
 
@@ -117,7 +124,7 @@ def test_a_home_that_nobody_knows_is_told(monkeypatch):
         parse("--inputs", "a", "~/x")
 
 
-SCRIPTS = [TrainingConfig, PrepareSettings, EvaluationSettings, NanoGPTConfig, SamplingConfig, UploadSettings]
+SCRIPTS = [TrainingConfig, PrepareConfig, HellaSwagConfig, NanoGPTConfig, SamplingConfig, UploadSettings]
 NO_PATHS = {"run_name", "hub_model_id", "repo_id", "wandb_project", "document_separator", "text_column", "revision"}
 NO_PATHS |= {"prompt", "sample_prompt", "report_to", "model_size", "micro_batch_size", "skip_steps", "split", "task"}
 NO_PATHS |= {"dataset_config_name"}
@@ -126,8 +133,8 @@ NO_PATHS |= {"dataset_config_name"}
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_text_of_a_script_is_a_path_or_known_to_be_none(script):
     texts = [field for field in dataclasses.fields(script) if field.type in (str, str | None, list[str])]
-    assert {field.name for field in texts if field.metadata.get("metavar") != PATH} <= NO_PATHS
-    assert not {field.name for field in texts if field.metadata.get("metavar") == PATH} & NO_PATHS
+    assert {field.name for field in texts if not field.metadata["path"]} <= NO_PATHS
+    assert not {field.name for field in texts if field.metadata["path"]} & NO_PATHS
 
 
 @pytest.mark.parametrize(
@@ -136,9 +143,9 @@ def test_every_text_of_a_script_is_a_path_or_known_to_be_none(script):
         (["--learning_rat=1"], "did you mean --learning_rate?"),
         (["--lr=1"], "unknown setting --lr: use --learning_rate"),
         (["--zzz"], "unknown setting --zzz"),
-        (["--n_tokens=inf"], "invalid whole_number value: 'inf'"),
+        (["--n_tokens=inf"], "invalid int value: 'inf'"),
         (["--files", "a", "--files", "b"], "--files is given twice"),
-        (["--n_tokens=1.5"], "invalid whole_number value: '1.5'"),
+        (["--n_tokens=1.5"], "invalid int value: '1.5'"),
         (["--n_tokens"], "expected one argument"),
         (["--mode=off"], "invalid choice: 'off'"),
         (["stray"], "unexpected argument 'stray'"),
@@ -159,7 +166,7 @@ def test_mistakes_are_explained(argv, message):
         ("learning_rat: 1", "did you mean learning_rate?"),
         ("lr: 1", "use --learning_rate"),
         ("prompt: {a: b}", "prompt has to be a single value or a list"),
-        ("n_tokens: many", "invalid whole_number value: 'many'"),
+        ("n_tokens: many", "invalid int value: 'many'"),
         ("!!python/object/apply:os.system [true]", "has to hold `name: value` lines"),
     ],
 )
@@ -168,6 +175,55 @@ def test_mistakes_in_a_file_are_explained(text, message, tmp_path):
     with pytest.raises(UserError) as error:
         parse(f"--config={tmp_path / 's.yaml'}")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--learning_rate=0", "--learning_rate has to be above 0, not 0.0"),
+        ("--learning_rate=nan", "--learning_rate has to be above 0, not nan"),
+        ("--n_tokens=0", "--n_tokens has to be 1 or more, not 0"),
+        ("--n_tokens=1e6", "--n_tokens has to be 10,000 or less, not 1000000"),
+        ("--share=inf", "--share has to be finite, not inf"),
+        ("--share=-1", "--share has to be 0 or more, not -1.0"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_however_it_is_given(flag, message, tmp_path):
+    name, value = flag.removeprefix("--").split("=")
+    (tmp_path / "s.yaml").write_text(f"{name}: {value}")
+    for argv in ([flag], ["--config", str(tmp_path / "s.yaml")]):
+        with pytest.raises(UserError) as error:
+            parse(*argv)
+        assert str(error.value) == message
+
+
+def test_what_decides_the_result_is_declared_with_the_setting():
+    assert parse("--learning_rate=1", "--n_tokens=2").experiment == {"learning_rate": 1.0}
+
+
+@dataclass
+class Positional(Config):
+    runs: list[str] = setting([], "run folders", positional=True, path=True, metavar="RUN")
+    hours: bool = setting(False, "whether")
+
+
+def test_paths_may_be_given_without_a_flag(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = parse_arguments(Positional, ["a", "~/b", "--hours"], description="")
+    assert given == Positional(runs=["a", f"{tmp_path}/b"], hours=True)
+    with pytest.raises(UserError, match="RUN"):
+        parse_arguments(Positional, ["--hours"], description="")
+    with pytest.raises(SystemExit):
+        parse_arguments(Positional, ["--help"], description="", prog="plots")
+    assert "usage: plots RUN [RUN ...]" in capsys.readouterr().out
+
+
+def test_help_groups_flags_under_headings(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    places = [text.index(each) for each in ("schedule:", "--learning_rate", "the rest:", "--n_tokens", "--prompt")]
+    assert places == sorted(places)
 
 
 def test_help_shows_each_flag_once_with_default_and_meaning(capsys):

@@ -9,8 +9,9 @@ import torch
 from conftest import SHARED_DATA
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not installed: `make install` brings it")
 from harness import run_harness

@@ -1,4 +1,4 @@
-"""HellaSwag's two protocols: what they read, what they compute, and that nothing else changes the numbers."""
+"""Scores on HellaSwag: what is computed, and that nothing but model, items and protocol changes the numbers."""
 
 import math
 import random
@@ -10,22 +10,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from modeling_gpt2_repro.core import devices
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation import hellaswag
-from modeling_gpt2_repro.evaluation.hellaswag import (
-    EncodedHellaSwag,
-    EncodedItem,
-    HellaSwagQuestions,
-    encode_hellaswag,
-    encode_lm_eval,
-    encode_original,
-    evaluate_hellaswag,
-    reduce_nll,
-    render_lm_eval,
-    render_original,
-)
-from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, HellaSwagItem, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag, reduce_nll
+from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, EncodedItem, encode_hellaswag
 
 REAL_FILE = Path(__file__).parents[3] / "shared" / "data" / "hellaswag_val.jsonl"
 
@@ -45,13 +33,6 @@ def model():
 @pytest.fixture(scope="module")
 def sample():
     return load_hellaswag(SAMPLE_FILE)
-
-
-def make_item(
-    ctx_a="A dog runs.", ctx_b="it", endings=("barks.", "sings.", "melts.", "folds."), activity_label="Dogs"
-):
-    ctx = f"{ctx_a} {ctx_b}".strip()
-    return HellaSwagItem(3, activity_label, ctx_a, ctx_b, ctx, tuple(endings), label=1)
 
 
 def score_plainly(model, tokenizer, item):
@@ -85,117 +66,6 @@ def test_original_equals_one_row_at_a_time_on_the_sample(model, tokenizer, sampl
 @pytest.mark.skipif(not REAL_FILE.exists(), reason="HellaSwag's validation items are not on this machine")
 def test_original_equals_one_row_at_a_time_on_real_items(model, tokenizer):
     assert_equals_plain_scores(model, tokenizer, random.Random(1).sample(load_hellaswag(REAL_FILE), 40))
-
-
-def test_original_reads_the_raw_context_and_counts_tokens(tokenizer):
-    item = make_item(ctx_a="[header] Two  blanks [title] x", ctx_b="", endings=("[step] a", "b  c", "d", "e"))
-    context, continuations = render_original(item)
-    assert (context, continuations[0]) == ("[header] Two  blanks [title] x", " [step] a")
-    encoded = encode_original([item], tokenizer)[0]
-    assert tokenizer.decode(encoded.context_ids) == context
-    assert [tokenizer.decode(ids) for ids in encoded.ending_ids] == continuations
-    assert encoded.ending_lengths == tuple(len(ids) for ids in encoded.ending_ids)
-
-
-# What lm-evaluation-harness 0.4.13 builds for the same fields: context, continuations, characters of each ending.
-LM_EVAL_CASES = {
-    "caption": (
-        make_item(),
-        "Dogs: A dog runs. It",
-        [" barks.", " sings.", " melts.", " folds."],
-        (6, 6, 6, 6),
-    ),
-    "marks": (
-        make_item(
-            "[header] How to x [title] Do y. [step] Do z.", "", ("[title] A. [step] B", "c [title] d", "e", "f")
-        ),
-        "Dogs: How to x. Do y. Do z.",
-        ["  A. B", " c. d", " e", " f"],
-        (5, 4, 1, 1),
-    ),
-    "blanks": (
-        make_item("Three   blanks", "hE SAYS", ("a   b", " c  d ", "e [x] [y] f", "[step]")),
-        "Dogs: Three  blanks He says",
-        [" a  b", " c d", " e  f", " "],
-        (4, 3, 4, 0),
-    ),
-    "final mark": (
-        make_item("How to x. Then [step]", "", ("a", "b", "c", "d")),
-        "Dogs: How to x. Then",
-        ["  a", "  b", "  c", "  d"],
-        (1, 1, 1, 1),
-    ),
-    "two final marks": (
-        make_item("ends [a] [b]", "", ("a", "b", "c", "d")),
-        "Dogs: ends",
-        ["  a", "  b", "  c", "  d"],
-        (1, 1, 1, 1),
-    ),
-    "open marks": (
-        make_item("No [end\nof] x", "", ("a [b\nc] d", "e\n", "f]", "[g")),
-        "Dogs: No [end\nof] x",
-        [" a [b\nc] d", " e", " f]", " [g"],
-        (9, 1, 2, 2),
-    ),
-}
-
-
-@pytest.mark.parametrize(("item", "context", "continuations", "lengths"), LM_EVAL_CASES.values(), ids=LM_EVAL_CASES)
-def test_lm_eval_cleans_and_encodes_as_the_harness(tokenizer, item, context, continuations, lengths):
-    assert render_lm_eval(item) == (context, continuations)
-    encoded = encode_lm_eval([item], tokenizer)[0]
-    assert encoded.ending_lengths == lengths
-    assert encoded.context_ids == tokenizer(context)["input_ids"]
-    for ids, continuation in zip(encoded.ending_ids, continuations, strict=True):
-        assert encoded.context_ids + ids == tokenizer(context + continuation)["input_ids"]
-
-
-def split_in_pairs(text):
-    return [text[start : start + 2] for start in range(0, len(text), 2)]
-
-
-def test_lm_eval_encodes_context_and_ending_together():
-    class PairTokenizer:
-        """Joins characters in twos, so that a text's tokens depend on where it begins."""
-
-        def __call__(self, texts, **_):
-            return {"input_ids": [[int.from_bytes(pair) for pair in split_in_pairs(text.encode())] for text in texts]}
-
-    tokenizer, item = PairTokenizer(), make_item(ctx_b="its")
-    context, continuations = render_lm_eval(item)
-    assert len(context) % 2 == 1
-    whole_ids = tokenizer([context + continuations[0]])["input_ids"][0]
-    assert encode_lm_eval([item], tokenizer)[0].ending_ids[0] == whole_ids[(len(context) + 1) // 2 :]
-
-
-@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_all_items_are_encoded_in_a_few_calls(tokenizer, sample, protocol, monkeypatch):
-    monkeypatch.setattr(hellaswag, "ITEMS_PER_ENCODING", 20)
-    calls = []
-
-    def count(texts, **options):
-        calls.append(len(texts))
-        return tokenizer(texts, **options)
-
-    encoded = encode_hellaswag(sample, count, protocol)
-    assert calls == [100, 100, 40]
-    assert encoded.items == sum((encode_hellaswag([item], tokenizer, protocol).items for item in sample), ())
-
-
-@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_a_tokenizer_that_makes_nothing_of_an_ending_is_refused(protocol):
-    def encode(texts, **_):
-        return {"input_ids": [[1] * ("dog" in text) for text in texts]}
-
-    with pytest.raises(UserError, match="makes no token of the context or of an ending of item 3"):
-        encode_hellaswag([make_item()], encode, protocol)
-
-
-@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_the_text_of_a_special_token_is_ordinary_text(tokenizer, protocol):
-    item = make_item("a <|endoftext|> b", "c", ("<|endoftext|>", "x", "y", "z"))
-    encoded = encode_hellaswag([item], tokenizer, protocol).items[0]
-    assert tokenizer.eos_token_id not in encoded.context_ids + encoded.ending_ids[0]
 
 
 def test_batch_budget_and_order_do_not_change_the_numbers(model, tokenizer, sample):
@@ -328,46 +198,3 @@ def test_reduction_at_the_edges():
     tie = reduce_nll(make_encoded([1], (2, 2, 0, 2)), [[5.0, 4.0, 6.0, 4.0]])
     assert (tie.scored_items[0].predicted, tie.scored_items[0].predicted_norm) == (1, 1)
     assert (tie.acc, tie.acc_stderr) == (1.0, None)
-
-
-def test_a_protocol_is_encoded_once_and_when_it_is_wanted(sample, tokenizer, monkeypatch):
-    encoded, encode = [], hellaswag.encode_hellaswag
-    monkeypatch.setattr(
-        hellaswag, "encode_hellaswag", lambda items, *others: encoded.append(others[-1]) or encode(items, *others)
-    )
-    alone = SimpleNamespace(is_main_process=True, num_processes=1)
-    questions = HellaSwagQuestions(sample, tokenizer, alone)
-    assert encoded == []
-    questions.check_fits(1024)
-    first = questions.encode("original")
-    assert encoded == ["original"] and questions.encode("original") is first
-    assert questions.encode("lm_eval") == encode(sample, tokenizer, "lm_eval")
-    assert questions.encode("lm_eval") is questions.encode("lm_eval") and encoded == ["original", "lm_eval"]
-
-
-def test_other_processes_take_the_first_ones_encoding(sample, tokenizer, monkeypatch):
-    sent = []
-    monkeypatch.setattr(devices, "broadcast_object_list", sent.append)
-    first = SimpleNamespace(is_main_process=True, num_processes=2)
-    questions = HellaSwagQuestions(sample, tokenizer, first)
-    encoded = questions.encode("original")
-    (answer,) = sent
-    monkeypatch.setattr(devices, "broadcast_object_list", lambda received: received.__setitem__(slice(None), answer))
-    monkeypatch.setattr(hellaswag, "encode_hellaswag", lambda *arguments: pytest.fail("encoded once more"))
-    other = SimpleNamespace(is_main_process=False, num_processes=2)
-    assert HellaSwagQuestions(sample, tokenizer, other).encode("original") == encoded
-
-
-@pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_an_ending_too_long_for_the_model_is_refused_whatever_the_protocol(protocol, tokenizer, monkeypatch):
-    fits, too_long = "barks " * 5 + "loudly.", "barks " * 20 + "loudly."
-    items = [make_item(endings=(fits, "sings.", "melts.", "folds."))]
-    questions = HellaSwagQuestions(items, tokenizer, SimpleNamespace(is_main_process=True, num_processes=1))
-    questions.check_fits(16)
-    render = getattr(hellaswag, f"render_{protocol}")
-    monkeypatch.setattr(
-        hellaswag, f"render_{protocol}", lambda item: (render(item)[0], [f" {too_long}", *render(item)[1][1:]])
-    )
-    questions = HellaSwagQuestions(items, tokenizer, SimpleNamespace(is_main_process=True, num_processes=1))
-    with pytest.raises(UserError, match="does not fit the model's 16 positions"):
-        questions.check_fits(16)

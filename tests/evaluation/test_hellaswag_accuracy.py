@@ -7,7 +7,8 @@ import evaluate
 import pytest
 
 from modeling_gpt2_repro.evaluation import hellaswag, multiple_choice
-from modeling_gpt2_repro.evaluation.hellaswag import EncodedHellaSwag, EncodedItem, reduce_nll
+from modeling_gpt2_repro.evaluation.hellaswag import reduce_nll
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, EncodedItem
 
 MODULE = Path(hellaswag.__file__).with_name("hellaswag_accuracy")
 # By sum ending 0 wins with 6, by mean ending 3 with 8 / 8.

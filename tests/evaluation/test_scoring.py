@@ -42,8 +42,12 @@ def build_llama():
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB_SIZE,
-            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-            **{"num_key_value_heads": 2, "initializer_range": 0.3},
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,
         )
     )
 

@@ -11,11 +11,12 @@ from conftest import REPOSITORY, SHARED_DATA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu.drawn_models import draw_model
-from modeling_gpt2_repro.evaluation.hellaswag import encode_hellaswag, evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 from modeling_gpt2_repro.evaluation.scoring import can_share_context, evaluation_mode, score_items
 from modeling_gpt2_repro.evaluation.shared_context import build_rows
-from modeling_gpt2_repro.model.loading import get_max_positions
+from modeling_gpt2_repro.model.limits import get_max_positions
 
 # How far an ending's sum, of about 200 nats, may be from that of attention written out in the same precision.
 LARGEST_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

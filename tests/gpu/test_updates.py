@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 import train
 from gpu.conftest import Scale
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.model.building import build_model
+from modeling_gpt2_repro.training.building import build_model
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 BARE = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0}

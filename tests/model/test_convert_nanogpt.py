@@ -1,14 +1,9 @@
-"""Checkpoints of nanoGPT, build-nanogpt, llm.c and other people, in files as they write them."""
+"""Checkpoints of nanoGPT, build-nanogpt and other people, converted from files as they write them."""
 
 import argparse
 import datetime
-import gzip
-import os
-import pickle
-import re
 import subprocess
 import sys
-import tarfile
 import types
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,63 +13,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from nanogpt_files import SHAPE, Reference, assert_same_function, draw_ids, save_nanogpt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.building import load_shape
 from modeling_gpt2_repro.model.convert_nanogpt import convert_state_dict, load_nanogpt, main
 from modeling_gpt2_repro.model.loading import load_causal_lm
-
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
-GELUS = {"gelu": nn.GELU(), "gelu_new": nn.GELU(approximate="tanh")}
-
-
-class Reference(nn.Module):
-    """The function that both projects compute, under the names that both save, in plain torch."""
-
-    def __init__(self, vocab_size=97, bias=True, gelu="gelu", mask=False, n_head=2, n_embd=32, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.n_head, self.gelu = n_head, GELUS[gelu]
-
-        def norm():
-            return nn.LayerNorm(n_embd, bias=bias)
-
-        blocks = []
-        for _ in range(SHAPE["n_layer"]):
-            attn, mlp = nn.Module(), nn.Module()
-            attn.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
-            attn.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-            mlp.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
-            mlp.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
-            if mask:
-                attn.register_buffer("bias", torch.ones(1, 1, SHAPE["block_size"], SHAPE["block_size"]).tril())
-            blocks.append(nn.ModuleDict({"ln_1": norm(), "attn": attn, "ln_2": norm(), "mlp": mlp}))
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, n_embd),
-                "wpe": nn.Embedding(SHAPE["block_size"], n_embd),
-                "h": nn.ModuleList(blocks),
-                "ln_f": norm(),
-            }
-        )
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
-        for parameter in self.parameters():  # loud enough that the wrong GELU or a lost bias shows
-            nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
-
-    @torch.no_grad()
-    def forward(self, ids):
-        batch, length = ids.shape
-        x = self.transformer.wte(ids) + self.transformer.wpe.weight[:length]
-        for block in self.transformer.h:
-            heads = block.attn.c_attn(block.ln_1(x)).view(batch, length, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-            x = x + block.attn.c_proj(y.transpose(1, 2).reshape(batch, length, -1))
-            x = x + block.mlp.c_proj(self.gelu(block.mlp.c_fc(block.ln_2(x))))
-        return self.lm_head(self.transformer.ln_f(x))
+from modeling_gpt2_repro.training.building import load_shape
 
 
 @dataclass
@@ -86,26 +32,6 @@ class GPTConfig:
     vocab_size: int = 97
 
 
-def save_nanogpt(path, model, prefix="_orig_mod.", **changes):
-    """Write what nanoGPT's train.py writes; a change to `None` takes a model argument out."""
-    model_args = {**SHAPE, "bias": True, "vocab_size": model.lm_head.out_features, "dropout": 0.2} | changes
-    optimizer = torch.optim.AdamW(model.parameters())
-    model.lm_head.weight.sum().backward()
-    optimizer.step()
-    torch.save(
-        {
-            "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
-            "optimizer": optimizer.state_dict(),
-            "model_args": {name: value for name, value in model_args.items() if value is not None},
-            "iter_num": 250,
-            "best_val_loss": torch.tensor(3.5),
-            "config": {"out_dir": "out", "n_layer": SHAPE["n_layer"], "compile": True},
-        },
-        path,
-    )
-    return path
-
-
 def save_build_nanogpt(path, model, monkeypatch, module="__main__"):
     """Write what build-nanogpt's train_gpt2.py writes; pickle wants to find the class where it says it is."""
     monkeypatch.setattr(GPTConfig, "__module__", module)
@@ -114,18 +40,6 @@ def save_build_nanogpt(path, model, monkeypatch, module="__main__"):
     torch.save({"model": model.state_dict(), "config": config, "step": 250, "val_loss": 3.5}, path)
     monkeypatch.delattr(sys.modules[module], "GPTConfig")  # who converts the file does not have the script
     return path
-
-
-def draw_ids(vocab_size=97):
-    return torch.randint(0, vocab_size, (2, 13), generator=torch.Generator().manual_seed(1))
-
-
-def assert_same_function(model, reference, ids=None):
-    ids = draw_ids() if ids is None else ids
-    with torch.no_grad():
-        logits = model(ids).logits
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, reference(ids)[..., : logits.shape[-1]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
@@ -360,18 +274,6 @@ def test_a_shape_is_read_from_any_kind_of_settings(tmp_path, kind, key, is_legac
         load_nanogpt(tmp_path / "ckpt.pt", None)
 
 
-def test_numpy_s_old_module_name_and_a_scalar_of_it(tmp_path):
-    """As files of NumPy 1 have it, whose `numpy.core` is no longer there."""
-    reference, path = Reference(), tmp_path / "ckpt.pt"
-    torch.save(
-        {"model": reference.state_dict(), "best_val_loss": np.float32(3.5)}, path, _use_new_zipfile_serialization=False
-    )
-    content = path.read_bytes()
-    assert b"cnumpy._core.multiarray" in content
-    path.write_bytes(content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
-    assert_same_function(load_nanogpt(path, None, n_head=2), reference)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_safetensors_and_other_precisions(tmp_path, dtype):
     reference = Reference(gelu="gelu_new").to(dtype)
@@ -380,90 +282,6 @@ def test_safetensors_and_other_precisions(tmp_path, dtype):
     model = load_nanogpt(tmp_path / "model.safetensors", None, n_head=2)
     assert model.config.activation_function == "gelu_new"
     assert_same_function(model, reference.float())
-
-
-LLMC_ORDER = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
-
-
-def save_llmc(path, reference, version=3, magic=20240326, n_rows=128):
-    """Write what llm.c's train_gpt2.py and its C programs write."""
-    weights, vocab_size = reference.state_dict(), reference.lm_head.out_features
-    header = torch.zeros(256, dtype=torch.int32)
-    sizes = [SHAPE["block_size"], vocab_size, SHAPE["n_layer"], reference.n_head, SHAPE["n_embd"], n_rows]
-    header[:8] = torch.tensor([magic, version, *sizes])
-    wte = weights["transformer.wte.weight"]
-    tensors = [torch.cat([wte, wte.new_zeros(n_rows - vocab_size, wte.shape[1])]), weights["transformer.wpe.weight"]]
-    for module in LLMC_ORDER:
-        for part in ("weight", "bias"):
-            tensors += [weights[f"transformer.h.{i}.{module}.{part}"] for i in range(SHAPE["n_layer"])]
-    tensors += [weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"]]
-    dtype = torch.bfloat16 if version == 5 else torch.float32
-    body = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
-    path.write_bytes(header.numpy().tobytes() + body.view(torch.uint8).numpy().tobytes())
-    return path
-
-
-@pytest.mark.parametrize("version", [3, 5])
-def test_llmc(tmp_path, version):
-    reference, lines = Reference(gelu="gelu_new", n_head=4), []
-    model = load_nanogpt(save_llmc(tmp_path / "gpt2.bin", reference, version), None, report=lines.append)
-    assert "gelu_new, llm.c's" in lines[0]
-    assert model.config.vocab_size == 97 and model.config.n_head == 4
-    assert_same_function(model, reference.bfloat16().float() if version == 5 else reference)
-
-
-def test_llmc_s_other_files_are_refused(tmp_path):
-    path = save_llmc(tmp_path / "gpt2.bin", Reference())
-    content = path.read_bytes()
-    for damaged, complaint in [
-        (content[:-4], "is damaged"),
-        (content + b"1234", "is damaged"),
-        (content[:900], "not of its versions"),
-        (content[:4] + b"\1\0\0\0" + content[8:], "not of its versions 3 and 5"),
-        (content[:16] + b"\0\0\0\0" + content[20:], "is damaged"),
-        (content[:16] + b"\xff\xff\xff\x7f" + content[20:], "is damaged"),
-        (content[:16] + b"\xff\xff\xff\xff" + content[20:], "is damaged"),
-        ((20240327).to_bytes(4, "little") + content[4:], "debug state of llm.c"),
-        ((20240520).to_bytes(4, "little") + content[4:], "token shard of llm.c"),
-        ((20240803).to_bytes(4, "little") + content[4:], "Llama 3 model of llm.c"),
-    ]:
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=complaint):
-            load_nanogpt(path, None)
-
-
-def write_old_tar(path):
-    with tarfile.open(path, "w") as archive:
-        archive.addfile(tarfile.TarInfo("storages"))
-
-
-@pytest.mark.parametrize(
-    ("write", "complaint"),
-    [
-        (
-            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-            "git lfs pull",
-        ),
-        (lambda path: path.write_text("<!doctype html>\n<title>404</title>"), "web page"),
-        (lambda path: path.write_bytes(gzip.compress(b"weights")), "decompress"),
-        (lambda path: path.write_text("{'loss': 3.5, 'step': 3}"), "it is text"),
-        (lambda path: path.touch(), "it is empty"),
-        (lambda path: path.mkdir(), "is a folder"),
-        (lambda path: path.write_bytes(b"\x89HDF\r\n"), "HDF5"),
-        (lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "GGUF"),
-        (write_old_tar, "tar archive"),
-        (lambda path: path.write_bytes(pickle.dumps({"model": {}})), "not a whole file"),
-        (lambda path: torch.save(Reference(), path), r"would run code \(\S*Reference\)"),
-        (lambda path: torch.save({"model": torch.nn.Linear(2, 2)}, path), r"would run code \(torch.nn\S+Linear\)"),
-        (lambda path: torch.save({"model": {}}, path, pickle_protocol=4), "not a whole file"),
-        (lambda path: np.savez(path.open("wb"), weights=np.ones(2)), "not a whole file"),
-    ],
-)
-def test_what_else_lies_under_the_name_of_a_checkpoint_is_said(tmp_path, write, complaint, capfd):
-    write(tmp_path / "ckpt.pt")
-    assert main([f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}", "--tokenizer=none"]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "ckpt.pt" in line and re.search(complaint, line), line
 
 
 def test_a_checkpoint_in_place_of_a_model_folder_is_told_how_to_become_one(tmp_path, shards):
@@ -477,57 +295,6 @@ def test_a_checkpoint_in_place_of_a_model_folder_is_told_how_to_become_one(tmp_p
             assert load(str(path)) == 2
         except UserError as error:
             assert "modeling_gpt2_repro.model.convert_nanogpt --checkpoint" in str(error)
-
-
-class Bomb:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
-@pytest.mark.parametrize("place", ["config", "model_args"])
-def test_code_in_a_file_is_not_run(tmp_path, place):
-    path, target = tmp_path / "ckpt.pt", tmp_path / "ran"
-    torch.save({"model": Reference().state_dict(), place: Bomb(target)}, path)
-    with pytest.raises(UserError, match=r"would run code.*mkdir"):
-        load_nanogpt(path, None)
-    assert not target.exists()
-    torch.load(path, weights_only=False)
-    assert target.exists()  # so it would have
-
-
-def test_a_class_that_calls_itself_gptconfig_is_not_imported(tmp_path, monkeypatch):
-    """The name alone is known: a module of that name is never looked up, and a call of the class gives nothing."""
-    (tmp_path / "evil.py").write_text("import os\nclass GPTConfig:\n    def __init__(self, *a): os.mkdir('ran')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    import evil
-
-    class Call:
-        def __reduce__(self):
-            return evil.GPTConfig, ("argument",)
-
-    torch.save({"model": Reference().state_dict(), "config": Call()}, "ckpt.pt")
-    monkeypatch.delitem(sys.modules, "evil")
-    with pytest.raises(UserError, match="not a whole file"):
-        load_nanogpt("ckpt.pt", None)
-    assert "evil" not in sys.modules
-    assert not (tmp_path / "ran").exists()
-
-
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    whole = save_nanogpt(tmp_path / "whole.pt", Reference()).read_bytes()
-    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "empty.pt").touch()
-    torch.save([torch.ones(2)], tmp_path / "list.pt")
-    torch.save({"step": 3}, tmp_path / "dict.pt")
-    torch.save({}, tmp_path / "nothing.pt")
-    for name in ("truncated", "text", "empty", "list", "dict", "nothing", "absent"):
-        with pytest.raises(UserError, match=f"{name}.pt"):
-            load_nanogpt(tmp_path / f"{name}.pt", None)
 
 
 def run_command(*arguments):

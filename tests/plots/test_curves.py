@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import SHARED_DATA
 
-from modeling_gpt2_repro.core.arguments import write_settings
+from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.plots.curves import load_curves
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -17,7 +17,7 @@ REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt
 def run_folder(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    write_settings(TrainingConfig(run_name="run", tokens_per_step=2048), folder / "config.yaml")
+    write_config(TrainingConfig(run_name="run", tokens_per_step=2048), folder / "config.yaml")
     return folder
 
 

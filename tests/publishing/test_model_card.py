@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 import prepare_data
-from modeling_gpt2_repro.core.arguments import parse_arguments, write_settings
+from modeling_gpt2_repro.core.arguments import parse_arguments, write_config
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.model.folder import identify_weights
 from modeling_gpt2_repro.publishing.hub import collect_model
 from modeling_gpt2_repro.publishing.model_card import CARD, describe_model, quote_text, write_model_card
@@ -45,7 +46,7 @@ def run_folder(tmp_path, data_folder):
         push_to_hub=True,
         hub_model_id="somebody/something",
     )
-    write_settings(config, folder / "config.yaml")
+    write_config(config, folder / "config.yaml")
     lines = [
         *({"step": step, "train/loss": 9.0 - step, "train/tokens": 524288 * step} for step in range(1, 5)),
         {"step": 2, "val/loss": 7.25, "val/bpb": 3.5, "hellaswag/acc_norm": 0.2604},
@@ -110,7 +111,7 @@ def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
     text = render_card(run_folder / "final", run_folder)
     prepare, training = text.split("```bash\n")[1].split("\n```")[0].splitlines()
     assert prepare.startswith("python prepare_data.py ") and training.startswith("python train.py ")
-    settings = parse_arguments(prepare_data.PrepareSettings, shlex.split(prepare)[2:], description="")
+    settings = parse_arguments(PrepareConfig, shlex.split(prepare)[2:], description="")
     assert (settings.val_tokens, settings.seed, settings.files) == (100, 0, ["PATH/TO/secret_place.jsonl"])
     assert settings.output_dir == f"PATH/TO/{data_folder.name}"
     config = parse_arguments(TrainingConfig, shlex.split(training)[2:], description="")

@@ -57,7 +57,15 @@ def test_names_from_elsewhere_point_at_ours():
     ours = set(TrainingConfig.__dataclass_fields__)
     assert not ours & set(FOREIGN_FLAGS)
     for name in (
-        *("batch_size", "block_size", "max_iters", "eval_interval", "total_batch_size", "out_dir", "max_train_steps"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "warmup_iters"),
+        "batch_size",
+        "block_size",
+        "max_iters",
+        "eval_interval",
+        "total_batch_size",
+        "out_dir",
+        "max_train_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "warmup_iters",
     ):
         assert any(f"--{setting}" in FOREIGN_FLAGS[name] for setting in ours), name

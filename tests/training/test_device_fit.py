@@ -9,6 +9,7 @@ from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausal
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training import device_fit
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.memory import describe_step_memory
 
 
 @pytest.mark.parametrize(
@@ -20,19 +21,17 @@ from modeling_gpt2_repro.training.config import TrainingConfig
     ],
 )
 def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, sizes, advice, monkeypatch):
-    asked = []
     monkeypatch.setattr(device_fit, "measure_device_memory", lambda device: gigabytes * 1e9)
-    monkeypatch.setattr(device_fit, "fit_micro_batch", lambda *arguments: asked.append(arguments))
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", num_processes=1)
     config = TrainingConfig(model_size=size)
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[size]))
-    every_size = [64, 32, 16, 8, 4, 2, 1]
 
     def list_tried(state: SimpleNamespace | None) -> list[int]:
-        device_fit.fit_to_device(config, accelerator, model, None, every_size, state, print)
-        assert advice in asked[-1][-1]
-        return asked[-1][2]
+        memory = describe_step_memory(config, model, "bf16")
+        tried, advised = device_fit.choose_sizes([64, 32, 16, 8, 4, 2, 1], memory, state, accelerator)
+        assert advice in advised
+        return tried
 
     assert list_tried(None) == sizes
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
@@ -51,8 +50,9 @@ def test_weights_that_do_not_fit_a_gpu_are_told_from_what_would(monkeypatch):
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES["1558M"]))
     monkeypatch.setattr(model, "to", run_out)
+    memory = describe_step_memory(TrainingConfig(model_size="1558M"), model, "bf16")
     for gigabytes, advice in ((5.5, "--model_size 124M (about 4.4 GB)"), (1.0, "a smaller --model_size, or another")):
         monkeypatch.setattr(device_fit, "measure_device_memory", lambda device, size=gigabytes: size * 1e9)
         with pytest.raises(UserError, match=r"1,557,611,200 parameters alone do not fit") as raised:
-            device_fit.place_on_device(TrainingConfig(model_size="1558M"), accelerator, model)
+            device_fit.place_on_device(model, memory, accelerator)
         assert advice in str(raised.value)

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from modeling_gpt2_repro.model.building import build_skeleton
+from modeling_gpt2_repro.training.building import build_skeleton
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.plan import Plan, count_flops_per_token
 
 REPRODUCTION = Plan(
+    config=TrainingConfig(max_steps=19_073),
     n_processes=8,
+    micro_batch_sizes=[64],
     micro_batch_size=64,
     first_step=0,
     max_steps=19_073,
@@ -49,17 +51,16 @@ def test_counts_what_is_due_in_the_rest_of_the_run(max_steps, first_step, every)
 
 
 def test_duration_follows_from_the_rate_and_includes_evaluations():
-    config = TrainingConfig(max_steps=19_073)
     training = 19_073 * 524_288
     # 77 multiples of 250 from 0 to 19,000, and the end; a forward pass is a third of a training step.
     evaluation = 78 * (10_485_760 + 3_002_558) / 3
-    assert REPRODUCTION.estimate_seconds(config, 1e6) == pytest.approx((training + evaluation) / 1e6)
-    alone = replace(config, eval_every=0, hellaswag_every=0)
-    assert REPRODUCTION.estimate_seconds(alone, 1e6) == pytest.approx(training / 1e6)
+    assert REPRODUCTION.estimate_seconds(1e6) == pytest.approx((training + evaluation) / 1e6)
+    alone = replace(REPRODUCTION.config, eval_every=0, hellaswag_every=0)
+    assert replace(REPRODUCTION, config=alone).estimate_seconds(1e6) == pytest.approx(training / 1e6)
 
 
 def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
-    text = "\n".join(REPRODUCTION.describe_costs(TrainingConfig(max_steps=19_073)))
+    text = "\n".join(REPRODUCTION.describe_costs())
     assert "524,288 tokens = 8 process(es) x 1 micro-step(s) x 64 sequence(s) x 1,024 tokens" in text
     assert "on 1 process(es) 8 micro-step(s) x 64 sequence(s)" in text
     assert "19,073 steps = 1.015 epochs, 9,999,745,024 tokens; warm-up 715 steps" in text
@@ -68,14 +69,13 @@ def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
     assert "2.9 h at 1,000,000 tokens/s" in text
     # A micro-batch that does not divide on other numbers of processes is no matter of this run.
     small = TrainingConfig(max_steps=10, tokens_per_step=65_536, micro_batch_size="64")
-    alone = replace(REPRODUCTION, n_processes=1)
-    assert "on 2 process(es) 1 micro-step(s) x 32 sequence(s)" in "\n".join(alone.describe_costs(small))
-    at_a_rate = REPRODUCTION.describe_costs(TrainingConfig(max_steps=19_073, plan_tokens_per_second=1.5e6))
-    assert at_a_rate[-1] == "time        1.9 h at 1,500,000 tokens/s"
+    alone = replace(REPRODUCTION, n_processes=1, config=small)
+    assert "on 2 process(es) 1 micro-step(s) x 32 sequence(s)" in "\n".join(alone.describe_costs())
+    at_a_rate = replace(REPRODUCTION, config=replace(REPRODUCTION.config, plan_tokens_per_second=1.5e6))
+    assert at_a_rate.describe_costs()[-1] == "time        1.9 h at 1,500,000 tokens/s"
 
 
 def test_checkpoints_that_wait_for_the_hub_need_room():
     """All of them, in the worst case: 20 are saved, and each model is 4 bytes a parameter."""
-    config = TrainingConfig(max_steps=19_073)
-    needed = REPRODUCTION.estimate_disk_bytes(replace(config, push_to_hub=True))
-    assert needed - REPRODUCTION.estimate_disk_bytes(config) == 20 * 4 * REPRODUCTION.n_parameters
+    published = replace(REPRODUCTION, config=replace(REPRODUCTION.config, push_to_hub=True))
+    assert published.estimate_disk_bytes() - REPRODUCTION.estimate_disk_bytes() == 20 * 4 * REPRODUCTION.n_parameters

@@ -7,12 +7,14 @@ import pytest
 from accelerate import Accelerator
 
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.record import RunRecord, read_json_lines
+from modeling_gpt2_repro.training.metrics import read_json_lines
+from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
 @pytest.fixture
 def record(tmp_path) -> RunRecord:
-    record = RunRecord(tmp_path / "run", Accelerator())
+    record = RunRecord(RunFolder(tmp_path / "run"), Accelerator())
     record.start(TrainingConfig(), first_step=None)
     for step in range(1, 5):
         record.log(step, {"train/loss": 5.0 - step})
@@ -28,30 +30,33 @@ def begin_again(record: RunRecord) -> RunRecord:
 
 
 def test_log_has_the_original_format(record):
-    assert (record.folder / "log.txt").read_text() == (
+    assert (record.folder.path / "log.txt").read_text() == (
         "0 train 4.000000\n1 train 3.000000\n2 train 2.000000\n3 train 1.000000\n4 val 1.5000\n4 hella 0.2500\n"
     )
 
 
 def test_resuming_forgets_later_steps_in_every_file(record, tmp_path):
-    with open(record.folder / "metrics.jsonl", "a") as stream:
+    with open(record.folder.path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 5, "train/lo')  # as a crash leaves it
     again = begin_again(record)
     again.start(TrainingConfig(), first_step=2)
     again.log(3, {"train/loss": 9.0})
-    assert [line["step"] for line in read_json_lines(record.folder / "metrics.jsonl")] == [1, 2, 3]
-    assert [line["step"] for line in read_json_lines(record.folder / "samples.jsonl")] == [1, 2]
-    assert (record.folder / "log.txt").read_text() == "0 train 4.000000\n1 train 3.000000\n2 train 9.000000\n"
+    assert [line["step"] for line in read_json_lines(record.folder.path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_json_lines(record.folder.path / "samples.jsonl")] == [1, 2]
+    assert (record.folder.path / "log.txt").read_text() == "0 train 4.000000\n1 train 3.000000\n2 train 9.000000\n"
 
 
 def test_numbers_that_are_none_are_left_out_of_a_line(record):
     record.log(5, {"train/loss": float("nan"), "train/lr": 1.0})
-    assert json.loads((record.folder / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "train/lr": 1.0}
+    assert json.loads((record.folder.path / "metrics.jsonl").read_text().splitlines()[-1]) == {
+        "step": 5,
+        "train/lr": 1.0,
+    }
 
 
 def test_a_run_that_never_started_leaves_the_old_status(record, tmp_path):
-    RunRecord(tmp_path / "run", Accelerator()).set_status("failed")
-    assert json.loads((record.folder / "status.json").read_text())["status"] == "running"
+    RunRecord(RunFolder(tmp_path / "run"), Accelerator()).set_status("failed")
+    assert json.loads((record.folder.path / "status.json").read_text())["status"] == "running"
 
 
 def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
@@ -73,15 +78,15 @@ def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
 )
 def test_a_model_stays_until_another_one_takes_its_place(record, tmp_path, first_step, resume_from, kept):
     for name in ("best", "final"):
-        (record.folder / name).mkdir()
+        (record.folder.path / name).mkdir()
     again = begin_again(record)
     again.start(TrainingConfig(save_best=True, resume_from_checkpoint=resume_from), first_step=first_step)
-    assert [name for name in ("best", "final") if (record.folder / name).exists()] == kept
+    assert [name for name in ("best", "final") if (record.folder.path / name).exists()] == kept
 
 
 def test_checkpoints_may_lie_on_another_disk(record, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "step_0000002").mkdir(parents=True)
-    (record.folder / "checkpoints").symlink_to(elsewhere)
+    (record.folder.path / "checkpoints").symlink_to(elsewhere)
     begin_again(record).start(TrainingConfig(), first_step=None)
-    assert (record.folder / "checkpoints").is_symlink() and not any(elsewhere.iterdir())
+    assert (record.folder.path / "checkpoints").is_symlink() and not any(elsewhere.iterdir())

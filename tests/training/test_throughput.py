@@ -68,7 +68,9 @@ def test_peak_of_known_devices(name, teraflops):
 
 
 def test_each_entry_is_reached_and_has_a_source():
-    assert {find_peak(name, "bf16") for name, _ in KNOWN} == {Peak(*entry) for entry in PEAK_FLOPS.values()}
+    assert {find_peak(name, "bf16") for name, _ in KNOWN} == {
+        Peak(rate * 1e12, source) for rate, source in PEAK_FLOPS.values()
+    }
     assert all(source.startswith(("NVIDIA ", "AMD ")) for _, source in PEAK_FLOPS.values())
 
 

@@ -25,7 +25,9 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training import trackers
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.record import RunRecord, read_json_lines
+from modeling_gpt2_repro.training.metrics import read_json_lines
+from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.trackers import choose_trackers, has_wandb_key
 
 
@@ -101,7 +103,7 @@ class Warnings(list):
 
 
 def start_record(folder: Path, report_to: str, first_step: int | None = None) -> RunRecord:
-    record = RunRecord(folder, Accelerator(), warn=Warnings())
+    record = RunRecord(RunFolder(folder), Accelerator(), Warnings(), choose_trackers(report_to))
     record.start(TrainingConfig(run_name="run", report_to=report_to), first_step)
     return record
 
@@ -117,15 +119,15 @@ def test_a_tracker_that_does_not_start_is_told_all_at_the_end_and_others_at_once
     (tmp_path / "run" / "tensorboard").touch()
     record = start_record(tmp_path / "run", "wandb,tensorboard")
     log_steps(record, range(1, 4))
-    (warning,) = record._warn
+    (warning,) = record.warn
     assert warning.startswith("the tracker tensorboard failed, training goes on without it: FileExistsError")
-    (record.folder / "tensorboard").unlink()
+    (record.folder.path / "tensorboard").unlink()
     record.close()
-    assert record._warn[1:] == ["the tracker tensorboard was told at the end what it had missed"]
-    scalars, texts = read_tensorboard(record.folder / "tensorboard")
+    assert record.warn[1:] == ["the tracker tensorboard was told at the end what it had missed"]
+    scalars, texts = read_tensorboard(record.folder.path / "tensorboard")
     assert scalars["train/loss"] == {1: 4.0, 2: 3.0, 3: 2.0}
     assert list(texts["samples"]) == [1, 2, 3]
-    (run,) = read_wandb_runs(record.folder)
+    (run,) = read_wandb_runs(record.folder.path)
     assert {step: items["train/loss"] for step, items in run["history"].items()} == {1: 4.0, 2: 3.0, 3: 2.0}
 
 
@@ -137,16 +139,16 @@ def test_what_wandb_missed_while_its_service_was_dead_is_told_at_the_end(tmp_pat
     service.wait()
     log_steps(record, range(4, 8))
     record.close()
-    first, last = record._warn
+    first, last = record.warn
     assert first.startswith("the tracker wandb failed, training goes on without it")
     assert last == "the tracker wandb was told at the end what it had missed"
-    told = read_wandb_run(max(record.folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime))
+    told = read_wandb_run(max(record.folder.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime))
     losses = {step: items["train/loss"] for step, items in told["history"].items()}
     # One message may vanish in the dead service's socket before anybody knows.
     assert losses == {step: 5.0 - step for step in range(min(losses), 8)} and min(losses) <= 5
     assert told["id"] == record.tracker_run_id
-    assert read_table(record.folder)[-2:] == [[7, "text 7"], [7, "other 7"]]
-    assert len(read_table(record.folder)) == 14
+    assert read_table(record.folder.path)[-2:] == [[7, "text 7"], [7, "other 7"]]
+    assert len(read_table(record.folder.path)) == 14
 
 
 def test_a_resumed_run_does_not_show_what_it_went_back_from(tmp_path):
@@ -266,7 +268,7 @@ def record_run(tmp_path) -> tuple[Warnings, list[dict], float]:
     log_steps(record, range(1, 4))
     record.close()
     runs = sorted(path for path in tmp_path.rglob("offline-run-*/*.wandb") if "latest-run" not in path.parts)
-    return record._warn, [{"path": path, **read_wandb_run(path)} for path in runs], seconds
+    return record.warn, [{"path": path, **read_wandb_run(path)} for path in runs], seconds
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,7 @@ from modeling_gpt2_repro.core.hub_client import HUB_TIMEOUT_SECONDS, HubUnreacha
 from modeling_gpt2_repro.data.sources.docstrings import describe_packages, list_docstring_tasks
 from modeling_gpt2_repro.data.sources.hub_datasets import list_hub_tasks
 from modeling_gpt2_repro.data.sources.local_files import find_files, list_file_tasks
-
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-DEFAULT_CONFIGS = {FINEWEB_EDU: "sample-10BT"}
-DOCSTRINGS = "docstrings"
+from modeling_gpt2_repro.data.sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
 
 
 class Task(Protocol):

@@ -1,0 +1,105 @@
+"""The settings of `prepare_data.py`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from modeling_gpt2_repro.core.arguments import Config, experiment, setting
+from modeling_gpt2_repro.core.devices import count_cores
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.data.sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER
+
+# Flags of other programs that prepare text, each with what takes its place here.
+FOREIGN_FLAGS = yaml.safe_load(Path(__file__).with_name("foreign_flags.yaml").read_text(encoding="utf-8"))
+# All workers are started at once: more than any machine has use for would bring it down.
+MOST_WORKERS = 1024
+
+
+@dataclass
+class PrepareConfig(Config):
+    """Every knob of `prepare_data.py`. What is not `resumable` decides the shards, and is recorded beside them."""
+
+    dataset_name: str = experiment(
+        FINEWEB_EDU,
+        f"a dataset on the Hub, a folder that `datasets` can load, or {DOCSTRINGS}: the built-in offline corpus, the "
+        "documentation of the Python packages installed here",
+        heading="source",
+        aliases=["--dataset"],
+        path=True,
+    )
+    dataset_config_name: str | None = experiment(
+        None, f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
+    )
+    split: str = experiment("train", "the dataset's split")
+    revision: str | None = experiment(None, "the dataset's branch, tag or commit; none means main")
+    files: list[str] = experiment(
+        [],
+        "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document a "
+        "file, or see --document_separator)",
+        path=True,
+    )
+    document_separator: str | None = experiment(
+        None,
+        "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
+    )
+    text_column: str = experiment("text", "the column, or JSON key, that holds a document's text")
+    max_tokens: int | None = experiment(
+        None, "read no more documents than reach this many tokens; none means all", least=1, below=2**63
+    )
+
+    output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards", heading="shards", path=True)
+    tokenizer: str = experiment(
+        GPT2_TOKENIZER, "Hub id or local folder of a tokenizer with at most 65,536 ids", path=True
+    )
+    shard_size: int = experiment(100_000_000, "tokens a shard", least=1, below=2**63)
+    val_tokens: int | None = experiment(
+        None,
+        "tokens of the validation split: the front of the source order, up to the next end of a document; none means "
+        "one shard, at most a tenth of the corpus",
+        least=1,
+        below=2**63,
+    )
+    seed: int = experiment(1337, "order of the training documents", least=0, below=2**64)
+    no_shuffle: bool = experiment(False, "keep the training documents in source order")
+    overwrite: bool = setting(False, "replace an existing folder of shards")
+
+    num_workers: int | None = setting(
+        None, "processes; none means all cores", heading="work", least=1, most=max(MOST_WORKERS, count_cores())
+    )
+    stage: Literal["all", "tokenize", "write"] = setting(
+        "all",
+        "what to do of the work, for engines that schedule many processes: tokenize the corpus's files, or write the "
+        "shuffled documents to shards, either with --task; a last call with all completes the folder",
+    )
+    task: str = setting("0/1", "the share i/N of a --stage that this process does, i from 0 to N-1")
+
+    verify: bool = setting(
+        False, "check the shards in --output_dir against their manifest and exit", heading="an existing folder"
+    )
+    inspect: int | None = setting(
+        None,
+        "show this many documents of the shards in --output_dir, chosen by --seed, and statistics of all of them, as "
+        "text and as inspection.png beside them, and exit",
+        least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share != (0, 1) and self.stage == "all":
+            raise UserError("--task is a share of a --stage: add --stage tokenize or --stage write")
+        if self.stage != "all" and self.overwrite:
+            raise UserError("--overwrite cannot be given with --stage, whose processes would remove each other's work")
+        if self.document_separator == "":
+            raise UserError("--document_separator is empty: leave it out to take each file as one document")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """The (i, N) of `--task i/N`."""
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.task)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise UserError(f"--task {self.task}: has to be i/N with i from 0 to N-1, such as 0/8")
+        return int(match[1]), int(match[2])

@@ -1,0 +1,190 @@
+"""HellaSwag's two protocols: how items become token ids, and what their scores are divided by.
+
+HellaSwag (Zellers et al., 2019, https://arxiv.org/abs/1905.07830) has no single score: two protocols are in use, which
+differ by up to two points on the same model, so every result carries the name of its protocol.
+
+- `original`: the protocol of the original GPT-2 reproduction script (karpathy/build-nanogpt, `hellaswag.py`). The raw
+  `ctx` and each ending after one space are encoded apart; `acc_norm` divides by the number of *tokens*.
+- `lm_eval`: the `hellaswag` task of EleutherAI's lm-evaluation-harness 0.4. The activity label is prepended, the
+  markup of the WikiHow half removed, and context and ending are encoded together; `acc_norm` divides by the number of
+  *characters*.
+
+Both pick the ending with the highest summed log-probability (`acc`) and the highest per unit of length (`acc_norm`).
+
+The text `<|endoftext|>` in an item is encoded as ordinary text in both protocols. No item of HellaSwag contains it.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from modeling_gpt2_repro.core.devices import compute_once
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem
+from modeling_gpt2_repro.evaluation.shared_context import EncodedChoices, is_truncated
+
+ITEMS_PER_ENCODING = 1000
+
+
+@dataclass(frozen=True)
+class EncodedItem(EncodedChoices):
+    """One item under a protocol; `acc_norm` divides by `ending_lengths`, in tokens (`original`) or characters."""
+
+    ind: int
+    label: int
+    ending_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncodedHellaSwag:
+    """Items under a protocol: encode once, evaluate many checkpoints."""
+
+    protocol: str
+    items: tuple[EncodedItem, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that a model reads if each context is read once for all of its endings."""
+        return sum(item.n_read for item in self.items)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any item."""
+        return max(max(*item.context_ids, *itertools.chain(*item.ending_ids)) for item in self.items)
+
+    def count_truncated(self, max_positions: int | None) -> int:
+        """Return how many contexts lose tokens on the left to fit a model.
+
+        Raises:
+            UserError: an ending does not fit even without its context.
+        """
+        return sum(is_truncated(item, max_positions) for item in self.items)
+
+
+def render_original(item: HellaSwagItem) -> tuple[str, list[str]]:
+    """Return the text of the context and of its continuations under the `original` protocol."""
+    return item.ctx, [" " + ending for ending in item.endings]
+
+
+def render_lm_eval(item: HellaSwagItem) -> tuple[str, list[str]]:
+    """Return the text of the context and of its continuations under the `lm_eval` protocol.
+
+    As in the harness, spaces at the end of the context move to the front of every continuation, so that the two meet
+    at a word boundary.
+    """
+    prompt = clean_marks(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
+    context = prompt.rstrip()
+    blanks = prompt[len(context) :]
+    return context, [f"{blanks} {clean_marks(ending)}" for ending in item.endings]
+
+
+def clean_marks(text: str) -> str:
+    """Remove the `[header]`, `[title]`, `[step]` marks of the WikiHow half as the harness does.
+
+    The order of the steps and the single pass over double spaces are part of the protocol: a text that begins with a
+    mark keeps a leading space, and three spaces become two.
+    """
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def encode_original(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
+    """Encode contexts and endings apart, without special tokens."""
+    texts = [[context, *continuations] for context, continuations in map(render_original, items)]
+    ids_by_item = _encode(tokenizer, texts, add_special_tokens=False)
+    return [
+        _build_encoded_item(item, context_ids, ending_ids, list(map(len, ending_ids)))
+        for item, (context_ids, *ending_ids) in zip(items, ids_by_item, strict=True)
+    ]
+
+
+def encode_lm_eval(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
+    """Encode contexts and whole texts; an ending is what follows the context's number of tokens.
+
+    As in the harness, a tokenizer that begins a text with a special token (GPT-2's does not) does so here.
+    """
+    texts = [
+        [context, *(context + continuation for continuation in continuations)]
+        for context, continuations in map(render_lm_eval, items)
+    ]
+    ids_by_item = _encode(tokenizer, texts, add_special_tokens=True)
+    encoded = []
+    for item, (context_ids, *whole_ids) in zip(items, ids_by_item, strict=True):
+        ending_ids = [ids[len(context_ids) :] for ids in whole_ids]
+        lengths = [len(clean_marks(ending)) for ending in item.endings]
+        encoded.append(_build_encoded_item(item, context_ids, ending_ids, lengths))
+    return encoded
+
+
+ENCODERS: dict[str, Callable[[Sequence[HellaSwagItem], Any], list[EncodedItem]]] = {
+    "original": encode_original,
+    "lm_eval": encode_lm_eval,
+}
+
+
+def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -> EncodedHellaSwag:
+    """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
+
+    Raises:
+        UserError: a context or an ending encodes to no tokens.
+    """
+    return EncodedHellaSwag(protocol, tuple(ENCODERS[protocol](items, tokenizer)))
+
+
+class HellaSwagQuestions:
+    """Items whose encoding under a protocol is computed at its first use, once for all processes.
+
+    All processes call `encode` and `check_fits` together.
+    """
+
+    def __init__(self, items: Sequence[HellaSwagItem], tokenizer, accelerator):
+        self.items, self.tokenizer, self.accelerator = items, tokenizer, accelerator
+        self._encoded: dict[str, EncodedHellaSwag] = {}
+
+    def encode(self, protocol: str) -> EncodedHellaSwag:
+        """Return the items under the protocol `original` or `lm_eval`, as `encode_hellaswag` does."""
+        if protocol not in self._encoded:
+            encode = partial(encode_hellaswag, self.items, self.tokenizer, protocol)
+            self._encoded[protocol] = compute_once(encode, self.accelerator)
+        return self._encoded[protocol]
+
+    def check_fits(self, max_positions: int | None) -> None:
+        """Raise a `UserError` if an ending is too long for a model, under any protocol.
+
+        Protocols render an ending almost alike, so only endings that are long under one are encoded under the other.
+        """
+        original = self.encode("original")
+        original.count_truncated(max_positions)
+        if max_positions is not None:
+            long = [
+                item
+                for item, encoded in zip(self.items, original.items, strict=True)
+                if 2 * max(map(len, encoded.ending_ids)) > max_positions
+            ]
+            if long:
+                encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
+
+
+def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
+    """Yield the ids of each item's texts. Many texts in a call are several times as fast as a few."""
+    options = {"split_special_tokens": True, "return_attention_mask": False}
+    for start in range(0, len(texts_by_item), ITEMS_PER_ENCODING):
+        chunk = texts_by_item[start : start + ITEMS_PER_ENCODING]
+        encoded = tokenizer(list(itertools.chain(*chunk)), add_special_tokens=add_special_tokens, **options)
+        ids = iter(encoded["input_ids"])
+        for texts in chunk:
+            yield list(itertools.islice(ids, len(texts)))
+
+
+def _build_encoded_item(
+    item: HellaSwagItem, context_ids: list[int], ending_ids: list[list[int]], ending_lengths: list[int]
+) -> EncodedItem:
+    if not context_ids or not all(ending_ids):
+        raise UserError(
+            f"the tokenizer makes no token of the context or of an ending of item {item.ind}: put the tokenizer that "
+            "the model was trained with beside it"
+        )
+    return EncodedItem(context_ids, ending_ids, ind=item.ind, label=item.label, ending_lengths=tuple(ending_lengths))

@@ -1,0 +1,43 @@
+"""What a model can take: token ids and positions."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_gpt2_repro.core.errors import UserError
+
+
+def get_max_positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model can attend to, or `None` if its configuration sets no limit."""
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if n_positions == -1 else n_positions  # XLNet's value for no limit
+
+
+def check_sequence_length(model: nn.Module, sequence_length: int, name: str) -> None:
+    """Check that a model called `name` has a position for each token of a window.
+
+    Raises:
+        UserError: `sequence_length` exceeds its positions.
+    """
+    n_positions = get_max_positions(model)
+    if n_positions is not None and sequence_length > n_positions:
+        raise UserError(f"--sequence_length {sequence_length} is longer than the {n_positions} positions of {name}")
+
+
+def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: str = "--model") -> None:
+    """Check that a model has an embedding for every token id up to `largest_id`.
+
+    Pass the largest id in the text, not in the vocabulary: some tokenizers have more ids than their model has
+    embeddings, and no text produces those.
+
+    Args:
+        name, flag: what the user gave as the model, and by which flag, for error messages.
+
+    Raises:
+        UserError: an id has no embedding.
+    """
+    n_rows = model.get_input_embeddings().num_embeddings
+    if largest_id >= n_rows:
+        raise UserError(
+            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer makes id {largest_id} of the "
+            "text: put the tokenizer that the model was trained with into the folder"
+        )

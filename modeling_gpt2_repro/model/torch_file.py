@@ -1,0 +1,103 @@
+"""Files of `torch.save`, as other projects write them, read without running any code in them.
+
+`torch.load(weights_only=True)` admits tensors and plain containers. Checkpoints also hold what a project kept beside
+its weights: a configuration object, NumPy's losses, paths. A stand-in takes the place of each such class, by its name
+alone: the class itself is never looked up.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
+from modeling_gpt2_repro.model.convert_llmc import read_llmc_model
+
+CONFIG_CLASS = re.compile(r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)")
+IGNORED_CLASS = re.compile(
+    r"(numpy|pathlib|datetime|decimal|uuid)\.[\w.]+"
+    r"|builtins\.(bool|bytes|complex|dict|Ellipsis|float|frozenset|int|list|range|set|slice|str|tuple)"
+)
+
+
+class SavedConfig:
+    """Stands in for a configuration class, such as build-nanogpt's `GPTConfig`: its fields without its code."""
+
+
+class IgnoredValue:
+    """Stands in for a value that conversion does not need: accepts any arguments and state, and keeps nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def make_dict(*_: Any) -> dict:
+    """Stands in for `defaultdict`."""
+    return {}
+
+
+def read_checkpoint_file(path: Path) -> dict[str, Any]:
+    """Read the dict in a file of `torch.save` (memory-mapped if its format allows), safetensors or llm.c.
+
+    Raises:
+        UserError: there is no such file, it is of another kind or damaged, or reading it would run code.
+    """
+    if path.is_dir():
+        raise UserError(
+            f"--checkpoint {path} is a folder: give the file in it; one with a config.json needs no conversion"
+        )
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} is not a file: give the .pt file itself")
+    content = describe_content(path)
+    if content == LLMC_MODEL:
+        return read_llmc_model(path)
+    if content not in (None, SAFETENSORS, ZIP):
+        raise UserError(f"{path} is not a file of torch.save: it is {content}")
+    try:
+        saved = safetensors.torch.load_file(path) if content == SAFETENSORS else _unpickle(path, content == ZIP)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise_if_refused(error, path)
+        # From torch's message what is wrong, without its advice to read the file as code.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not a whole file of torch.save: {reason}") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint's dict")
+    return saved
+
+
+def _unpickle(path: Path, is_mapped: bool) -> Any:
+    """Read a file, with a stand-in for each class that torch refuses and that is known to be data."""
+    stand_ins: dict[str, Callable] = {}
+    while True:
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),  # about the pickle protocol
+                torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]),
+            ):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        except Exception as error:
+            refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+            name = refused and (refused[1] if "." in refused[1] else f"builtins.{refused[1]}")
+            if name is None or name in stand_ins:
+                raise
+        stand_ins[name] = _choose_stand_in(name, path)
+
+
+def _choose_stand_in(name: str, path: Path) -> Callable:
+    if CONFIG_CLASS.fullmatch(name):
+        return SavedConfig
+    if name == "collections.defaultdict":
+        return make_dict
+    if IGNORED_CLASS.fullmatch(name):
+        return IgnoredValue
+    raise UserError(f"{path} would run code ({name}) to be read: save the model's state_dict() alone")

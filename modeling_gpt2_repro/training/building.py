@@ -1,0 +1,111 @@
+"""Building the model of a run: its shape, and its initial weights."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
+from modeling_gpt2_repro.core.devices import measure_total_memory
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.model.limits import check_sequence_length
+from modeling_gpt2_repro.model.loading import explained_loading, load_model
+from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from modeling_gpt2_repro.training.config import TrainingConfig
+
+DEFAULT_SIZE = "124M"
+SHAPE = ("n_layer", "n_head", "n_embd")
+
+
+def build_model(source: str, config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
+    """Build a model in float32 on the CPU: from `scratch`, by the seed alone, or from a folder or Hub id.
+
+    Dropout follows the config in either case, not what existing weights were trained with.
+
+    Raises:
+        UserError: there is no such model, or it contradicts the config or the tokenizer.
+    """
+    if source == "scratch":
+        model_config = _build_config(config, len(tokenizer), tokenizer.eos_token_id)
+        _check_memory(model_config)
+        torch.manual_seed(config.seed)
+        return GPT2ReproForCausalLM(model_config)
+
+    _check_memory(_load_config(source))
+    model = load_model(GPT2ReproForCausalLM, source, dtype=torch.float32, **_get_dropouts(config))
+    for name, value in {**resolve_shape(config), "vocab_size": len(tokenizer)}.items():
+        if getattr(model.config, name) != value:
+            asked_by = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
+            raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {asked_by} says {value}")
+    check_sequence_length(model, config.sequence_length, source)
+    return model
+
+
+def resolve_shape(config: TrainingConfig) -> dict[str, int]:
+    """Return the layers, heads and width that the config asks for, which may be none for existing weights.
+
+    Raises:
+        UserError: an unknown `model_size`.
+    """
+    size = config.model_size or (DEFAULT_SIZE if config.init_from == "scratch" else None)
+    if size is not None and size not in MODEL_SIZES:
+        raise UserError(f"unknown --model_size {size}: use one of {', '.join(MODEL_SIZES)}")
+    wanted = {name: getattr(config, name) for name in SHAPE}
+    return MODEL_SIZES.get(size, {}) | {name: value for name, value in wanted.items() if value is not None}
+
+
+def load_shape(source: str) -> dict[str, int]:
+    """Return the layers, heads and width of a model in a folder or on the Hub.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    model_config = _load_config(source)
+    return {name: getattr(model_config, name) for name in SHAPE}
+
+
+def build_skeleton(config: TrainingConfig, vocab_size: int) -> GPT2ReproForCausalLM:
+    """Build the model that a run would train on the meta device, without weights, to count its parameters.
+
+    Raises:
+        UserError: the shape is impossible, or `init_from` has no configuration.
+    """
+    if config.init_from == "scratch":
+        model_config = _build_config(config, vocab_size, eos_token_id=None)
+    else:
+        model_config = _load_config(config.init_from)
+    with torch.device("meta"):
+        return GPT2ReproForCausalLM(model_config)
+
+
+def _build_config(config: TrainingConfig, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
+    shape = resolve_shape(config)
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
+    return GPT2ReproConfig(
+        vocab_size=vocab_size,
+        n_positions=config.sequence_length,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        **shape,
+        **_get_dropouts(config),
+    )
+
+
+def _check_memory(model_config: GPT2ReproConfig) -> None:
+    """Raise a `UserError` for a model whose weights alone exceed the machine's memory: trying would kill processes."""
+    n_embd, n_rows = model_config.n_embd, model_config.vocab_size + model_config.n_positions
+    matrices = 12 * model_config.n_layer * n_embd**2 + n_rows * n_embd
+    memory = measure_total_memory()
+    if memory is not None and 4 * matrices > memory:
+        raise UserError(
+            f"a model of {matrices:,} parameters takes {4 * matrices / 1e9:,.1f} GB, and this machine has "
+            f"{memory / 1e9:,.1f} GB: use a smaller --model_size, --n_layer, --n_embd or --sequence_length"
+        )
+
+
+def _get_dropouts(config: TrainingConfig) -> dict[str, float]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+
+
+def _load_config(source: str) -> GPT2ReproConfig:
+    with explained_loading(source):
+        return GPT2ReproConfig.from_pretrained(source)

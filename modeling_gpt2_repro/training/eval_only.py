@@ -1,0 +1,79 @@
+"""`train.py --eval_only`: evaluate any model as a run evaluates its own, and keep the result as a baseline."""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.streams import silence_libraries
+from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
+from modeling_gpt2_repro.data.text_bytes import NOTE
+from modeling_gpt2_repro.evaluation import baseline as baselines
+from modeling_gpt2_repro.evaluation.evaluator import Evaluator, load_evaluator
+from modeling_gpt2_repro.evaluation.validation import ValidationResult, measure_loss
+from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.inputs import Inputs, open_inputs
+
+
+def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Print the validation loss and the HellaSwag score of `init_from`, and keep them in the data folder.
+
+    All processes call this together; the numbers do not depend on how many there are.
+
+    Raises:
+        UserError: data or model are missing or broken, or the model cannot read the data's tokens.
+    """
+    silence_libraries()
+    inputs = open_inputs(config, accelerator)
+    path = Path(config.data_dir) / BASELINES_NAME
+    baselines.read_baselines(path)  # a damaged file ends the command now, and not when the result is added to it
+    evaluator = load_evaluator(config.init_from, accelerator, flag="--init_from")
+    evaluator.check_fits(config.data_dir, inputs.tokenizer, config.sequence_length)
+
+    precision, validation, hellaswag = accelerator.mixed_precision, None, None
+    if inputs.val_set is not None:
+        validation = baselines.record_validation(measure_validation(evaluator, inputs, config), precision)
+    if inputs.hellaswag is not None:
+        (score,) = evaluator.evaluate_hellaswag(inputs.hellaswag, ["original"])
+        hellaswag = baselines.record_hellaswag(score, config.hellaswag_file, config.hellaswag_limit, precision)
+    if accelerator.is_main_process:
+        baseline = baselines.Baseline(
+            model=baselines.identify_model(config.init_from),
+            val_checksums=list_checksums(config.data_dir, "val"),
+            eval_tokens=config.eval_tokens,
+            sequence_length=config.sequence_length,
+            validation=validation,
+            hellaswag=hellaswag,
+        )
+        print(baselines.format_baseline(baseline))
+        print(f"device      {describe_device(accelerator, config.mixed_precision)}")
+        keep(baseline, path)
+
+
+def measure_validation(evaluator: Evaluator, inputs: Inputs, config: TrainingConfig) -> ValidationResult:
+    """Compute the loss on the tokens that a run with this configuration is validated on."""
+    accelerator = evaluator.accelerator
+    if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
+        print(NOTE, flush=True)
+    largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
+    return measure_loss(
+        evaluator.model,
+        inputs.val_set,
+        config.eval_tokens // config.sequence_length,
+        largest_batch_size=largest if config.micro_batch_size == "auto" else int(config.micro_batch_size),
+        n_bytes=inputs.eval_bytes.count,
+        accelerator=accelerator,
+    )
+
+
+def keep(baseline: baselines.Baseline, path: Path) -> None:
+    """Add a baseline to the file at `path`, or warn that it could not be: what was printed is valid either way."""
+    try:
+        baselines.save_baseline(path, baseline)
+    except (OSError, UserError) as error:
+        reason = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: warning: the result was not kept: {reason}", file=sys.stderr, flush=True)
+    else:
+        print(f"kept in     {path}", flush=True)

@@ -1,0 +1,44 @@
+"""What a run reads: its token shards, their tokenizer, and the questions that it is scored on."""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gpt2_repro.data.dataset import TokenDataset
+from modeling_gpt2_repro.data.text_bytes import TextBytes, count_text_bytes
+from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer
+from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
+from modeling_gpt2_repro.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a run; what is never evaluated, or trained on, is `None`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_set: TokenDataset | None
+    val_set: TokenDataset | None
+    eval_bytes: TextBytes | None
+    hellaswag: HellaSwagQuestions | None
+
+
+def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
+    """Open the shards and load what the run is evaluated on.
+
+    Raises:
+        UserError: any of it is missing or damaged, or does not belong together.
+    """
+    tokenizer = load_data_tokenizer(config.data_dir)
+    train_set = val_set = eval_bytes = hellaswag = None
+    if not config.eval_only:
+        train_set = TokenDataset(config.data_dir, "train", config.sequence_length, len(tokenizer))
+    if config.eval_every:
+        val_set = TokenDataset(config.data_dir, "val", config.sequence_length, len(tokenizer))
+        eval_bytes = count_text_bytes(val_set, config.eval_tokens // config.sequence_length, tokenizer)
+    if config.hellaswag_every:
+        with accelerator.main_process_first():
+            items = load_hellaswag(config.hellaswag_file, config.hellaswag_limit)
+        hellaswag = HellaSwagQuestions(items, tokenizer, accelerator)
+    return Inputs(tokenizer, train_set, val_set, eval_bytes, hellaswag)

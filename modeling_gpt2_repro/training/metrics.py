@@ -1,0 +1,93 @@
+"""The numbers of a run, one JSON object a line, and what they say of one model."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Numbers from here on have no place on an axis, and no run has them.
+LARGEST_METRIC = 1e100
+# How the names of metrics begin that are measured of one model now and then.
+MEASURED = ("val/", "hellaswag")
+
+Metrics = dict[str, float]
+
+
+def read_json_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
+    """Read the objects of a JSON-lines file that have a step, from byte `start`; none if there is no file.
+
+    Lines that a crash or a damaged disk left broken are skipped.
+    """
+    if not path.exists():
+        return []
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        text = stream.read().decode("utf-8", errors="replace")
+    objects = (_parse_object(line) for line in text.split("\n"))
+    return [content for content in objects if isinstance(content.get("step"), int)]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one if the file is missing or holds none."""
+    return _parse_object(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else {}
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair, which could be written nowhere
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_metrics(path: Path, start: int = 0) -> list[Metrics]:
+    """Read the lines of `metrics.jsonl` from byte `start`, each its step and other numbers; the rest is skipped."""
+    lines = [
+        {
+            name: value
+            for name, value in line.items()
+            if type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
+        }
+        for line in read_json_lines(path, start)
+    ]
+    return [line for line in lines if line.get("step", -1) >= 0]
+
+
+def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
+    """Return what is recorded of the model after `step` updates (`None`: of the last model), and the step.
+
+    A metric that every step has counts with its last value. What is measured of one model now and then is not true of
+    the next one, so of these only the values at this very step count.
+    """
+    if not lines:
+        return {}
+    step = max(int(line["step"]) for line in lines) if step is None else step
+    merged: Metrics = {}
+    for line in lines:
+        is_of_model = line["step"] == step
+        merged |= {name: value for name, value in line.items() if is_of_model or not name.startswith(MEASURED)}
+    return merged | {"step": step}
+
+
+def find_last_validation(lines: Sequence[Metrics]) -> Metrics | None:
+    """Return the line of the last validation, if there was one."""
+    return max((line for line in lines if "val/loss" in line), key=lambda line: line["step"], default=None)
+
+
+def format_validation(line: Metrics) -> str:
+    """Write a validation loss with its units."""
+    text = f"{line['val/loss']:.4f} nats a token"
+    return text + (f", {line['val/bpb']:.4f} bits a byte" if "val/bpb" in line else "")
+
+
+def format_log_lines(metrics: Metrics) -> Iterator[str]:
+    """Yield a line of metrics as the original script logged them, where train n is the loss of update n + 1."""
+    step = int(metrics["step"])
+    if "train/loss" in metrics:
+        yield f"{step - 1} train {metrics['train/loss']:.6f}\n"
+    if "val/loss" in metrics:
+        yield f"{step} val {metrics['val/loss']:.4f}\n"
+    if "hellaswag/acc_norm" in metrics:
+        yield f"{step} hella {metrics['hellaswag/acc_norm']:.4f}\n"
