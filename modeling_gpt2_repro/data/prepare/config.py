@@ -47,9 +47,6 @@ class PrepareConfig(Config):
         "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
     )
     text_column: str = experiment("text", "the column, or JSON key, that holds a document's text")
-    max_tokens: int | None = experiment(
-        None, "read no more documents than reach this many tokens; none means all", least=1, below=2**63
-    )
 
     output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards", heading="shards", path=True)
     tokenizer: str = experiment(
@@ -62,6 +59,9 @@ class PrepareConfig(Config):
         "one shard, at most a tenth of the corpus",
         least=1,
         below=2**63,
+    )
+    max_tokens: int | None = experiment(
+        None, "read no more documents than reach this many tokens; none means all", least=1, below=2**63
     )
     seed: int = experiment(1337, "order of the training documents", least=0, below=2**64)
     no_shuffle: bool = experiment(False, "keep the training documents in source order")
