@@ -25,7 +25,7 @@ from modeling_gpt2_repro.data.shards import (
     map_files,
     read_tokens,
 )
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_data_tokenizer, token_byte_lengths
+from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer, token_byte_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,80 +46,46 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DocumentIndex:
-    """Where the documents of a split begin: one number a chunk, so that a document is found by reading one chunk.
-
-    Attributes:
-        files: the split's shards in order.
-        chunk_bounds: where each chunk begins in the split, and where the last one ends, int64 of shape
-            `(chunks + 1,)`; no chunk lies in two files.
-        documents_before: documents that begin before each of these bounds, int64 of the same shape.
-    """
-
-    split: Split
-    files: dict[Path, np.ndarray]
-    eot_id: int
-    chunk_bounds: np.ndarray
-    documents_before: np.ndarray
-
-    @property
-    def documents(self) -> int:
-        """Documents that begin in the split."""
-        return int(self.documents_before[-1])
-
-    def read_document(self, number: int, max_ids: int) -> Document:
-        """Read document `number`, counted from 0 in the order of the split, with up to `max_ids` of its ids."""
-        start, end = self._find_start(number), self._find_start(number + 1)
-        ids = read_tokens(self.files.values(), start + 1, min(end, start + 1 + max_ids))
-        return Document(self.split, *self._locate(start), end - start, ids)
-
-    def _locate(self, position: int) -> tuple[str, int]:
-        """Return the name of the file at a position of the split, and the position in that file."""
-        for path, tokens in self.files.items():
-            if position < len(tokens):
-                return path.name, position
-            position -= len(tokens)
-        raise IndexError(position)
-
-    def _find_start(self, number: int) -> int:
-        """Return where a document begins in the split; after the last one, where the split ends."""
-        if number == self.documents:
-            return int(self.chunk_bounds[-1])
-        chunk = int(np.searchsorted(self.documents_before, number, side="right")) - 1
-        start, end = self.chunk_bounds[chunk : chunk + 2].tolist()
-        positions = np.flatnonzero(read_tokens(self.files.values(), start, end) == self.eot_id)
-        return start + int(positions[number - self.documents_before[chunk]])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class SplitStatistics:
     """One split, counted.
 
     A document is an end-of-text id and what follows it up to the next one, across files; lengths include that id.
 
     Attributes:
-        tokens: all tokens.
-        tokens_before_first: those before the first end-of-text id, the rest of a document that began elsewhere. They
-            count in `tokens` and `token_counts` and belong to no document.
+        files: the split's shards in order.
         text_bytes: UTF-8 bytes that the tokens stand for.
         token_counts: how often each id occurs, int64 of shape `(vocab_size,)`.
         lengths: the lengths that documents have, in tokens, ascending, int64; `length_counts`: how many have each.
-        index: finds documents.
+        chunk_bounds: where each chunk begins in the split, and where the last one ends, int64 of shape
+            `(chunks + 1,)`; no chunk lies in two files.
+        documents_before: documents that begin before each of these bounds, int64 of the same shape. A document is
+            found by reading one chunk.
     """
 
     split: Split
-    tokens: int
-    tokens_before_first: int
+    files: dict[Path, np.ndarray]
+    eot_id: int
     text_bytes: int
     token_counts: np.ndarray
     lengths: np.ndarray
     length_counts: np.ndarray
-    index: DocumentIndex
+    chunk_bounds: np.ndarray
+    documents_before: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return int(self.chunk_bounds[-1])
 
     @property
     def documents(self) -> int:
         """Documents that begin in the split."""
-        return self.index.documents
+        return int(self.documents_before[-1])
+
+    @property
+    def tokens_before_first(self) -> int:
+        """Tokens before the first end-of-text id: the rest of a document that began elsewhere."""
+        return self.tokens - int(self.lengths @ self.length_counts)
 
     @property
     def ids_in_use(self) -> int:
@@ -127,30 +93,36 @@ class SplitStatistics:
         return int(np.count_nonzero(self.token_counts))
 
     @property
-    def documents_without_text(self) -> int:
-        """Documents that are an end-of-text id and nothing else."""
-        return int(self.length_counts[self.lengths == 1].sum())
-
-    @property
     def mean_length(self) -> float:
-        """Tokens a document."""
-        return (self.tokens - self.tokens_before_first) / self.documents
+        """Tokens per document."""
+        return int(self.lengths @ self.length_counts) / self.documents
 
     def find_length(self, percent: int) -> int:
         """Return the smallest length that at least `percent` percent of the documents do not exceed."""
-        documents = np.cumsum(self.length_counts)
-        rank = max(1, -(-percent * int(documents[-1]) // 100))
-        return int(self.lengths[np.searchsorted(documents, rank)])
-
-    def count_lengths(self, edges: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Count the documents of a length in [edges[i], edges[i + 1]) for each i, int64."""
-        below = np.concatenate([[0], np.cumsum(self.length_counts)])
-        return np.diff(below[np.searchsorted(self.lengths, edges)])
+        return int(np.percentile(self.lengths, percent, weights=self.length_counts, method="inverted_cdf"))
 
     def list_most_common(self, count: int) -> list[int]:
         """Return up to `count` ids that occur, the most common first, the lower id first among equals."""
         order = np.argsort(-self.token_counts, kind="stable")[:count]
         return order[self.token_counts[order] > 0].tolist()
+
+    def read_document(self, number: int, max_ids: int) -> Document:
+        """Read document `number`, counted from 0 in the order of the split, with up to `max_ids` of its ids."""
+        start, end = self._find_start(number), self._find_start(number + 1)
+        ids = read_tokens(self.files.values(), start + 1, min(end, start + 1 + max_ids))
+        file_ends = np.cumsum([len(tokens) for tokens in self.files.values()])
+        path, tokens = list(self.files.items())[np.searchsorted(file_ends, start, side="right")]
+        position = start - int(file_ends[file_ends > start][0]) + len(tokens)
+        return Document(self.split, path.name, position, end - start, ids)
+
+    def _find_start(self, number: int) -> int:
+        """Return where a document begins in the split; after the last one, where the split ends."""
+        if number == self.documents:
+            return self.tokens
+        chunk = int(np.searchsorted(self.documents_before, number, side="right")) - 1
+        start, end = self.chunk_bounds[chunk : chunk + 2].tolist()
+        positions = np.flatnonzero(read_tokens(self.files.values(), start, end) == self.eot_id)
+        return start + int(positions[number - self.documents_before[chunk]])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,7 +131,6 @@ class Inspection:
 
     folder: Path
     manifest: Manifest | None
-    tokenizer_name: str
     tokenizer: PreTrainedTokenizerFast
     splits: list[SplitStatistics]
     documents: list[Document]
@@ -197,14 +168,7 @@ def inspect_folder(
         )
         for split in files
     ]
-    return Inspection(
-        folder=folder,
-        manifest=manifest,
-        tokenizer_name=manifest.tokenizer if manifest is not None else GPT2_TOKENIZER,
-        tokenizer=tokenizer,
-        splits=splits,
-        documents=choose_documents([statistics.index for statistics in splits], n_documents, seed, max_ids),
-    )
+    return Inspection(folder, manifest, tokenizer, splits, choose_documents(splits, n_documents, seed, max_ids))
 
 
 def scan_split(
@@ -244,31 +208,31 @@ def scan_split(
             beyond = describe_ids_beyond(tokens, vocab_size)
             raise UserError(f"{path} {beyond}: it is damaged, or another tokenizer wrote it")
     length_counts.update((n_tokens - last_start).tolist())
-    lengths = np.array(sorted(length_counts), dtype=np.int64)
-    counts_by_length = np.array([length_counts[length] for length in lengths.tolist()], dtype=np.int64)
+    lengths = sorted(length_counts)
     return SplitStatistics(
         split=split,
-        tokens=n_tokens,
-        tokens_before_first=n_tokens - int(lengths @ counts_by_length),
+        files=files,
+        eot_id=eot_id,
         text_bytes=int(token_counts[:vocab_size] @ byte_lengths),
         token_counts=token_counts[:vocab_size],
-        lengths=lengths,
-        length_counts=counts_by_length,
-        index=DocumentIndex(split, files, eot_id, np.array(chunk_bounds), np.array(documents_before)),
+        lengths=np.array(lengths, dtype=np.int64),
+        length_counts=np.array([length_counts[length] for length in lengths], dtype=np.int64),
+        chunk_bounds=np.array(chunk_bounds),
+        documents_before=np.array(documents_before),
     )
 
 
-def choose_documents(indices: Sequence[DocumentIndex], count: int, seed: int, max_ids: int) -> list[Document]:
+def choose_documents(splits: Sequence[SplitStatistics], count: int, seed: int, max_ids: int) -> list[Document]:
     """Read `count` different documents, each as likely as any other of all splits, in the order of the splits.
 
     The choice is a function of the seed and the number of documents; all of them where there are no more than `count`.
     """
-    n_documents = [index.documents for index in indices]
+    total = sum(split.documents for split in splits)
     generator = np.random.default_rng(seed)
-    numbers = generator.choice(sum(n_documents), min(count, sum(n_documents)), replace=False, shuffle=False)
+    numbers = np.sort(generator.choice(total, min(count, total), replace=False, shuffle=False))
     documents = []
-    for index in indices:
-        of_split = numbers[(numbers >= 0) & (numbers < index.documents)]
-        documents += [index.read_document(int(number), max_ids) for number in np.sort(of_split)]
-        numbers = numbers - index.documents
+    for split in splits:
+        of_split = numbers[numbers < split.documents]
+        documents += [split.read_document(number, max_ids) for number in of_split.tolist()]
+        numbers = numbers[len(of_split) :] - split.documents
     return documents

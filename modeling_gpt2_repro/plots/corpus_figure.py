@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.files import follow_links
@@ -22,7 +22,7 @@ from modeling_gpt2_repro.plots.figures import (
     save_figure,
 )
 
-BINS_PER_DOUBLING = 4
+LENGTH_BINS = 48
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
 LABEL_CHARACTERS = 18
 # Of English words, Zipf found that the one of rank r makes up about a tenth of all, divided by r.
@@ -66,26 +66,25 @@ def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
     edges = list_length_edges(min(split.find_length(0) for split in splits), max(s.find_length(100) for s in splits))
     for split in splits:
         colour = SPLIT_COLOURS[split.split]
-        shares = split.count_lengths(edges) / split.documents
+        counts, _ = np.histogram(split.lengths, edges, weights=split.length_counts)
+        shares = counts / split.documents
         label = f"{split.split}: median {split.find_length(50):,}, mean {split.mean_length:,.0f}"
         axes.stairs(shares, edges, color=colour, fill=True, alpha=0.18)
         axes.stairs(shares, edges, color=colour, linewidth=1.4, label=label)
         axes.axvline(split.find_length(50), color=colour, linestyle=":", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(_write_percent)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
 
 
 def list_length_edges(shortest: int, longest: int) -> np.ndarray:
-    """Return whole numbers, ascending, at even distances on a logarithmic axis, that enclose all lengths, int64.
+    """Return ascending whole numbers, int64, evenly spaced on a logarithmic axis, that enclose all lengths.
 
     Lengths are whole: edges between them would leave bins that nothing can fall into.
     """
-    first, last = (int(np.floor(BINS_PER_DOUBLING * np.log2(length))) for length in (shortest, longest))
-    edges = np.ceil(2.0 ** (np.arange(first - 1, last + 3) / BINS_PER_DOUBLING)).astype(np.int64)
-    return np.unique(edges)
+    return np.unique(np.ceil(np.geomspace(shortest, longest + 1, LENGTH_BINS)).astype(np.int64))
 
 
 def _draw_frequencies(axes: Axes, splits: list[SplitStatistics]) -> None:
@@ -110,29 +109,21 @@ def _draw_most_common(axes: Axes, splits: list[SplitStatistics], tokenizer: PreT
     """Draw the most common tokens of the first split as bars, and their shares of another one as dots."""
     ids = splits[0].list_most_common(MOST_COMMON)
     rows = np.arange(len(ids))
-    axes.barh(rows, splits[0].token_counts[ids] / splits[0].tokens, height=0.7, alpha=0.75, **_style(splits[0]))
-    for split in splits[1:]:
-        axes.plot(split.token_counts[ids] / max(1, split.tokens), rows, "o", markersize=4, **_style(split))
+    for split in splits:
+        style = {"color": SPLIT_COLOURS[split.split], "label": split.split}
+        shares = split.token_counts[ids] / max(1, split.tokens)
+        if split is splits[0]:
+            axes.barh(rows, shares, height=0.7, alpha=0.75, **style)
+        else:
+            axes.plot(shares, rows, "o", markersize=4, **style)
     font = FontProperties(family=TOKEN_FONT, size=9)
     labels = [make_drawable(token, font) for token in quote_tokens(tokenizer, ids)]
-    axes.set_yticks(rows, [_shorten(label) for label in labels], fontproperties=font, parse_math=False)
+    axes.set_yticks(rows, [label[:LABEL_CHARACTERS] for label in labels], fontproperties=font, parse_math=False)
     axes.invert_yaxis()
     axes.set_title("most common tokens", fontsize=11)
     axes.set_xlabel("share of all tokens")
-    axes.xaxis.set_major_formatter(_write_percent)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower right", fontsize=9, edgecolor="none", framealpha=0.8)
     finish_axes(axes)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-
-
-def _style(split: SplitStatistics) -> dict[str, str]:
-    return {"color": SPLIT_COLOURS[split.split], "label": split.split}
-
-
-def _write_percent(share: float, _: int) -> str:
-    return f"{100 * share:.3g}%"
-
-
-def _shorten(label: str) -> str:
-    return label if len(label) <= LABEL_CHARACTERS else f"{label[: LABEL_CHARACTERS - 4]}...{label[-1]}"

@@ -1,19 +1,18 @@
 """A data folder in words: its statistics as tables for a terminal, and documents in a form that cannot harm one."""
 
-import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.inspection import Document, Inspection, SplitStatistics
 from modeling_gpt2_repro.data.shards import Manifest
-from modeling_gpt2_repro.data.tokenizer import spell_tokens
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, spell_tokens
 
 PREVIEW_CHARACTERS = 600
-# A character is at most four tokens, one for each byte of its UTF-8.
-PREVIEW_IDS = 4 * PREVIEW_CHARACTERS
+# A character is at most four tokens, one for each byte of its UTF-8; one more shows that the text continues.
+PREVIEW_IDS = 4 * PREVIEW_CHARACTERS + 1
 MOST_COMMON = 20
-BAR_CHARACTERS = 24
 FILES_NAMED = 3
 PERCENTILES = (("shortest", 0), ("10 %", 10), ("median", 50), ("90 %", 90), ("longest", 100))
 
@@ -27,7 +26,6 @@ def describe_inspection(inspection: Inspection, encoding: str) -> str:
     blocks = [
         [str(inspection.folder), *_describe_origin(inspection)],
         _tabulate_counts(splits, len(tokenizer)),
-        _tabulate_lengths([split for split in splits if split.documents]),
         _tabulate_most_common(splits, tokenizer),
         _describe_oddities(inspection),
     ]
@@ -60,7 +58,8 @@ def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list
 
 def _describe_origin(inspection: Inspection) -> list[str]:
     manifest, tokenizer = inspection.manifest, inspection.tokenizer
-    described = f"{inspection.tokenizer_name}, {len(tokenizer):,} ids, end-of-text id {tokenizer.eos_token_id}"
+    name = manifest.tokenizer if manifest is not None else GPT2_TOKENIZER
+    described = f"{name}, {len(tokenizer):,} ids, end-of-text id {tokenizer.eos_token_id}"
     if manifest is None:
         return [f"  no manifest: taken for ids of {described}"]
     order = f"shuffled with seed {manifest.seed}" if manifest.shuffled else "in source order"
@@ -86,69 +85,54 @@ def _describe_source(manifest: Manifest) -> str:
 
 
 def _tabulate_counts(splits: Sequence[SplitStatistics], vocab_size: int) -> list[str]:
-    columns = [["", "shards", "tokens", "documents", "bytes of text", "bytes a token", "tokens a byte", "ids in use"]]
-    columns[0] += [f"  of {vocab_size:,}", "tokens a document", "  mean", *(f"  {name}" for name, _ in PERCENTILES)]
-    for split in splits:
-        column = [split.split, f"{len(split.index.files):,}", f"{split.tokens:,}", f"{split.documents:,}"]
-        column += [f"{split.text_bytes:,}", _divide(split.text_bytes, split.tokens)]
-        column += [_divide(split.tokens, split.text_bytes), f"{split.ids_in_use:,}"]
-        column += [f"{split.ids_in_use / vocab_size:.1%}", ""]
-        if split.documents:
-            column += [f"{split.mean_length:,.1f}", *(f"{split.find_length(percent):,}" for _, percent in PERCENTILES)]
-        else:
-            column += ["-"] * (1 + len(PERCENTILES))
-        columns.append(column)
-    return _align(zip(*columns, strict=True))
+    columns = [_count(split, vocab_size) for split in splits]
+    return _align([name, *(column[name] for column in columns)] for name in columns[0])
 
 
-def _divide(numerator: int, denominator: int) -> str:
-    return f"{numerator / denominator:.3f}" if denominator else "-"
+def _count(split: SplitStatistics, vocab_size: int) -> dict[str, str]:
+    def describe_length(percent: int) -> str:
+        return f"{split.find_length(percent):,}" if split.documents else "-"
 
-
-def _tabulate_lengths(splits: Sequence[SplitStatistics]) -> list[str]:
-    """Return a histogram whose bins double: a line each for lengths of 2**n to 2**(n + 1) - 1 tokens."""
-    if not splits:
-        return ["no end-of-text id, and so no documents"]
-    edges = [2**n for n in range(max(split.find_length(100) for split in splits).bit_length() + 1)]
-    shortest = min(split.find_length(0) for split in splits)
-    counts = [split.count_lengths(edges).tolist() for split in splits]
-    rows = [["tokens a document", *(cell for split in splits for cell in (split.split, "", ""))]]
-    for i in range(shortest.bit_length() - 1, len(edges) - 1):
-        row = [f"  {edges[i]:,} to {edges[i + 1] - 1:,}" if i else "  1"]
-        for of_split in counts:
-            bar = "#" * round(BAR_CHARACTERS * of_split[i] / max(of_split))
-            row += [f"{of_split[i]:,}", f"{of_split[i] / sum(of_split):.1%}", bar.ljust(BAR_CHARACTERS)]
-        rows.append(row)
-    return _align(rows)
+    return {
+        "": split.split,
+        "shards": f"{len(split.files):,}",
+        "tokens": f"{split.tokens:,}",
+        "documents": f"{split.documents:,}",
+        "bytes of text": f"{split.text_bytes:,}",
+        "bytes a token": f"{split.text_bytes / max(1, split.tokens):.3f}",
+        "ids in use": f"{split.ids_in_use:,}",
+        f"  of {vocab_size:,}": f"{split.ids_in_use / vocab_size:.1%}",
+        "tokens a document": "",
+        "  mean": f"{split.mean_length:,.1f}" if split.documents else "-",
+        **{f"  {name}": describe_length(percent) for name, percent in PERCENTILES},
+    }
 
 
 def _tabulate_most_common(splits: Sequence[SplitStatistics], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    rows = [["most common tokens"], *([f"  {rank}"] for rank in range(1, MOST_COMMON + 1))]
+    columns = []
     for split in splits:
         ids = split.list_most_common(MOST_COMMON)
+        shares = (split.token_counts[ids] / split.tokens).tolist()
         quoted = quote_tokens(tokenizer, ids)
-        width = max(map(len, quoted), default=0)
-        cells = [(split.split, "", "".ljust(width))]
-        cells += [
-            (f"{split.token_counts[index]:,}", f"{split.token_counts[index] / split.tokens:.2%}", token.ljust(width))
-            for index, token in zip(ids, quoted, strict=True)
-        ]
-        cells += [("", "", "")] * (len(rows) - len(cells))
-        rows = [[*row, *cell] for row, cell in zip(rows, cells, strict=True)]
-    return _align(row for row in rows if any(row[1:]))
+        columns.append([split.split, *(f"{token}  {share:6.2%}" for token, share in zip(quoted, shares, strict=True))])
+    ranks = ["most common tokens", *(f"  {rank}" for rank in range(1, max(map(len, columns))))]
+    return _align(itertools.zip_longest(ranks, *columns, fillvalue=""))
 
 
 def _describe_oddities(inspection: Inspection) -> list[str]:
     """Return a line for everything that makes the counts mean something else than they seem to."""
     lines, manifest = [], inspection.manifest
     for split in inspection.splits:
+        if not split.documents:
+            lines.append(f"{split.split} has no end-of-text id, and so no documents")
         if split.tokens_before_first:
             lines.append(
                 f"{split.split} begins inside a document: its {split.tokens_before_first:,} tokens before the first "
                 "end-of-text id count as tokens, but not as a document"
             )
-        if split.documents_without_text:
-            lines.append(f"{split.split} has {split.documents_without_text:,} documents without text")
+        without_text = int(split.length_counts[split.lengths == 1].sum())
+        if without_text:
+            lines.append(f"{split.split} has {without_text:,} documents without text")
         expected = getattr(manifest, split.split) if manifest is not None else None
         if expected is not None and expected.documents != split.documents:
             lines.append(
@@ -165,26 +149,10 @@ def _describe_oddities(inspection: Inspection) -> list[str]:
 
 
 def _describe_document(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    text, shown = _decode_front(document, tokenizer)
-    lines = [
-        f"--- {document.split}, {document.file}, position {document.position:,}, {document.tokens:,} tokens ---",
-        text,
-    ]
-    left_out = document.tokens - 1 - shown
-    return [*lines, f"[... {left_out:,} more tokens]"] if left_out else lines
-
-
-def _decode_front(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, int]:
-    """Return a document's text, or what of it fits a preview, and the number of tokens that this is."""
-
-    def decode(count: int) -> str:
-        return tokenizer.decode(document.ids[:count], clean_up_tokenization_spaces=False)
-
-    shown = bisect.bisect_right(range(len(document.ids) + 1), PREVIEW_CHARACTERS, key=lambda n: len(decode(n))) - 1
-    # No part of a character at the cut.
-    while shown < document.tokens - 1 and decode(shown).endswith("\ufffd"):
-        shown -= 1
-    return decode(shown), shown
+    header = f"--- {document.split}, {document.file}, position {document.position:,}, {document.tokens:,} tokens ---"
+    text = tokenizer.decode(document.ids, clean_up_tokenization_spaces=False)
+    is_whole = len(text) <= PREVIEW_CHARACTERS and len(document.ids) == document.tokens - 1
+    return [header, text[:PREVIEW_CHARACTERS], *([] if is_whole else ["[...]"])]
 
 
 def _align(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -61,33 +61,18 @@ def test_numbers_are_those_of_the_folder(write):
     assert table["documents"] == ["2", "3"]
     assert table["bytes of text"] == ["21", "26"]
     assert table["bytes a token"] == [f"{21 / 8:.3f}", f"{26 / 15:.3f}"]
-    assert table["tokens a byte"] == [f"{8 / 21:.3f}", f"{15 / 26:.3f}"]
     assert table["ids in use"] == ["3", "12"]
     assert table["shortest"] == ["3", "2"]
     assert table["median"] == ["3", "3"]
     assert table["longest"] == ["5", "10"]
     assert table["mean"] == ["4.0", "5.0"]
-    assert ["1", "5", "62.50%", "'", "the'", "3", "20.00%", "'<|endoftext|>'"] in [line.split() for line in lines]
-    bins = {name: cells for name, cells in table.items() if " to " in name}
-    assert bins == {
-        "2 to 3": ["1", "50.0%", "#" * 24, "2", "66.7%", "#" * 24],
-        "4 to 7": ["1", "50.0%", "#" * 24, "0", "0.0%"],
-        "8 to 15": ["0", "0.0%", "1", "33.3%", "#" * 12],
-    }
-
-
-def test_bars_are_as_long_as_the_counts(write):
-    histogram = describe(write(*["a"] * 4, *["a a a a"] * 2)).split("\n\n")[2].splitlines()
-    assert [line.split() for line in histogram[1:]] == [
-        ["2", "to", "3", "4", "66.7%", "#" * 24],
-        ["4", "to", "7", "2", "33.3%", "#" * 12],
-    ]
+    assert ["1", "'", "the'", "62.50%", "'<|endoftext|>'", "20.00%"] in [line.split() for line in lines]
 
 
 def test_columns_are_aligned(write):
-    tokens = describe(write("a", "a b c")).split("\n\n")[3].splitlines()
+    tokens = describe(write("a", "a b c")).split("\n\n")[2].splitlines()
     assert len(tokens) == 5
-    assert len({line.index("'") for line in tokens[1:]}) == 1
+    assert len({len(line) for line in tokens[1:]}) == 1
     assert len({line.index("%") for line in tokens[1:]}) == 1
 
 
@@ -99,26 +84,17 @@ def test_short_documents_are_shown_whole(write):
         in shown
     )
     assert shown.endswith("It’s naïve,\n\n  and\\tover\\x1b[2J.\n")  # noqa: RUF001
-    assert "more tokens" not in shown
+    assert "[...]" not in shown
 
 
-# In the last text a token begins in the 600th character and ends in the next.
-@pytest.mark.parametrize(
-    "text", ["word " * 2000, "日本語🙂" * 500, "🙂" * 601, "a" * 601, "x " * 299 + "x" + "\u899a\u9418" * 9]
-)
-def test_long_documents_are_cut_and_what_is_left_out_is_counted(write, tokenizer, text):
-    n_tokens = len(tokenizer(text)["input_ids"])
-    _, header, rest = describe(write(text), 1).partition("--- train")
-    preview, last = rest.split("\n", 1)[1].rsplit("\n", 1)
-    left_out = int(last.removeprefix("[... ").removesuffix(" more tokens]").replace(",", ""))
-    assert header
-    assert text.startswith(preview)
-    assert PREVIEW_CHARACTERS - 20 < len(preview) <= PREVIEW_CHARACTERS
-    assert tokenizer.decode(tokenizer(text)["input_ids"][: n_tokens - left_out]).rstrip("\ufffd") == preview
+@pytest.mark.parametrize("text", ["word " * 2000, "日本語🙂" * 500, "🙂" * 601, "a" * 601, "\u899a\u9418" * 301])
+def test_long_documents_are_cut(write, text):
+    _, _, rest = describe(write(text), 1).partition("--- train")
+    assert rest.split("\n", 1)[1] == text[:PREVIEW_CHARACTERS] + "\n[...]"
 
 
 def test_as_many_characters_as_a_preview_holds_are_not_cut(write):
-    assert "more tokens" not in describe(write("🙂" * PREVIEW_CHARACTERS), 1)
+    assert "[...]" not in describe(write("🙂" * PREVIEW_CHARACTERS), 1)
 
 
 def test_a_terminal_of_another_encoding_shows_all_of_it(write):
