@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links
 from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
@@ -23,7 +22,7 @@ from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_te
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.prepare.config import FOREIGN_FLAGS, PrepareConfig
 from modeling_gpt2_repro.data.prepare.pipeline import build_shards, run_stage
-from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions
+from modeling_gpt2_repro.data.prepare.request import Request
 from modeling_gpt2_repro.data.prepare.work_folder import (
     count_finished_pieces,
     finish_publishing,
@@ -56,60 +55,43 @@ SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
 def main(argv: Sequence[str] | None = None) -> int:
     # What is imported stays. The collector, walking it whenever a tokenizer's tables are read, doubles the start-up.
     gc.freeze()
-    settings = parse_arguments(PrepareConfig, argv, description=__doc__, foreign_flags=FOREIGN_FLAGS)
-    folder = Path(settings.output_dir)
-    if settings.verify:
+    config = parse_arguments(PrepareConfig, argv, description=__doc__, foreign_flags=FOREIGN_FLAGS)
+    folder = Path(config.output_dir)
+    if config.verify:
         manifest = verify_folder(folder)
         print(f"{folder}: {len(manifest.shards)} shards are as the manifest says")
-    if settings.inspect is not None:
-        inspect(folder, settings.inspect, settings.seed)
-    if not settings.verify and settings.inspect is None:
-        prepare(folder, settings)
+    if config.inspect is not None:
+        inspect(folder, config.inspect, config.seed)
+    if not config.verify and config.inspect is None:
+        prepare(folder, config)
     return 0
 
 
-def prepare(folder: Path, settings: PrepareConfig) -> None:
+def prepare(folder: Path, config: PrepareConfig) -> None:
     """Make the shards, or a share of one stage of that, unless they are already there."""
-    if settings.overwrite:
-        tokenizer = load_tokenizer(settings.tokenizer)
-    else:
-        tokenizer = load_tokenizer_for(folder, settings.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer) if config.overwrite else load_tokenizer_for(folder, config.tokenizer)
     finish_publishing(folder)
-    if is_already_there(folder, settings, tokenizer):
+    if is_already_there(folder, config, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
         return
-    request = build_request(folder, settings, tokenizer)
+    begun = None if config.overwrite else load_begun_source(folder, config.experiment)
+    request = Request(build_corpus(config, begun), tokenizer, config)
     with explained_errors(folder):
-        if settings.stage != "all":
-            pieces = run_stage(folder, request, settings.stage, settings.share)
-            print(f"--stage {settings.stage} --task {settings.task}: {pieces} pieces are finished")
+        if config.stage != "all":
+            pieces = run_stage(folder, request, config.stage, config.share)
+            print(f"--stage {config.stage} --task {config.task}: {pieces} pieces are finished")
             return
-        if not settings.overwrite and (finished := count_finished_pieces(folder)):
+        if not config.overwrite and (finished := count_finished_pieces(folder)):
             print(f"resuming in {get_work_path(folder)}, where {finished} pieces are finished")
         started = time.perf_counter()
-        with tqdm(total=settings.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
+        with tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
             manifest = build_shards(
                 folder,
                 request,
-                overwrite=settings.overwrite,
+                overwrite=config.overwrite,
                 report_progress=lambda tokens: bar.update(tokens - bar.n),
             )
     report(manifest, folder, time.perf_counter() - started)
-
-
-def build_request(folder: Path, settings: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> Request:
-    """Return what the settings ask for."""
-    recorded = settings.experiment
-    begun = None if settings.overwrite else load_begun_source(folder, recorded)
-    options = ShardOptions(
-        shard_size=settings.shard_size,
-        val_tokens=settings.val_tokens,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        shuffle=not settings.no_shuffle,
-        num_workers=settings.num_workers or count_cores(),
-    )
-    return Request(build_corpus(settings, begun), tokenizer, name_tokenizer(settings.tokenizer), options, recorded)
 
 
 @contextlib.contextmanager
@@ -142,14 +124,8 @@ def describe_machine_error(error: BaseException, folder: Path) -> str | None:
     return describe_refusal(refusal)
 
 
-def name_tokenizer(name_or_path: str) -> str:
-    """Return a Hub id as it is, and a folder's path so that it does not look like one."""
-    is_relative = Path(name_or_path).is_dir() and not name_or_path.startswith((".", "/", "~"))
-    return f"./{name_or_path}" if is_relative else name_or_path
-
-
-def is_already_there(folder: Path, settings: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether `folder` was made with the same settings.
+def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether `folder` was made with the same config.
 
     Raises:
         UserError: it was made with others and may not be overwritten, or is not a folder of shards.
@@ -161,45 +137,45 @@ def is_already_there(folder: Path, settings: PrepareConfig, tokenizer: PreTraine
         raise UserError(f"--output_dir {folder} is no folder: give another name")
     if foreign := find_foreign_file(folder):
         raise UserError(f"--output_dir {folder} holds {foreign}, which is no shard: give another folder")
-    if settings.overwrite:
+    if config.overwrite:
         return False
     manifest = load_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} holds shards without a manifest: give another --output_dir, or --overwrite them")
     is_same_tokenizer = fingerprint_tokenizer(tokenizer) == manifest.tokenizer_fingerprint
-    recorded = dict(settings.experiment)
+    recorded = dict(config.experiment)
     if is_same_tokenizer:  # it may have moved, or have another name here
         del recorded["tokenizer"]
     if changes := ", ".join(list_changes(manifest.settings, recorded)):
         raise UserError(f"{folder} was made with other settings: {changes}; give another --output_dir or --overwrite")
-    if settings.files and build_corpus(settings).source != manifest.source:
+    if config.files and build_corpus(config).source != manifest.source:
         raise UserError(f"{folder} was made when the --files were others; give another --output_dir or --overwrite")
     if not is_same_tokenizer:
-        raise UserError(f"{folder} was made when {settings.tokenizer} was another one: --overwrite makes it anew")
+        raise UserError(f"{folder} was made when {config.tokenizer} was another one: --overwrite makes it anew")
     return True
 
 
-def build_corpus(settings: PrepareConfig, begun: dict[str, Any] | None = None) -> Corpus:
-    """Build the corpus that the settings name.
+def build_corpus(config: PrepareConfig, begun: dict[str, Any] | None = None) -> Corpus:
+    """Build the corpus that `config` names.
 
     Args:
         begun: the source of an unfinished run with the same settings, whose commit is kept: the dataset's branch may
             have moved since.
     """
-    if settings.files:
-        separator = settings.document_separator
+    if config.files:
+        separator = config.document_separator
         if separator is not None:
             for spelled, meant in SPELLED.items():
                 separator = separator.replace(spelled, meant)
-        return build_file_corpus(settings.files, settings.text_column, separator)
-    if settings.dataset_name == DOCSTRINGS:
+        return build_file_corpus(config.files, config.text_column, separator)
+    if config.dataset_name == DOCSTRINGS:
         return build_docstring_corpus()
     return build_hub_corpus(
-        settings.dataset_name,
-        settings.dataset_config_name,
-        settings.split,
-        (begun or {}).get("revision") or settings.revision,
-        settings.text_column,
+        config.dataset_name,
+        config.dataset_config_name,
+        config.split,
+        (begun or {}).get("revision") or config.revision,
+        config.text_column,
     )
 
 

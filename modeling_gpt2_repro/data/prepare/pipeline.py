@@ -22,10 +22,12 @@ from typing import Literal
 
 import numpy as np
 
+from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum, sync_file, sync_folder, sync_tree
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_encoder
-from modeling_gpt2_repro.data.prepare.request import Request, ShardOptions, WorkerContext
+from modeling_gpt2_repro.data.prepare.request import Request, WorkerContext
 from modeling_gpt2_repro.data.prepare.tokenize_stage import (
     TaskSummary,
     list_sorted_chunks,
@@ -77,7 +79,7 @@ def build_shards(
     encoder = build_encoder(request.tokenizer, request.tokenizer_name)
     with (
         open_work_folder(folder, request.describe(), alone=True, overwrite=overwrite) as work,
-        _open_pool(work, encoder, request.options, report_progress) as pool,
+        _open_pool(work, encoder, request.config, report_progress) as pool,
     ):
         if not work.is_complete():  # or else an earlier run was killed while it published them
             save_manifest(_make_shards(work, request, pool), work.path)
@@ -99,14 +101,14 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
     with open_work_folder(folder, request.describe(), alone=False) as work:
         if stage == "tokenize":
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
-            with _open_pool(work, encoder, request.options) as pool:
+            with _open_pool(work, encoder, request.config) as pool:
                 tasks = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
                 n_tasks = sum(1 for _ in pool.map_in_order(tokenize_task, tasks))
             # The other stage reads them without checking their digests.
             sync_tasks(work.pieces, range(first, first + n_tasks * count, count))
             return n_tasks
         plan = _plan(work, request, _collect_summaries(work, request))
-        with _open_pool(work, None, request.options) as pool:
+        with _open_pool(work, None, request.config) as pool:
             return len(_write(pool, plan, range(first, len(plan.parts), count)))
 
 
@@ -114,14 +116,14 @@ def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, in
 def _open_pool(
     work: WorkFolder,
     encoder: DocumentEncoder | None,
-    options: ShardOptions,
+    config: PrepareConfig,
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[WorkerPool]:
     def on_wait(progress: int) -> None:
         work.lock.beat()
         report_progress(progress)
 
-    pool = WorkerPool(options.num_workers, WorkerContext(work.pieces, encoder, options), on_wait)
+    pool = WorkerPool(config.num_workers or count_cores(), WorkerContext(work.pieces, encoder, config), on_wait)
     try:
         yield pool
     finally:
@@ -132,7 +134,7 @@ def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manife
     """Run what is left of both stages, and write all files of the folder but its manifest, which is returned."""
     # Closed at once: the workers then give up the tasks after the last one that is needed.
     with contextlib.closing(pool.map_in_order(tokenize_task, enumerate(request.corpus.tasks))) as tasks:
-        summaries = _take_enough(tasks, request.options)
+        summaries = _take_enough(tasks, request.config)
     plan = _plan(work, request, summaries)
     outcomes = _write(pool, plan, range(len(plan.parts)))
     return Manifest(
@@ -141,9 +143,9 @@ def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manife
         tokenizer_fingerprint=fingerprint_tokenizer(request.tokenizer),
         vocab_size=len(request.tokenizer),
         eot_id=request.tokenizer.eos_token_id,
-        seed=request.options.seed,
-        shuffled=request.options.shuffle,
-        settings=request.settings,
+        seed=request.config.seed,
+        shuffled=not request.config.no_shuffle,
+        settings=request.config.experiment,
         read=plan.read,
         train=plan.train,
         val=plan.val,
@@ -156,14 +158,14 @@ def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manife
     )
 
 
-def _take_enough(summaries: Iterable[TaskSummary], options: ShardOptions) -> list[TaskSummary]:
+def _take_enough(summaries: Iterable[TaskSummary], config: PrepareConfig) -> list[TaskSummary]:
     """Return the summaries up to the one with which there are `max_tokens` tokens."""
     taken: list[TaskSummary] = []
     tokens = 0
     for summary in summaries:
         taken.append(summary)
         tokens += summary.tokens
-        if options.max_tokens is not None and tokens >= options.max_tokens:
+        if config.max_tokens is not None and tokens >= config.max_tokens:
             break
     return taken
 
@@ -175,7 +177,7 @@ def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
             raise UserError(f"task {number} ({task.name}) is not tokenized yet: run --stage tokenize first")
         return summary
 
-    return _take_enough(itertools.starmap(load, enumerate(request.corpus.tasks)), request.options)
+    return _take_enough(itertools.starmap(load, enumerate(request.corpus.tasks)), request.config)
 
 
 def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> Plan:
@@ -184,7 +186,7 @@ def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> P
 
     chunks = list_sorted_chunks(work.pieces, summaries)
     try:
-        return plan_shards(chunks, request.options, work.path, request.corpus.prefix, count_bytes)
+        return plan_shards(chunks, request.config, work.path, request.corpus.prefix, count_bytes)
     except UserError:
         work.reopen_planning()
         raise

@@ -101,20 +101,20 @@ def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummar
 
     Reading ends at the first batch with which the task has `max_tokens` tokens.
     """
-    folder, encoder, options = context.pieces, context.encoder, context.options
+    folder, encoder, config = context.pieces, context.encoder, context.config
     finished = load_summary(folder, number, check=True)
     if finished is not None:
         add_progress(finished.tokens)
         return finished
     empty = 0
     with create_file(_get_path(folder, number, "tokens.bin")) as stream:
-        writer = _ChunkWriter(stream, encoder.eot_id, options.shuffle)
+        writer = _ChunkWriter(stream, encoder.eot_id, not config.no_shuffle)
         for batch in task.read_batches():
-            documents, ids = encode_documents(encoder, batch, options.seed)
+            documents, ids = encode_documents(encoder, batch, config.seed)
             empty += len(batch) - len(documents)
             writer.add(documents, ids)
             add_progress(int(documents["tokens"].sum()))
-            if options.max_tokens is not None and writer.tokens >= options.max_tokens:
+            if config.max_tokens is not None and writer.tokens >= config.max_tokens:
                 break
             if is_over():
                 return None

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.prepare.records import load_record, save_record
-from modeling_gpt2_repro.data.prepare.request import ShardOptions, WorkerContext
+from modeling_gpt2_repro.data.prepare.request import WorkerContext
 from modeling_gpt2_repro.data.prepare.shuffle import (
     Selection,
     choose_validation_end,
@@ -94,7 +95,7 @@ class Plan:
 
 def plan_shards(
     chunks: list[SortedChunk],
-    options: ShardOptions,
+    config: PrepareConfig,
     folder: Path,
     prefix: str,
     count_bytes: Callable[[np.ndarray], int],
@@ -110,26 +111,27 @@ def plan_shards(
     Raises:
         UserError: a corpus too small for both splits.
     """
-    read = _count_documents(chunks, options.max_tokens)
-    selection = _choose_splits(chunks, read, options, count_bytes)
+    read = _count_documents(chunks, config.max_tokens)
+    selection = _choose_splits(chunks, read, config, count_bytes)
     buckets = divide_key_space(max(1, read.tokens // TOKENS_PER_BUCKET))
     counts = [_count_chunk(chunk, selection, buckets) for chunk in chunks]
-    val, train, copies = (
-        sum((getattr(count, name) for count in counts), Totals()) for name in ("val", "train", "copies")
-    )
+    vals, trains, all_copies, bucket_tokens = zip(*counts, strict=True)
+    val, train, copies = (sum(totals, Totals()) for totals in (vals, trains, all_copies))
     if train.tokens == 0:
         raise UserError("nothing is left for training: every other document is a copy of a validation document")
-    val_writer = SplitWriter(folder, prefix, "val", 0, val.tokens, options.shard_size)
-    train_writer = SplitWriter(folder, prefix, "train", len(val_writer.names), train.tokens, options.shard_size)
+    val_writer = SplitWriter(folder, prefix, "val", 0, val.tokens, config.shard_size)
+    train_writer = SplitWriter(folder, prefix, "train", len(val_writer.names), train.tokens, config.shard_size)
     if selection.cut_tokens:  # the document that is cut counts once, where it begins
         train = dataclasses.replace(train, documents=train.documents - 1)
-    parts = _plan_source_order(val_writer, chunks, [count.val.tokens for count in counts])
-    if options.shuffle:
-        starts = _list_starts(sum(count.bucket_tokens for count in counts)).tolist()
-        parts += [Part(train_writer, chunks, bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
+    parts = _plan_source_order(val_writer, chunks, [totals.tokens for totals in vals])
+    duplicates = 0
+    if config.no_shuffle:
+        parts += _plan_source_order(train_writer, chunks, [totals.tokens for totals in trains])
+        keys = [select_training(chunk.read_documents(), selection)[0]["key"] for chunk in chunks]
+        duplicates = count_repeated(np.sort(np.concatenate(keys)))
     else:
-        parts += _plan_source_order(train_writer, chunks, [count.train.tokens for count in counts])
-    duplicates = 0 if options.shuffle else _count_duplicates(chunks, selection)
+        starts = _list_starts(sum(bucket_tokens)).tolist()
+        parts += [Part(train_writer, chunks, bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
     return Plan(chunks, read, selection, val, train, copies, parts, [val_writer, train_writer], duplicates)
 
 
@@ -177,10 +179,10 @@ def _count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Total
 
 
 def _choose_splits(
-    chunks: list[SortedChunk], read: Totals, options: ShardOptions, count_bytes: Callable[[np.ndarray], int]
+    chunks: list[SortedChunk], read: Totals, config: PrepareConfig, count_bytes: Callable[[np.ndarray], int]
 ) -> Selection:
     """Decide which of the `read` documents are validation."""
-    val_tokens = _choose_val_tokens(read, options)
+    val_tokens = _choose_val_tokens(read, config)
     front = list(_read_front(chunks, val_tokens))
     documents = np.concatenate([documents for _, documents in front])
     ends = np.cumsum(documents["tokens"], dtype=np.int64)
@@ -194,32 +196,17 @@ def _choose_splits(
     return Selection(read.documents, n_documents, cut_tokens, cut_bytes, keys)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ChunkCounts:
-    """What one chunk holds for each split; `bucket_tokens` are those of training documents, int64, by bucket."""
-
-    val: Totals
-    train: Totals
-    copies: Totals
-    bucket_tokens: np.ndarray
-
-
-def _count_chunk(chunk: SortedChunk, selection: Selection, buckets: list[tuple[int, int]]) -> _ChunkCounts:
+def _count_chunk(
+    chunk: SortedChunk, selection: Selection, buckets: list[tuple[int, int]]
+) -> tuple[Totals, Totals, Totals, np.ndarray]:
+    """Count a chunk's documents of validation, of training, and left out as copies, and the training tokens in each
+    bucket, int64."""
     documents = chunk.read_documents()
     training, copies = select_training(documents, selection)
     last_keys = np.array([last for _, last in buckets], dtype=np.uint64)
     bucket_of = np.searchsorted(last_keys, training["key"])
-    return _ChunkCounts(
-        val=_sum_up(select_validation(documents, selection)),
-        train=_sum_up(training),
-        copies=_sum_up(copies),
-        bucket_tokens=np.bincount(bucket_of, training["tokens"], len(buckets)).astype(np.int64),
-    )
-
-
-def _count_duplicates(chunks: list[SortedChunk], selection: Selection) -> int:
-    keys = [select_training(chunk.read_documents(), selection)[0]["key"] for chunk in chunks]
-    return count_repeated(np.sort(np.concatenate(keys)))
+    bucket_tokens = np.bincount(bucket_of, training["tokens"], len(buckets)).astype(np.int64)
+    return _sum_up(select_validation(documents, selection)), _sum_up(training), _sum_up(copies), bucket_tokens
 
 
 def _plan_source_order(writer: SplitWriter, chunks: list[SortedChunk], chunk_tokens: list[int]) -> list[Part]:
@@ -250,14 +237,14 @@ def _sum_up(documents: np.ndarray) -> Totals:
     return Totals(len(documents), int(documents["tokens"].sum()), int(documents["bytes"].sum()))
 
 
-def _choose_val_tokens(read: Totals, options: ShardOptions) -> int:
+def _choose_val_tokens(read: Totals, config: PrepareConfig) -> int:
     if read.documents == 0:
         raise UserError("the corpus is empty: no document has any text")
-    val_tokens = options.val_tokens
+    val_tokens = config.val_tokens
     if val_tokens is None:
-        val_tokens = min(options.shard_size, read.tokens // MIN_TOKENS_PER_VALIDATION_TOKEN)
+        val_tokens = min(config.shard_size, read.tokens // MIN_TOKENS_PER_VALIDATION_TOKEN)
     if not 0 < val_tokens < read.tokens:
-        asked = f" of --val_tokens {val_tokens:,}" if options.val_tokens is not None else ""
+        asked = f" of --val_tokens {val_tokens:,}" if config.val_tokens is not None else ""
         raise UserError(
             f"the corpus has {read.tokens:,} tokens, too few for a training split and a validation split{asked}"
         )
