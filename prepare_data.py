@@ -21,8 +21,7 @@ from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.prepare.config import FOREIGN_FLAGS, PrepareConfig
-from modeling_gpt2_repro.data.prepare.pipeline import build_shards, run_stage
-from modeling_gpt2_repro.data.prepare.request import Request
+from modeling_gpt2_repro.data.prepare.pipeline import Request, build_shards, run_stage
 from modeling_gpt2_repro.data.prepare.work_folder import (
     count_finished_pieces,
     finish_publishing,
@@ -222,13 +221,7 @@ def inspect(folder: Path, n_documents: int, seed: int) -> None:
     # Matplotlib takes half a second to load, and nothing else here needs it.
     from modeling_gpt2_repro.plots.corpus_figure import draw_inspection
 
-    with tqdm(unit=" tokens", unit_scale=True, disable=None, delay=1) as bar:
-
-        def report_progress(tokens: int, total: int) -> None:
-            bar.total = total
-            bar.update(tokens)
-
-        inspection = inspect_folder(folder, n_documents, seed, PREVIEW_IDS, report_progress)
+    inspection = inspect_folder(folder, n_documents, seed, PREVIEW_IDS)
     print(describe_inspection(inspection, sys.stdout.encoding or "utf-8"), end="\n\n", flush=True)
     print(f"drawn as {draw_inspection(inspection)}")
 

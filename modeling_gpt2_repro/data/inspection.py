@@ -9,8 +9,10 @@ import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.errors import UserError
@@ -136,19 +138,10 @@ class Inspection:
     documents: list[Document]
 
 
-def inspect_folder(
-    folder: Path,
-    n_documents: int,
-    seed: int,
-    max_ids: int,
-    report_progress: Callable[[int, int], None] = lambda tokens, total: None,
-) -> Inspection:
+def inspect_folder(folder: Path, n_documents: int, seed: int, max_ids: int) -> Inspection:
     """Count what is in `folder` and read `n_documents` of its documents, with up to `max_ids` ids each.
 
-    A folder without a manifest is taken for one of GPT-2's tokenizer.
-
-    Args:
-        report_progress: called now and then with the number of tokens read since, and of all that there are.
+    A folder without a manifest is taken for one of GPT-2's tokenizer. A bar on stderr shows the progress.
 
     Raises:
         UserError: a missing or unfinished folder, one without shards or tokens, a damaged shard or manifest, a
@@ -162,12 +155,11 @@ def inspect_folder(
         raise UserError(f"the shards of {folder} hold no tokens: make the folder again")
     tokenizer = load_data_tokenizer(folder)
     byte_lengths = token_byte_lengths(tokenizer)
-    splits = [
-        scan_split(
-            split, files[split], tokenizer.eos_token_id, byte_lengths, lambda tokens: report_progress(tokens, total)
-        )
-        for split in files
-    ]
+    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None, delay=1) as bar:
+        splits = [
+            scan_split(split, of_split, tokenizer.eos_token_id, byte_lengths, bar.update)
+            for split, of_split in files.items()
+        ]
     return Inspection(folder, manifest, tokenizer, splits, choose_documents(splits, n_documents, seed, max_ids))
 
 
@@ -176,7 +168,7 @@ def scan_split(
     files: dict[Path, np.ndarray],
     eot_id: int,
     byte_lengths: np.ndarray,
-    report_progress: Callable[[int], None] = lambda tokens: None,
+    report_progress: Callable[[int], Any] = lambda tokens: None,
 ) -> SplitStatistics:
     """Count one split in one pass.
 

@@ -13,14 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.data.shards import (
-    MAX_VOCAB_SIZE,
-    TEXT_BYTES_NAME,
-    TOKENS_PER_CHUNK,
-    iterate_chunks,
-    load_manifest,
-    read_tokens,
-)
+from modeling_gpt2_repro.data.shards import TEXT_BYTES_NAME, TOKENS_PER_CHUNK, load_manifest, read_tokens
 from modeling_gpt2_repro.data.tokenizer import spells_text, token_byte_lengths
 
 # Printed with an estimate.
@@ -90,10 +83,7 @@ def count_text_bytes(dataset: TokenDataset, n_windows: int, tokenizer: PreTraine
 def _count_spelled(tokens: np.ndarray, lengths: np.ndarray) -> int:
     """Return how many bytes the tokens' spellings have. Ids beyond the vocabulary count nothing: reading them to train
     raises the error."""
-    counts = np.zeros(MAX_VOCAB_SIZE, np.int64)
-    for _, chunk in iterate_chunks(tokens):
-        counts += np.bincount(chunk, minlength=MAX_VOCAB_SIZE)
-    return int(counts[: len(lengths)] @ lengths)
+    return int(np.bincount(tokens, minlength=len(lengths))[: len(lengths)] @ lengths)
 
 
 def _read_rest_of_document(dataset: TokenDataset, start: int, eot_id: int) -> np.ndarray:

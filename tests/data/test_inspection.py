@@ -146,13 +146,10 @@ def test_the_choice_is_the_seeds(tmp_path):
 
 
 def test_folder_without_manifest_is_taken_for_gpt2s(shards, tokenizer):
-    progress = []
-    inspected = inspect_folder(shards, 3, 0, 50, lambda tokens, total: progress.append((tokens, total)))
+    inspected = inspect_folder(shards, 3, 0, 50)
     assert inspected.manifest is None
     assert (len(inspected.tokenizer), inspected.tokenizer.eos_token_id) == (50257, 50256)
     assert [(split.split, split.documents) for split in inspected.splits] == [("val", 16), ("train", 144)]
-    tokens = sum(len(np.load(path)) for path in shards.iterdir())
-    assert sum(read for read, _ in progress) == tokens == {total for _, total in progress}.pop()
     for document in inspected.documents:
         assert "lighthouse" in tokenizer.decode(document.ids) or document.tokens > 51
     # The text that the tokens stand for, to the byte.

@@ -14,22 +14,24 @@ the parts, in any order and by any worker, straight to their places in the final
 """
 
 import contextlib
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum, sync_file, sync_folder, sync_tree
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_encoder
-from modeling_gpt2_repro.data.prepare.request import Request, WorkerContext
 from modeling_gpt2_repro.data.prepare.tokenize_stage import (
     TaskSummary,
+    WorkerContext,
     list_sorted_chunks,
     load_summary,
     sync_tasks,
@@ -52,11 +54,34 @@ from modeling_gpt2_repro.data.shards import (
     load_manifest,
     save_manifest,
 )
-from modeling_gpt2_repro.data.sources.corpus import Task
+from modeling_gpt2_repro.data.sources.corpus import Corpus, Task
 from modeling_gpt2_repro.data.text_bytes import save_text_bytes
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, token_byte_lengths
 
-Stage = Literal["tokenize", "write"]
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be made, of which documents and with which tokenizer."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    config: PrepareConfig
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Where the tokenizer came from: a Hub id, or the path of a folder, which does not look like an id."""
+        name = self.config.tokenizer
+        is_relative = Path(name).is_dir() and not name.startswith((".", "/", "~"))
+        return f"./{name}" if is_relative else name
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON, what two runs have to agree on to work on the same shards."""
+        return {
+            "settings": self.config.experiment,
+            "source": self.corpus.source,
+            "corpus_state": self.corpus.state,
+            "tokenizer_fingerprint": fingerprint_tokenizer(self.tokenizer),
+        }
 
 
 def build_shards(
@@ -88,7 +113,7 @@ def build_shards(
     return manifest
 
 
-def run_stage(folder: Path, request: Request, stage: Stage, share: tuple[int, int]) -> int:
+def run_stage(folder: Path, request: Request, stage: str, share: tuple[int, int]) -> int:
     """Make the pieces i, i + n, i + 2n, ... of one stage, where `share` is (i, n); return how many these are.
 
     Processes with other shares may run at the same time, in any order, on any machine that sees the folder.
@@ -181,12 +206,9 @@ def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
 
 
 def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> Plan:
-    def count_bytes(ids: np.ndarray) -> int:
-        return int(token_byte_lengths(request.tokenizer)[ids].sum())
-
-    chunks = list_sorted_chunks(work.pieces, summaries)
+    chunks, byte_lengths = list_sorted_chunks(work.pieces, summaries), token_byte_lengths(request.tokenizer)
     try:
-        return plan_shards(chunks, request.config, work.path, request.corpus.prefix, count_bytes)
+        return plan_shards(chunks, request.config, work.path, request.corpus.prefix, byte_lengths)
     except UserError:
         work.reopen_planning()
         raise

@@ -12,11 +12,13 @@ several machines that see the folder, may each make a share of the pieces.
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.core.files import (
@@ -216,3 +218,39 @@ def _check_is_free(work_path: Path) -> None:
 
 def _build_lock(folder: Path, alone: bool) -> FolderLock:
     return FolderLock(folder, LOCK_NAME, "another prepare_data.py is working on", is_shared=not alone)
+
+
+@contextlib.contextmanager
+def create_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name once it is complete.
+
+    Its temporary name is unique, because the same task may run twice at once. Nothing waits for the disk: digests show
+    what a loss of power destroyed.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_record(path: Path, record: Any) -> None:
+    """Write a dataclass as JSON."""
+    with create_file(path) as stream:
+        stream.write(json.dumps(dataclasses.asdict(record)).encode())
+
+
+def load_record(path: Path, kind: type) -> Any:
+    """Read a dataclass `kind` that `save_record` wrote; `None` if the file is missing or damaged.
+
+    Raises:
+        RefusedError: the machine does not let it be read.
+    """
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise_if_refused(error, path)
+        return None

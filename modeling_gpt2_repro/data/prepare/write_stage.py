@@ -5,15 +5,13 @@ the place of each bucket in the final shards is known before a token is touched,
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.data.prepare.records import load_record, save_record
-from modeling_gpt2_repro.data.prepare.request import WorkerContext
 from modeling_gpt2_repro.data.prepare.shuffle import (
     Selection,
     choose_validation_end,
@@ -23,7 +21,8 @@ from modeling_gpt2_repro.data.prepare.shuffle import (
     select_training,
     select_validation,
 )
-from modeling_gpt2_repro.data.prepare.tokenize_stage import SortedChunk
+from modeling_gpt2_repro.data.prepare.tokenize_stage import SortedChunk, WorkerContext
+from modeling_gpt2_repro.data.prepare.work_folder import load_record, save_record
 from modeling_gpt2_repro.data.shards import SplitWriter, Totals
 
 # What a worker holds of a bucket while it sorts it: 32 MB of ids.
@@ -98,21 +97,21 @@ def plan_shards(
     config: PrepareConfig,
     folder: Path,
     prefix: str,
-    count_bytes: Callable[[np.ndarray], int],
+    byte_lengths: np.ndarray,
 ) -> Plan:
     """Decide what goes where, a pure function of the finished tasks, so that every process decides the same.
 
     Args:
         folder: where the shards are made.
         prefix: how their names begin.
-        count_bytes: returns how many UTF-8 bytes token ids are spelled with; called only if a document is cut between
-            the splits, to divide its bytes.
+        byte_lengths: UTF-8 bytes that each id is spelled with, of shape `(vocab_size,)`, to divide the bytes of a
+            document that is cut between the splits.
 
     Raises:
         UserError: a corpus too small for both splits.
     """
     read = _count_documents(chunks, config.max_tokens)
-    selection = _choose_splits(chunks, read, config, count_bytes)
+    selection = _choose_splits(chunks, read, config, byte_lengths)
     buckets = divide_key_space(max(1, read.tokens // TOKENS_PER_BUCKET))
     counts = [_count_chunk(chunk, selection, buckets) for chunk in chunks]
     vals, trains, all_copies, bucket_tokens = zip(*counts, strict=True)
@@ -179,7 +178,7 @@ def _count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Total
 
 
 def _choose_splits(
-    chunks: list[SortedChunk], read: Totals, config: PrepareConfig, count_bytes: Callable[[np.ndarray], int]
+    chunks: list[SortedChunk], read: Totals, config: PrepareConfig, byte_lengths: np.ndarray
 ) -> Selection:
     """Decide which of the `read` documents are validation."""
     val_tokens = _choose_val_tokens(read, config)
@@ -191,7 +190,7 @@ def _choose_splits(
     if cut_tokens:
         last_chunk, _ = front[-1]
         cut = documents[n_documents : n_documents + 1]
-        cut_bytes = _count_cut_bytes(last_chunk, cut, cut_tokens, count_bytes)
+        cut_bytes = _count_cut_bytes(last_chunk, cut, cut_tokens, byte_lengths)
     keys = np.unique(documents["key"][: n_documents + (cut_tokens > 0)])
     return Selection(read.documents, n_documents, cut_tokens, cut_bytes, keys)
 
@@ -251,11 +250,9 @@ def _choose_val_tokens(read: Totals, config: PrepareConfig) -> int:
     return val_tokens
 
 
-def _count_cut_bytes(
-    chunk: SortedChunk, document: np.ndarray, cut_tokens: int, count_bytes: Callable[[np.ndarray], int]
-) -> int:
+def _count_cut_bytes(chunk: SortedChunk, document: np.ndarray, cut_tokens: int, byte_lengths: np.ndarray) -> int:
     """Return the share of a document's UTF-8 bytes that its first `cut_tokens` tokens stand for."""
     ids = np.empty(document["tokens"][0], dtype="<u2")
     chunk.copy_tokens(document, ids, np.zeros(1, dtype=np.int64))
-    front, whole = count_bytes(ids[:cut_tokens]), count_bytes(ids)
+    front, whole = int(byte_lengths[ids[:cut_tokens]].sum()), int(byte_lengths[ids].sum())
     return int(document["bytes"][0]) * front // whole if whole else 0

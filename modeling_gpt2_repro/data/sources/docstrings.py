@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import gc
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -60,20 +61,9 @@ def list_docstring_tasks() -> Iterator[DocstringTask]:
 
     A file whose bytes were seen before (vendored copies, mostly) is left out.
     """
-    roots = _list_roots("purelib", "platlib", "stdlib")
-    seen: set[bytes] = set()
-    paths: list[str] = []
-    for _, path in sorted((path[len(root) :], path) for root in roots for path in _walk(root)):
-        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        paths.append(path)
-        if len(paths) == FILES_PER_TASK:
-            yield DocstringTask(tuple(paths))
-            paths = []
-    if paths:
-        yield DocstringTask(tuple(paths))
+    paths = _list_different_files()
+    while group := tuple(itertools.islice(paths, FILES_PER_TASK)):
+        yield DocstringTask(group)
 
 
 def describe_packages() -> str:
@@ -151,6 +141,16 @@ def is_prose(paragraph: str) -> bool:
 
 def _list_roots(*names: str) -> list[str]:
     return list(dict.fromkeys(os.path.realpath(sysconfig.get_path(name)) for name in names))
+
+
+def _list_different_files() -> Iterator[str]:
+    roots = _list_roots("purelib", "platlib", "stdlib")
+    seen: set[bytes] = set()
+    for _, path in sorted((path[len(root) :], path) for root in roots for path in _walk(root)):
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield path
 
 
 def _walk(root: str) -> Iterator[str]:
