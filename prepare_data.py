@@ -77,19 +77,14 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
     request = Request(build_corpus(config, begun), tokenizer, config)
     with explained_errors(folder):
         if config.stage != "all":
-            pieces = run_stage(folder, request, config.stage, config.share)
+            pieces = run_stage(folder, request)
             print(f"--stage {config.stage} --task {config.task}: {pieces} pieces are finished")
             return
         if not config.overwrite and (finished := count_finished_pieces(folder)):
             print(f"resuming in {get_work_path(folder)}, where {finished} pieces are finished")
         started = time.perf_counter()
         with tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
-            manifest = build_shards(
-                folder,
-                request,
-                overwrite=config.overwrite,
-                report_progress=lambda tokens: bar.update(tokens - bar.n),
-            )
+            manifest = build_shards(folder, request, lambda tokens: bar.update(tokens - bar.n))
     report(manifest, folder, time.perf_counter() - started)
 
 

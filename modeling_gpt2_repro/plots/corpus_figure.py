@@ -1,5 +1,6 @@
 """A data folder in one picture."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_gpt2_repro.core.files import follow_links
 from modeling_gpt2_repro.data.inspection import Inspection, SplitStatistics
 from modeling_gpt2_repro.data.shards import INSPECTION_NAME
-from modeling_gpt2_repro.plots.corpus_text import MOST_COMMON, quote_tokens
+from modeling_gpt2_repro.data.tokenizer import spell_tokens
 from modeling_gpt2_repro.plots.figures import (
     SPLIT_COLOURS,
     build_figure,
@@ -23,6 +24,7 @@ from modeling_gpt2_repro.plots.figures import (
 )
 
 LENGTH_BINS = 48
+MOST_COMMON = 20
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
 LABEL_CHARACTERS = 18
 # Of English words, Zipf found that the one of rank r makes up about a tenth of all, divided by r.
@@ -53,6 +55,18 @@ def build_inspection_figure(inspection: Inspection) -> Figure:
     title = f"{follow_links(inspection.folder).name}: {tokens:,} tokens in {documents:,} documents"
     figure.suptitle(make_drawable(title), fontsize=14, parse_math=False)
     return figure
+
+
+def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[str]:
+    """Return what each id stands for, in quotes: text, or the bytes of what is only a part of a character."""
+
+    def quote(spelling: bytes) -> str:
+        try:
+            return repr(spelling.decode())
+        except UnicodeDecodeError:
+            return repr(spelling)[1:]
+
+    return [quote(spelling) for spelling in spell_tokens(tokenizer, ids)]
 
 
 def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:

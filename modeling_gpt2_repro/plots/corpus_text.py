@@ -1,18 +1,16 @@
 """A data folder in words: its statistics as tables for a terminal, and documents in a form that cannot harm one."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.data.inspection import Document, Inspection, SplitStatistics
 from modeling_gpt2_repro.data.shards import Manifest
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, spell_tokens
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER
 
 PREVIEW_CHARACTERS = 600
 # A character is at most four tokens, one for each byte of its UTF-8; one more shows that the text continues.
 PREVIEW_IDS = 4 * PREVIEW_CHARACTERS + 1
-MOST_COMMON = 20
 FILES_NAMED = 3
 PERCENTILES = (("shortest", 0), ("10 %", 10), ("median", 50), ("90 %", 90), ("longest", 100))
 
@@ -26,7 +24,6 @@ def describe_inspection(inspection: Inspection, encoding: str) -> str:
     blocks = [
         [str(inspection.folder), *_describe_origin(inspection)],
         _tabulate_counts(splits, len(tokenizer)),
-        _tabulate_most_common(splits, tokenizer),
         _describe_oddities(inspection),
     ]
     if inspection.documents:
@@ -42,18 +39,6 @@ def escape_controls(text: str) -> str:
     return "".join(
         character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
     )
-
-
-def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[str]:
-    """Return what each id stands for, in quotes: text, or the bytes of what is only a part of a character."""
-
-    def quote(spelling: bytes) -> str:
-        try:
-            return repr(spelling.decode())
-        except UnicodeDecodeError:
-            return repr(spelling)[1:]
-
-    return [quote(spelling) for spelling in spell_tokens(tokenizer, ids)]
 
 
 def _describe_origin(inspection: Inspection) -> list[str]:
@@ -108,17 +93,6 @@ def _count(split: SplitStatistics, vocab_size: int) -> dict[str, str]:
     }
 
 
-def _tabulate_most_common(splits: Sequence[SplitStatistics], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    columns = []
-    for split in splits:
-        ids = split.list_most_common(MOST_COMMON)
-        shares = (split.token_counts[ids] / split.tokens).tolist()
-        quoted = quote_tokens(tokenizer, ids)
-        columns.append([split.split, *(f"{token}  {share:6.2%}" for token, share in zip(quoted, shares, strict=True))])
-    ranks = ["most common tokens", *(f"  {rank}" for rank in range(1, max(map(len, columns))))]
-    return _align(itertools.zip_longest(ranks, *columns, fillvalue=""))
-
-
 def _describe_oddities(inspection: Inspection) -> list[str]:
     """Return a line for everything that makes the counts mean something else than they seem to."""
     lines, manifest = [], inspection.manifest
@@ -133,13 +107,9 @@ def _describe_oddities(inspection: Inspection) -> list[str]:
         without_text = int(split.length_counts[split.lengths == 1].sum())
         if without_text:
             lines.append(f"{split.split} has {without_text:,} documents without text")
-        expected = getattr(manifest, split.split) if manifest is not None else None
-        if expected is not None and expected.documents != split.documents:
-            lines.append(
-                f"{split.split} has {expected.documents:,} documents by the manifest: --verify says where it differs"
-            )
-        elif expected is not None and expected.bytes != split.text_bytes:
-            lines.append(f"{split.split} has {expected.bytes:,} bytes of text by the manifest, before tokenisation")
+        expected = getattr(manifest, split.split).documents if manifest is not None else split.documents
+        if expected != split.documents:
+            lines.append(f"{split.split} has {expected:,} documents by the manifest: --verify says where it differs")
     if manifest is not None and manifest.validation_ends_inside_document:
         lines.append(
             "the last validation document goes on in the training split: its length here is that of its part in val, "

@@ -9,7 +9,12 @@ import pytest
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.inspection import inspect_folder
-from modeling_gpt2_repro.plots.corpus_figure import build_inspection_figure, draw_inspection, list_length_edges
+from modeling_gpt2_repro.plots.corpus_figure import (
+    build_inspection_figure,
+    draw_inspection,
+    list_length_edges,
+    quote_tokens,
+)
 from modeling_gpt2_repro.plots.figures import SPLIT_COLOURS
 
 EOT = 50256
@@ -73,6 +78,17 @@ def test_most_common_tokens_are_bars_of_the_larger_split(panels):
     assert names == ["' the'", "'<|endoftext|>'", r"'\n'", r"'\xe2\x80'"]
     assert panels[2].yaxis_inverted()
     assert sorted(read_legend(panels[2])) == ["train", "val"]
+
+
+def test_tokens_are_quoted_as_text_or_as_bytes(tokenizer):
+    assert quote_tokens(tokenizer, [262, 198, 447, 247, 6, EOT]) == [
+        "' the'",
+        r"'\n'",
+        r"'\xe2\x80'",
+        r"'\x99'",
+        '"\'"',
+        "'<|endoftext|>'",
+    ]
 
 
 def test_the_same_folder_gives_the_same_picture(tmp_path):

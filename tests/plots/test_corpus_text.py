@@ -11,7 +11,6 @@ from modeling_gpt2_repro.plots.corpus_text import (
     PREVIEW_IDS,
     describe_inspection,
     escape_controls,
-    quote_tokens,
 )
 
 EOT = 50256
@@ -41,17 +40,6 @@ def test_what_a_terminal_acts_upon_is_spelled_out():
     assert escape_controls(plain) == plain
 
 
-def test_tokens_are_quoted_as_text_or_as_bytes(tokenizer):
-    assert quote_tokens(tokenizer, [262, 198, 447, 247, 6, EOT]) == [
-        "' the'",
-        r"'\n'",
-        r"'\xe2\x80'",
-        r"'\x99'",
-        '"\'"',
-        "'<|endoftext|>'",
-    ]
-
-
 def test_numbers_are_those_of_the_folder(write):
     write(" the the the the", " the\n", split="val")
     lines = describe(write("naïve", " a b c d e f g h i", " a")).splitlines()
@@ -66,14 +54,12 @@ def test_numbers_are_those_of_the_folder(write):
     assert table["median"] == ["3", "3"]
     assert table["longest"] == ["5", "10"]
     assert table["mean"] == ["4.0", "5.0"]
-    assert ["1", "'", "the'", "62.50%", "'<|endoftext|>'", "20.00%"] in [line.split() for line in lines]
 
 
 def test_columns_are_aligned(write):
-    tokens = describe(write("a", "a b c")).split("\n\n")[2].splitlines()
-    assert len(tokens) == 5
-    assert len({len(line) for line in tokens[1:]}) == 1
-    assert len({line.index("%") for line in tokens[1:]}) == 1
+    write("a", split="val")
+    table = describe(write("a", "a b c")).split("\n\n")[1].splitlines()
+    assert len({len(line) for line in table if line.strip() != "tokens a document"}) == 1
 
 
 def test_short_documents_are_shown_whole(write):

@@ -8,15 +8,12 @@ from typing import Literal
 import yaml
 
 from modeling_gpt2_repro.core.arguments import Config, experiment, setting
-from modeling_gpt2_repro.core.devices import count_cores
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
 from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER
 
 # Flags of other programs that prepare text, each with what takes its place here.
 FOREIGN_FLAGS = yaml.safe_load(Path(__file__).with_name("foreign_flags.yaml").read_text(encoding="utf-8"))
-# All workers are started at once: more than any machine has use for would bring it down.
-MOST_WORKERS = 1024
 
 
 @dataclass
@@ -68,7 +65,11 @@ class PrepareConfig(Config):
     overwrite: bool = setting(False, "replace an existing folder of shards")
 
     num_workers: int | None = setting(
-        None, "processes; none means all cores", heading="work", least=1, most=max(MOST_WORKERS, count_cores())
+        None,
+        "processes; none means all cores",
+        heading="work",
+        least=1,
+        most=1024,  # all are started at once, and more than any machine has use for would bring it down
     )
     stage: Literal["all", "tokenize", "write"] = setting(
         "all",

@@ -87,14 +87,11 @@ class Request:
 def build_shards(
     folder: Path,
     request: Request,
-    *,
-    overwrite: bool = False,
     report_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Manifest:
     """Make what is left to make of `folder`, which appears, or is replaced, once it is complete.
 
     Args:
-        overwrite: discard what earlier runs have finished.
         report_progress: called in this process now and then with the number of tokens read so far.
 
     Raises:
@@ -103,7 +100,7 @@ def build_shards(
     """
     encoder = build_encoder(request.tokenizer, request.tokenizer_name)
     with (
-        open_work_folder(folder, request.describe(), alone=True, overwrite=overwrite) as work,
+        open_work_folder(folder, request.describe(), alone=True, overwrite=request.config.overwrite) as work,
         _open_pool(work, encoder, request.config, report_progress) as pool,
     ):
         if not work.is_complete():  # or else an earlier run was killed while it published them
@@ -113,8 +110,8 @@ def build_shards(
     return manifest
 
 
-def run_stage(folder: Path, request: Request, stage: str, share: tuple[int, int]) -> int:
-    """Make the pieces i, i + n, i + 2n, ... of one stage, where `share` is (i, n); return how many these are.
+def run_stage(folder: Path, request: Request) -> int:
+    """Make the pieces i, i + n, i + 2n, ... of a stage, for the configured stage and task i/n; return their number.
 
     Processes with other shares may run at the same time, in any order, on any machine that sees the folder.
     `build_shards` completes the folder after them, or at any time before.
@@ -122,9 +119,9 @@ def run_stage(folder: Path, request: Request, stage: str, share: tuple[int, int]
     Raises:
         UserError: as `build_shards`, or a second stage before the first one is complete.
     """
-    first, count = share
+    first, count = request.config.share
     with open_work_folder(folder, request.describe(), alone=False) as work:
-        if stage == "tokenize":
+        if request.config.stage == "tokenize":
             encoder = build_encoder(request.tokenizer, request.tokenizer_name)
             with _open_pool(work, encoder, request.config) as pool:
                 tasks = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
