@@ -87,9 +87,9 @@ class TokenDataset(torch.utils.data.Dataset):
 
 
 def prefetch(
-    dataset: TokenDataset, micro_batches: Iterable[np.ndarray], device: torch.device, depth: int = PREFETCHED
+    dataset: TokenDataset, micro_batches: Iterable[np.ndarray], device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Yield `dataset.read(micro_batch)` on `device` for each of `micro_batches`, reading up to `depth` of them ahead.
+    """Yield `dataset.read(micro_batch)` on `device` for each of `micro_batches`, reading `PREFETCHED` of them ahead.
 
     The order is that of `micro_batches`, which the reading thread iterates over as well. Batches for a CUDA device are
     pinned, so that their copies do not wait for the work queued before them. An error is raised where its batch is
@@ -112,7 +112,7 @@ def prefetch(
     # A thread begins on GPU 0, where pinning would open a second context in the processes of the other GPUs.
     enter = partial(enter_device, name_device(device))
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead", initializer=enter) as reader:
-        batches = deque(reader.submit(read_next) for _ in range(depth))
+        batches = deque(reader.submit(read_next) for _ in range(PREFETCHED))
         while (batch := batches.popleft().result()) is not None:
             batches.append(reader.submit(read_next))
             yield batch.to(device, non_blocking=True)

@@ -70,9 +70,7 @@ def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list
 
 
 def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
-    axes.set_title("document lengths", fontsize=11)
-    axes.set_xlabel("tokens a document")
-    axes.set_ylabel("share of documents")
+    axes.set(title="document lengths", xlabel="tokens a document", ylabel="share of documents", xscale="log")
     finish_axes(axes)
     if not splits:
         axes.text(0.5, 0.5, "no end-of-text id", transform=axes.transAxes, ha="center")
@@ -86,7 +84,6 @@ def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
         axes.stairs(shares, edges, color=colour, fill=True, alpha=0.18)
         axes.stairs(shares, edges, color=colour, linewidth=1.4, label=label)
         axes.axvline(split.find_length(50), color=colour, linestyle=":", linewidth=1)
-    axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
@@ -102,18 +99,14 @@ def list_length_edges(shortest: int, longest: int) -> np.ndarray:
 
 
 def _draw_frequencies(axes: Axes, splits: list[SplitStatistics]) -> None:
-    axes.set_title("token frequencies", fontsize=11)
+    axes.set(title="token frequencies", xlabel="rank of the token", ylabel="share of all tokens")
     for split in splits:
         shares = np.sort(split.token_counts[split.token_counts > 0])[::-1] / split.tokens
         label = f"{split.split}: {split.ids_in_use:,} ids in use"
         ranks = np.arange(1, len(shares) + 1)
-        axes.plot(ranks, shares, color=SPLIT_COLOURS[split.split], label=label, drawstyle="steps-mid")
+        axes.loglog(ranks, shares, color=SPLIT_COLOURS[split.split], label=label, drawstyle="steps-mid")
     ranks = np.array([1, max(split.ids_in_use for split in splits)])
     axes.plot(ranks, ZIPF_SHARE / ranks, color="grey", linestyle=":", label=f"Zipf's law, {ZIPF_SHARE} / rank")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("rank of the token")
-    axes.set_ylabel("share of all tokens")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     finish_axes(axes)
@@ -134,8 +127,7 @@ def _draw_most_common(axes: Axes, splits: list[SplitStatistics], tokenizer: PreT
     labels = [make_drawable(token, font) for token in quote_tokens(tokenizer, ids)]
     axes.set_yticks(rows, [label[:LABEL_CHARACTERS] for label in labels], fontproperties=font, parse_math=False)
     axes.invert_yaxis()
-    axes.set_title("most common tokens", fontsize=11)
-    axes.set_xlabel("share of all tokens")
+    axes.set(title="most common tokens", xlabel="share of all tokens")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower right", fontsize=9, edgecolor="none", framealpha=0.8)
     finish_axes(axes)

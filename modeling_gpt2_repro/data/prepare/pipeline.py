@@ -84,11 +84,7 @@ class Request:
         }
 
 
-def build_shards(
-    folder: Path,
-    request: Request,
-    report_progress: Callable[[int], None] = lambda tokens: None,
-) -> Manifest:
+def build_shards(folder: Path, request: Request, report_progress: Callable[[int], None]) -> Manifest:
     """Make what is left to make of `folder`, which appears, or is replaced, once it is complete.
 
     Args:

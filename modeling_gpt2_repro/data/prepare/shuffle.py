@@ -45,13 +45,8 @@ class Selection:
 def hash_documents(offsets: np.ndarray, text: np.ndarray, seed: int) -> np.ndarray:
     """Return the documents' keys, uint64 of shape `(documents,)`: XXH3-64 of the UTF-8 bytes, keyed by `seed`."""
     view = memoryview(text)
-    bounds = offsets.tolist()
-    digest = xxhash.xxh3_64_intdigest
-    return np.fromiter(
-        (digest(view[start:end], seed) for start, end in itertools.pairwise(bounds)),
-        dtype=np.uint64,
-        count=len(bounds) - 1,
-    )
+    keys = [xxhash.xxh3_64_intdigest(view[start:end], seed) for start, end in itertools.pairwise(offsets.tolist())]
+    return np.array(keys, dtype=np.uint64)
 
 
 def order_by_key(documents: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -27,24 +26,18 @@ POLL_SECONDS = 0.2
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Signals:
-    """The memory that the processes share.
+def _build_signals(num_workers: int) -> SimpleNamespace:
+    """Build the memory that the processes share; plain memory for a single process.
 
-    Attributes:
-        is_over: nobody waits for the results any more.
-        progress: the sum of what `add_progress` was called with.
+    Returns:
+        `is_over.value`, whether nobody waits for the results any more, and `progress.value`, the sum of what
+        `add_progress` was called with.
     """
-
-    is_over: Any
-    progress: Any
-
-
-def _build_signals(num_workers: int) -> _Signals:
     if num_workers == 1:
-        return _Signals(SimpleNamespace(value=False), SimpleNamespace(value=0, get_lock=contextlib.nullcontext))
+        progress = SimpleNamespace(value=0, get_lock=contextlib.nullcontext)
+        return SimpleNamespace(is_over=SimpleNamespace(value=False), progress=progress)
     context = multiprocessing.get_context(START_METHOD)
-    return _Signals(context.Value("b", False), context.Value("q", 0))
+    return SimpleNamespace(is_over=context.Value("b", False), progress=context.Value("q", 0))
 
 
 # Of the process that makes the calls.
@@ -159,12 +152,12 @@ class WorkerPool:
             raise UserError("a worker process was killed, most often for memory: lower --num_workers") from error
 
 
-def _set_state(signals: _Signals, shared: Any) -> None:
+def _set_state(signals: SimpleNamespace, shared: Any) -> None:
     global _signals, _shared
     _signals, _shared = signals, shared
 
 
-def _initialize(signals: _Signals, shared: Any) -> None:
+def _initialize(signals: SimpleNamespace, shared: Any) -> None:
     """Prepare a worker."""
     global _failure
     _set_state(signals, shared)

@@ -29,8 +29,8 @@ from modeling_gpt2_repro.core.files import is_utf8
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TEXT_SUFFIXES)
-LINE_END = re.compile(r"\r\n|\n|\r")
-ANY_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"  # a Windows line end is never taken for two
+# A Windows line end is never taken for two.
+LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 NOT_UTF8 = "not valid UTF-8: convert it first (text of Windows's: iconv -f CP1252 -t UTF-8)"
 
 # Text per task: enough that starting one costs nothing, little enough that two cores share a small corpus.
@@ -277,19 +277,13 @@ class TextTask:
             if self.document_separator is None:
                 yield [stream.read()]
                 return
-            separator = LINE_END.sub("\n", self.document_separator).encode()
+            parts = re.split(LINE_END, self.document_separator.encode())
+            separator = re.compile(LINE_END.join(map(re.escape, parts)))
             rest = b""
             for lines in _group_by_size(stream, len, BATCH_BYTES):
-                *documents, rest = _split(rest + b"".join(lines), separator)
+                *documents, rest = separator.split(rest + b"".join(lines))
                 yield documents
             yield [rest]
-
-
-def _split(text: bytes, separator: bytes) -> list[bytes]:
-    """Split text at a separator whose line ends, each a `\\n`, match any other line end as well."""
-    if b"\r" not in text or b"\n" not in separator:  # ten times as fast
-        return text.split(separator)
-    return re.split(ANY_LINE_END.join(map(re.escape, separator.split(b"\n"))), text)
 
 
 def as_texts(column: pa.Array, source: str) -> pa.LargeStringArray:
