@@ -119,7 +119,7 @@ def describe_machine_error(error: BaseException, folder: Path) -> str | None:
 
 
 def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether `folder` was made with the same config.
+    """Return whether `folder` was made with the same settings.
 
     Raises:
         UserError: it was made with others and may not be overwritten, or is not a folder of shards.

@@ -349,13 +349,9 @@ def read_tokens(shards: Iterable[np.ndarray], start: int, end: int) -> np.ndarra
 
 def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
     """Describe how many ids of a shard, which has some, are not below `vocab_size`, and where the first one is."""
-    is_beyond = [(start, chunk >= vocab_size) for start, chunk in iterate_chunks(tokens)]
-    beyond = sum(int(np.count_nonzero(flags)) for _, flags in is_beyond)
-    first = next(start + int(np.argmax(flags)) for start, flags in is_beyond if flags.any())
-    return (
-        f"holds {beyond:,} ids beyond the vocabulary of {vocab_size:,}, the first, {int(tokens[first])}, at "
-        f"position {first:,}"
-    )
+    beyond = np.flatnonzero(tokens >= vocab_size)
+    first = f"the first, {tokens[beyond[0]]}, at position {beyond[0]:,}"
+    return f"holds {len(beyond):,} ids beyond the vocabulary of {vocab_size:,}, {first}"
 
 
 def find_foreign_file(folder: str | Path) -> str | None:

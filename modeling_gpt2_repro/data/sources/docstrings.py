@@ -161,7 +161,6 @@ def _walk(root: str) -> Iterator[str]:
             path = os.path.join(folder, name)
             is_text = (suffix in TEXT_SUFFIXES and stem.lower() not in SKIPPED_STEMS) or name == "METADATA"
             # An installed tree may hold dangling links and files of other users.
-            if not (suffix == ".py" or is_text) or not (os.path.isfile(path) and os.access(path, os.R_OK)):
-                continue
-            if suffix == ".py" or os.path.getsize(path) <= MAX_TEXT_FILE_BYTES:
+            is_readable = os.path.isfile(path) and os.access(path, os.R_OK)
+            if is_readable and (suffix == ".py" or (is_text and os.path.getsize(path) <= MAX_TEXT_FILE_BYTES)):
                 yield path

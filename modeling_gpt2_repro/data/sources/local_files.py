@@ -31,6 +31,8 @@ TEXT_SUFFIXES = (".txt", ".txt.gz")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TEXT_SUFFIXES)
 # A Windows line end is never taken for two.
 LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
+# A column of nulls alone has no other type.
+TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.null())
 NOT_UTF8 = "not valid UTF-8: convert it first (text of Windows's: iconv -f CP1252 -t UTF-8)"
 
 # Text per task: enough that starting one costs nothing, little enough that two cores share a small corpus.
@@ -293,9 +295,7 @@ def as_texts(column: pa.Array, source: str) -> pa.LargeStringArray:
         UserError: a column of another type, or bytes that are not UTF-8; the message names `source`.
     """
     kind = column.type.value_type if isinstance(column, pa.DictionaryArray) else column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    if not (is_text or is_binary or pa.types.is_null(kind)):
+    if kind not in TEXT_TYPES:
         raise UserError(f"{source}: the text column holds {kind}, not strings (see --text_column)")
     try:
         texts = column.cast(pa.large_string())
