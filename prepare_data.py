@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
 
@@ -27,7 +26,7 @@ from modeling_gpt2_repro.data.prepare.work_folder import (
     finish_publishing,
     get_work_path,
     list_changes,
-    load_begun_source,
+    load_begun_revision,
 )
 from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
 from modeling_gpt2_repro.data.sources.corpus import (
@@ -73,8 +72,8 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
     if is_already_there(folder, config, tokenizer):
         print(f"{folder} is already there, made with the same settings (--overwrite makes it again)")
         return
-    begun = None if config.overwrite else load_begun_source(folder, config.experiment)
-    request = Request(build_corpus(config, begun), tokenizer, config)
+    revision = None if config.overwrite else load_begun_revision(folder, config.experiment)
+    request = Request(build_corpus(config, revision), tokenizer, config)
     with explained_errors(folder):
         if config.stage != "all":
             pieces = run_stage(folder, request)
@@ -149,12 +148,11 @@ def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedT
     return True
 
 
-def build_corpus(config: PrepareConfig, begun: dict[str, Any] | None = None) -> Corpus:
+def build_corpus(config: PrepareConfig, revision: str | None = None) -> Corpus:
     """Build the corpus that `config` names.
 
     Args:
-        begun: the source of an unfinished run with the same settings, whose commit is kept: the dataset's branch may
-            have moved since.
+        revision: the commit of a dataset that an unfinished run began with: its branch may have moved since.
     """
     if config.files:
         separator = config.document_separator
@@ -164,12 +162,9 @@ def build_corpus(config: PrepareConfig, begun: dict[str, Any] | None = None) -> 
         return build_file_corpus(config.files, config.text_column, separator)
     if config.dataset_name == DOCSTRINGS:
         return build_docstring_corpus()
+    revision = revision or config.revision
     return build_hub_corpus(
-        config.dataset_name,
-        config.dataset_config_name,
-        config.split,
-        (begun or {}).get("revision") or config.revision,
-        config.text_column,
+        config.dataset_name, config.dataset_config_name, config.split, revision, config.text_column
     )
 
 

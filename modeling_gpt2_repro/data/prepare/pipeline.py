@@ -107,7 +107,7 @@ def build_shards(folder: Path, request: Request, report_progress: Callable[[int]
 
 
 def run_stage(folder: Path, request: Request) -> int:
-    """Make the pieces i, i + n, i + 2n, ... of a stage, for the configured stage and task i/n; return their number.
+    """Make one share of a stage, as `--stage` and `--task` ask for; return the number of its pieces.
 
     Processes with other shares may run at the same time, in any order, on any machine that sees the folder.
     `build_shards` completes the folder after them, or at any time before.

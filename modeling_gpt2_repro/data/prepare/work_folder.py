@@ -147,12 +147,12 @@ def count_finished_pieces(final: Path) -> int:
     return len(list((get_work_path(follow_links(final)) / WORK_FOLDER).glob("*.json")))
 
 
-def load_begun_source(final: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the source of an unfinished run for the folder `final` with `settings`; `None` if there is none."""
+def load_begun_revision(final: Path, settings: dict[str, Any]) -> str | None:
+    """Return the dataset's commit in an unfinished run for the folder `final` with `settings`; `None` without one."""
     try:
         begun = json.loads((get_work_path(follow_links(final)) / PLAN_NAME).read_text(encoding="utf-8"))
         same = all(settings.get(name) == value for name, value in begun["settings"].items())
-        return dict(begun["source"]) if same else None
+        return begun["source"].get("revision") if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
