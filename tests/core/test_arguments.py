@@ -205,8 +205,9 @@ class Positional(Config):
 
 def test_paths_may_be_given_without_a_flag(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = parse_arguments(Positional, ["a", "~/b", "--hours"], description="")
-    assert given == Positional(runs=["a", f"{tmp_path}/b"], hours=True)
+    wanted = Positional(runs=["a", f"{tmp_path}/b"], hours=True)
+    for argv in (["a", "~/b", "--hours"], ["--hours", "a", "~/b"], ["--hours", "yes", "a", "~/b"]):
+        assert parse_arguments(Positional, argv, description="") == wanted
     with pytest.raises(UserError, match="RUN"):
         parse_arguments(Positional, ["--hours"], description="")
     with pytest.raises(SystemExit):
