@@ -97,7 +97,7 @@ def main() -> None:
         write_run(folder, arguments.steps)
         size = (folder / "metrics.jsonl").stat().st_size / 1e6
         print(f"a run of {arguments.steps:,} steps, {size:.1f} MB of metrics")
-        command = [sys.executable, "-m", "modeling_gpt2_repro.plots.run_figure", str(folder)]
+        command = [sys.executable, "-m", "modeling_gpt2_repro", "plots", str(folder)]
         environment = {**os.environ, "PYTHONPATH": sys.path[0]}
         run = functools.partial(subprocess.run, command, check=True, env=environment, stdout=subprocess.DEVNULL)
         calls = {"the whole command": run, "reading and drawing": functools.partial(draw_curves, folder)}

@@ -1,4 +1,4 @@
-"""A run on the Hugging Face Hub: `python -m modeling_gpt2_repro.publishing.hub runs/NAME --repo_id me/name`.
+"""A run on the Hugging Face Hub.
 
 The repository's main holds the newest model of the run, at last the finished one, in the form that opens as GPT-2; a
 tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all its files
@@ -9,10 +9,8 @@ again, and one that is complete asks the Hub and does nothing.
 import contextlib
 import fnmatch
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,16 +19,14 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils import get_session
 from transformers import AutoConfig
 
-from modeling_gpt2_repro.core.arguments import expand_home, parse_arguments, setting
-from modeling_gpt2_repro.core.errors import UserError, format_line, reports_user_errors
+from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.core.hub_client import HubUnreachableError, ask_hub, describe_hub_failure
 from modeling_gpt2_repro.model.folder import describe_as_gpt2
-from modeling_gpt2_repro.model.loading import silence_libraries
 from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import FOLDER as EVAL_RESULTS
 from modeling_gpt2_repro.publishing.model_card import CARD, describe_model
-from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, list_models, read_step
+from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, read_step
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
 Answer = TypeVar("Answer")
@@ -183,49 +179,3 @@ def explain_failure(error: BaseException) -> str:
 def name_address(repo_id: str) -> str:
     """Return where a repository is to be looked at."""
     return f"{constants.ENDPOINT}/{repo_id}"
-
-
-@dataclass
-class UploadSettings:
-    """What of a run goes where."""
-
-    repo_id: str | None = setting(None, "the repository, as user/name or a name of yours; not given: the run's name")
-    public: bool = setting(False, "let everybody see it")
-    checkpoints: bool = setting(False, "also upload the models in checkpoints/, each with a tag such as step-0000250")
-
-
-@reports_user_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Upload a finished run to the Hugging Face Hub: python -m modeling_gpt2_repro.publishing.hub runs/NAME [flags]"""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    run_folder = Path(expand_home(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else None
-    if run_folder is None and not {"-h", "--help"} & set(arguments):
-        raise UserError(
-            "give a run folder first: python -m modeling_gpt2_repro.publishing.hub runs/NAME --repo_id ..."
-        )
-    settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)
-    if not (run_folder / "config.yaml").is_file():
-        raise UserError(f"{run_folder} is not the folder of a run: it has no config.yaml")
-    if not (run_folder / "final").is_dir():
-        raise UserError(f"{run_folder} has no final/: give the folder of a finished run")
-    silence_libraries()
-    try:
-        repo_id = open_repository(
-            settings.repo_id or Path(os.path.abspath(run_folder)).name, settings.public, "--repo_id"
-        )
-        publish_final(repo_id, run_folder)
-        if settings.checkpoints:
-            publish_earlier(repo_id, list_models(run_folder / "checkpoints"), run_folder)
-    except UserError:
-        raise
-    except Exception as error:
-        if not isinstance(error, HubUnreachableError) and describe_hub_failure(error) is None:
-            raise
-        message = f"the upload broke off: {explain_failure(error)}. The same command goes on from there"
-        raise UserError(message) from error
-    print(f"{run_folder} is at {name_address(repo_id)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

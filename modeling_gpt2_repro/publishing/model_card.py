@@ -20,7 +20,12 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
 from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import build_eval_results, render_eval_results
 from modeling_gpt2_repro.publishing.reproduction import list_commands, read_versions, shorten
-from modeling_gpt2_repro.publishing.scores import choose_validation_split_scores, list_scores, read_training_scores
+from modeling_gpt2_repro.publishing.scores import (
+    choose_validation_split_scores,
+    format_score,
+    list_scores,
+    read_training_scores,
+)
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.metrics import (
     find_last_validation,
@@ -215,18 +220,11 @@ def _list_results(facts: Facts) -> list[tuple[str, str]]:
     for protocol, score in facts.training_scores.items():
         items = name_items(settings["hellaswag_file"], settings["hellaswag_limit"])
         name = f"{items}: acc_norm, protocol `{protocol}`, in training"
-        rows.append((name, _describe_score(score, "acc_norm")))
+        rows.append((name, format_score(score, "acc_norm")))
     for score in facts.own_scores:
         for metric in ("acc_norm", "acc"):
-            rows.append((f"{score['data']}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
+            rows.append((f"{score['data']}: {metric}, protocol `{score['protocol']}`", format_score(score, metric)))
     return rows
-
-
-def _describe_score(score: dict[str, Any], metric: str) -> str:
-    stderr, n = score.get(f"{metric}_stderr"), score.get("n")
-    error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
-    dtype = f", in {score['dtype']}" if score.get("dtype") else ""
-    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + dtype
 
 
 def _list_data(facts: Facts) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ def list_scores(run_folder: Path, repo_id: str | None = None) -> list[dict[str, 
         else:
             print(format_line(f"{path} is passed over: {fault}"), file=sys.stderr)
     return found
+
+
+def format_score(score: Mapping[str, Any], metric: str) -> str:
+    """Write a score with its standard error, the number of items and the precision, where they are known."""
+    stderr, n, dtype = score.get(f"{metric}_stderr"), score.get("n"), score.get("dtype")
+    error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
+    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + (f", in {dtype}" if dtype else "")
 
 
 def _read_scores(content: dict[str, Any]) -> list[dict[str, Any]]:

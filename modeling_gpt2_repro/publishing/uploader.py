@@ -111,7 +111,7 @@ class Publisher:
             self.say(f"published   {name_address(repo_id)}")
 
     def _describe_command(self) -> str:
-        argv = ["python", "-m", "modeling_gpt2_repro.publishing.hub", str(self.run_folder)]
+        argv = ["python", "-m", "modeling_gpt2_repro", "publish", str(self.run_folder)]
         argv += ["--repo_id", self.config.hub_model_id] if self.config.hub_model_id else []
         return shlex.join([*argv, *(["--public"] if self.config.hub_public else [])])
 

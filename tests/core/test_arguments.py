@@ -9,12 +9,14 @@ from typing import Literal
 import pytest
 
 from eval_hellaswag import EvaluationSettings
+from modeling_gpt2_repro.commands.convert import ConvertConfig
+from modeling_gpt2_repro.commands.plots import PlotsConfig
+from modeling_gpt2_repro.commands.publish import PublishConfig
+from modeling_gpt2_repro.commands.sample import SampleConfig
+from modeling_gpt2_repro.commands.summary import SummaryConfig
 from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting, write_config
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.evaluation.samples import SamplingConfig
-from modeling_gpt2_repro.model.convert_nanogpt import NanoGPTConfig
-from modeling_gpt2_repro.publishing.hub import UploadSettings
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
@@ -120,7 +122,8 @@ def test_a_home_that_nobody_knows_is_told(monkeypatch):
         parse("--inputs", "a", "~/x")
 
 
-SCRIPTS = [TrainingConfig, PrepareConfig, EvaluationSettings, NanoGPTConfig, SamplingConfig, UploadSettings]
+COMMANDS = [ConvertConfig, PlotsConfig, PublishConfig, SampleConfig, SummaryConfig]
+SCRIPTS = [TrainingConfig, PrepareConfig, EvaluationSettings, *COMMANDS]
 NO_PATHS = {"run_name", "hub_model_id", "repo_id", "wandb_project", "document_separator", "text_column", "revision"}
 NO_PATHS |= {"prompt", "sample_prompt", "report_to", "model_size", "micro_batch_size", "skip_steps", "split", "task"}
 NO_PATHS |= {"dataset_config_name"}

@@ -16,6 +16,7 @@ from conftest import REPOSITORY, SHARED_DATA
 from matplotlib.text import Annotation
 from written_runs import build_lines, write_run
 
+from modeling_gpt2_repro.__main__ import main
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, Manifest, Shard, Totals, list_checksums, save_manifest
 from modeling_gpt2_repro.evaluation.baseline import Baseline, record_hellaswag, record_validation, save_baseline
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
@@ -24,7 +25,7 @@ from modeling_gpt2_repro.evaluation.validation import ValidationResult
 from modeling_gpt2_repro.plots.curves import Series, load_curves
 from modeling_gpt2_repro.plots.figures import format_count
 from modeling_gpt2_repro.plots.panels import smooth
-from modeling_gpt2_repro.plots.run_figure import build_curves_figure, describe_end, draw_curves, main
+from modeling_gpt2_repro.plots.run_figure import build_curves_figure, describe_end, draw_curves
 
 RESULT = HellaSwagResult("original", 48, 0.25, 0.06, 0.2955, 0.07, scored_items=(), examples_per_second=1.0)
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
@@ -324,7 +325,7 @@ def test_counts_are_written_as_people_say_them(count, text):
 
 def test_the_command_draws_one_run_into_its_folder(tmp_path, capsys):
     run = write_run(tmp_path / "run", build_lines(50))
-    assert main([str(run)]) == 0
+    assert main(["plots", str(run)]) == 0
     assert (run / "curves.png").exists()
     assert "run: step 50, 26.21M tokens, 50 min: train 4.5110, validation 4.6110" in capsys.readouterr().out
 
@@ -333,7 +334,7 @@ def test_the_command_compares_runs_with_logs_in_a_process_of_its_own(tmp_path):
     run, again = write_run(tmp_path / "run", build_lines(50)), tmp_path / "again" / "run"
     shutil.copytree(run, again)
     (tmp_path / "log.txt").write_text("0 train 10.9\n0 val 10.9\n0 hella 0.25\n1 train 10.8\n")
-    command = [sys.executable, "-m", "modeling_gpt2_repro.plots.run_figure", "run", "again/run", "log.txt"]
+    command = [sys.executable, "-m", "modeling_gpt2_repro", "plots", "run", "again/run", "log.txt"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
@@ -355,7 +356,7 @@ def test_any_name_is_drawn(tmp_path):
 @pytest.mark.parametrize("kind, head", [("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_the_outputs_name_decides_its_format(tmp_path, kind, head):
     run = write_run(tmp_path / "run", build_lines(5))
-    assert main([str(run), "--output", str(tmp_path / f"picture.{kind}")]) == 0
+    assert main(["plots", str(run), "--output", str(tmp_path / f"picture.{kind}")]) == 0
     assert (tmp_path / f"picture.{kind}").read_bytes().startswith(head)
 
 
@@ -366,13 +367,13 @@ def test_the_outputs_name_decides_its_format(tmp_path, kind, head):
         (["missing"], "missing has neither metrics.jsonl nor log.txt"),
         (["empty"], "empty has neither metrics.jsonl nor log.txt"),
         (["run", "--tokens_per_step=0"], "--tokens_per_step has to be 1 or more"),
-        (["run", "--tokens_per_step=many"], "invalid whole_number value: 'many'"),
+        (["run", "--tokens_per_step=many"], "invalid int value: 'many'"),
         (["run", "--output=curves.bmp"], "its name has to end with .png, .svg, .pdf"),
         (["run", "--output=missing/curves.png"], "cannot write missing/curves.png: No such file or directory"),
         (["run", "--output=log.txt/curves.png"], "cannot write log.txt/curves.png: Not a directory"),
         (["run", "log.txt", "--hours"], "has no times"),
         (["run", "--spectrum"], "periods show in 128 steps and more"),
-        (["run", "--hour"], "unrecognized arguments: --hour"),
+        (["run", "--hour"], "unknown setting --hour: did you mean --hours?"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(tmp_path, monkeypatch, capsys, argv, message):
@@ -380,7 +381,7 @@ def test_mistakes_are_answered_in_a_line(tmp_path, monkeypatch, capsys, argv, me
     write_run(tmp_path / "run", build_lines(5))
     (tmp_path / "empty").mkdir()
     (tmp_path / "log.txt").write_text("0 train 10.9\n")
-    assert main(argv) == 2
+    assert main(["plots", *argv]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -391,7 +392,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(capsys):
         run = write_run(Path(folder) / "run", build_lines(5))
         run.chmod(0o555)
         with without_privileges():
-            assert main([str(run)]) == 2
+            assert main(["plots", str(run)]) == 2
         run.chmod(0o755)
     assert f"cannot write {run / 'curves.png'}: Permission denied" in capsys.readouterr().err
 
