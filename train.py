@@ -93,7 +93,7 @@ def run_to_the_end(run: Run, preemption: Preemption) -> int:
         faults.explained_write_failures(run.record.folder, run.resume_hint),
         preemption.deferred(),
     ):
-        with CurveDrawer(run.record.folder.path, run.console.say, enabled=run.accelerator.is_main_process) as curves:
+        with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
             step = train(run, preemption, curves)
         if step < run.plan.last_step and run.config.smoke:
             run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to go on from")

@@ -1,12 +1,11 @@
 """Curves of one run or of several, drawn from their files."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from modeling_gpt2_repro.plots.curves import Curves, load_curves
+from modeling_gpt2_repro.plots.curves import Curves, load_run
 from modeling_gpt2_repro.plots.figures import build_figure, default_style, format_count, make_drawable, save_figure
 from modeling_gpt2_repro.plots.panels import (
     LM_EVAL_SCORE,
@@ -19,19 +18,16 @@ from modeling_gpt2_repro.plots.panels import (
     draw_small_panel,
 )
 from modeling_gpt2_repro.training.console import format_duration
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
-CURVES = "curves.png"
 
-
-def draw_curves(run_folder: str | Path) -> Path:
-    """Draw a run as `curves.png` in its folder and return the picture's path.
+def draw_curves(folder: RunFolder) -> None:
+    """Draw a run's `curves.png`.
 
     Raises:
         UserError: there is nothing to draw, the run's settings cannot be read, or the picture cannot be written.
     """
-    path = Path(run_folder) / CURVES
-    save_figure(build_curves_figure([load_curves(run_folder)]), path)
-    return path
+    save_figure(build_curves_figure([load_run(folder)]), folder.curves)
 
 
 @default_style()

@@ -23,9 +23,8 @@ from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.core.hub_client import HubUnreachableError, ask_hub, describe_hub_failure
 from modeling_gpt2_repro.model.folder import describe_as_gpt2
-from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import FOLDER as EVAL_RESULTS
-from modeling_gpt2_repro.publishing.model_card import CARD, describe_model
+from modeling_gpt2_repro.publishing.model_card import CARD, CURVES, describe_model
 from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, read_step
 from modeling_gpt2_repro.training.run_folder import RunFolder
 

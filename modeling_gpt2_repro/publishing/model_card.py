@@ -17,7 +17,6 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import open_atomically
 from modeling_gpt2_repro.data.shards import Manifest, load_manifest
 from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
-from modeling_gpt2_repro.plots.run_figure import CURVES
 from modeling_gpt2_repro.publishing.eval_results import build_eval_results, render_eval_results
 from modeling_gpt2_repro.publishing.reproduction import list_commands, read_versions, shorten
 from modeling_gpt2_repro.publishing.scores import (
@@ -35,7 +34,7 @@ from modeling_gpt2_repro.training.metrics import (
 )
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
-CARD = "README.md"
+CARD, CURVES = "README.md", RunFolder("").curves.name
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LIMITS = """\
 This is a base model: it continues text and follows no instructions, and nothing was done to make its words true, safe
@@ -97,7 +96,8 @@ def describe_model(
     Raises:
         UserError: the run's settings are missing or damaged.
     """
-    settings = asdict(RunFolder(run_folder).read_config())
+    config = RunFolder(run_folder).read_config()
+    settings = asdict(config)
     manifest = None
     with contextlib.suppress(UserError):
         manifest = load_manifest(settings["data_dir"])
@@ -105,7 +105,7 @@ def describe_model(
     last = merge_metrics(lines, step)
     training_scores = read_training_scores(last)
     own_scores = list_scores(run_folder, repo_id) if step is None else []
-    scores = choose_validation_split_scores(training_scores, own_scores, settings)
+    scores = choose_validation_split_scores(training_scores, own_scores, config)
     facts = Facts(
         folder, run_folder, settings, manifest, repo_id, step, lines, last, training_scores, own_scores, scores
     )

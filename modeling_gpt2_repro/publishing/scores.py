@@ -10,6 +10,7 @@ from modeling_gpt2_repro.core.errors import format_line
 from modeling_gpt2_repro.evaluation.hellaswag import ENCODERS, METRIC_PREFIXES, SCORE_NAMES
 from modeling_gpt2_repro.model.folder import identify_weights
 from modeling_gpt2_repro.plots.references import is_scored_on_validation_split
+from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.metrics import read_json_object
 
 
@@ -23,7 +24,7 @@ def read_training_scores(last: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def choose_validation_split_scores(
-    training_scores: dict[str, dict[str, Any]], own_scores: Iterable[dict[str, Any]], settings: dict[str, Any]
+    training_scores: dict[str, dict[str, Any]], own_scores: Iterable[dict[str, Any]], config: TrainingConfig
 ) -> dict[str, dict[str, Any]]:
     """Return by protocol the scores on the whole of HellaSwag's validation set, which alone are HellaSwag's.
 
@@ -34,7 +35,7 @@ def choose_validation_split_scores(
         training_scores: as `read_training_scores` returns them.
         own_scores: as `list_scores` returns them.
     """
-    scores = training_scores if is_scored_on_validation_split(settings) else {}
+    scores = training_scores if is_scored_on_validation_split(config) else {}
     found = [score for score in own_scores if score["is_validation_split"]]
     found.sort(key=lambda score: score["dtype"] == "float32")
     scores = scores | {score["protocol"]: score for score in found}

@@ -26,6 +26,7 @@ from modeling_gpt2_repro.plots.curves import Series, load_curves
 from modeling_gpt2_repro.plots.figures import format_count
 from modeling_gpt2_repro.plots.panels import smooth
 from modeling_gpt2_repro.plots.run_figure import build_curves_figure, describe_end, draw_curves
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 RESULT = HellaSwagResult("original", 48, 0.25, 0.06, 0.2955, 0.07, scored_items=(), examples_per_second=1.0)
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
@@ -33,7 +34,9 @@ ITEMS = SHARED_DATA / "hellaswag_val.jsonl"
 
 
 def draw(folder: Path, lines: list[dict]) -> np.ndarray:
-    return matplotlib.image.imread(draw_curves(write_run(folder, lines)))
+    run_folder = RunFolder(write_run(folder, lines))
+    draw_curves(run_folder)
+    return matplotlib.image.imread(run_folder.curves)
 
 
 def find_panel(figure, title: str):
