@@ -31,11 +31,6 @@ class Reference:
     value: float
     origin: str
 
-    @property
-    def label(self) -> str:
-        """The result in two lines."""
-        return f"{self.model} {self.value:.4f}\n({self.origin})"
-
 
 def list_loss_references(config: TrainingConfig) -> list[Reference]:
     """Return GPT-2's validation loss, if it was measured on exactly the windows that a run is validated on.

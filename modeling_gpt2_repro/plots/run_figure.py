@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from modeling_gpt2_repro.plots.curves import Curves, load_run
 from modeling_gpt2_repro.plots.figures import build_figure, default_style, format_count, make_drawable, save_figure
 from modeling_gpt2_repro.plots.panels import (
-    LM_EVAL_SCORE,
-    ORIGINAL_SCORE,
+    SCORES,
     SMALL_PANELS,
     Axis,
     describe_train_end,
@@ -45,18 +44,17 @@ def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Fig
         UserError: a run has no times to draw it over.
     """
     panels = [metric for metric in SMALL_PANELS if any(len(run.get(metric)) for run in runs)]
-    has_scores = any(len(run.get(metric)) for run in runs for metric in (ORIGINAL_SCORE, LM_EVAL_SCORE))
+    has_scores = any(len(run.get(metric)) for run in runs for metric in SCORES)
     figure = build_figure(13, 8.2 if panels else 5.4)
     rows = figure.subfigures(2, 1, height_ratios=(1.9, 1)) if panels else [figure.subfigures(1, 1)]
     widths = (2.2, 1) if has_scores else (1,)
     top = rows[0].subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     axis = Axis(runs, over_hours)
-    draw_losses(top[0], runs, axis)
+    draw_losses(top[0], axis)
     if has_scores:
-        draw_scores(top[1], runs, axis)
-    if panels:
-        for axes, metric in zip(rows[1].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            draw_small_panel(axes, metric, runs, axis)
+        draw_scores(top[1], axis)
+    for number, metric in enumerate(panels, start=1):
+        draw_small_panel(rows[1].add_subplot(1, len(panels), number), metric, axis)
     if len(runs) == 1:
         figure.suptitle(make_drawable(_describe(runs[0])), fontsize=13, parse_math=False)
     return figure
