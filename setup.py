@@ -18,7 +18,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_gpt2_repro", "modeling_gpt2_repro.*"]),
     package_data={
-        "modeling_gpt2_repro": ["evaluation/*.jsonl", "evaluation/hellaswag_accuracy/*.py", "**/foreign_flags.yaml"]
+        "modeling_gpt2_repro": [
+            "evaluation/*.jsonl",
+            "evaluation/hellaswag_accuracy/*.py",
+            "**/foreign_flags.yaml",
+            "publishing/*.md",
+        ]
     },
     install_requires=[
         "accelerate>=1.15",

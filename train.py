@@ -33,7 +33,7 @@ from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.model.folder import save_model, save_published_model
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.publishing.model_card import write_model_card
-from modeling_gpt2_repro.publishing.uploader import Publisher
+from modeling_gpt2_repro.publishing.uploader import Uploader
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
@@ -68,7 +68,7 @@ def start(config: TrainingConfig, preemption: Preemption) -> int:
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
     console = Console(accelerator.is_main_process)
     record = RunRecord(RunFolder(Path(config.output_dir) / config.run_name), accelerator, console.say)
-    publisher = Publisher(record.folder.path, config, config.push_to_hub and accelerator.is_main_process, console.say)
+    publisher = Uploader(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
     try:
         with faults.explained_nondeterminism():
             if config.eval_only:
@@ -272,7 +272,7 @@ def publish(run: Run) -> None:
     if run.accelerator.is_main_process:
         with create_folder_atomically(run.record.folder.final) as folder:
             save_published_model(folder, run.model, run.inputs.tokenizer)
-            write_model_card(folder, run.record.folder.path)
+            write_model_card(folder, run.record.folder)
         run.record.finish(run.plan.max_steps)
         run.console.say(f"finished: {run.record.folder.final} holds the model, and curves.png beside it the curves")
     run.accelerator.wait_for_everyone()

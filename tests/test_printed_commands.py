@@ -29,7 +29,7 @@ from modeling_gpt2_repro.core.arguments import parse_arguments
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import open_split
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.publishing.uploader import Publisher
+from modeling_gpt2_repro.publishing.uploader import Uploader
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
@@ -299,7 +299,7 @@ def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_gpt2_repro.publishing.uploader.open_repository", refuse)
     said: list[str] = []
     config = TrainingConfig(run_name="it's", hub_model_id="me/mine", hub_public=True)
-    Publisher(Path("my runs/it's"), config, is_enabled=True, say=said.append).finish()
+    Uploader(RunFolder("my runs/it's"), config, is_enabled=True, say=said.append).finish()
     (command,) = read_commands(re.search(r"python .*(?=, tries again)", said[-1])[0])
     settings = parse(" ".join(command[2:4]), command[4:])
     assert settings.folder == "my runs/it's"

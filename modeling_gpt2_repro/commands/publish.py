@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modeling_gpt2_repro.core.arguments import Config, setting
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.hub_client import HubUnreachableError, describe_hub_failure
+from modeling_gpt2_repro.core.hub_client import describe_hub_failure
 from modeling_gpt2_repro.model.loading import silence_libraries
 from modeling_gpt2_repro.publishing.hub import (
     explain_failure,
@@ -40,13 +40,11 @@ def run(config: PublishConfig) -> None:
     try:
         name = config.repo_id or Path(os.path.abspath(folder.path)).name
         repo_id = open_repository(name, config.public, "--repo_id")
-        publish_final(repo_id, folder.path)
+        publish_final(repo_id, folder)
         if config.checkpoints:
-            publish_earlier(repo_id, list_models(folder.checkpoints), folder.path)
-    except UserError:
-        raise
+            publish_earlier(repo_id, list_models(folder.checkpoints), folder)
     except Exception as error:
-        if not isinstance(error, HubUnreachableError) and describe_hub_failure(error) is None:
+        if isinstance(error, UserError) or describe_hub_failure(error) is None:
             raise
         message = f"the upload broke off: {explain_failure(error)}. The same command continues it"
         raise UserError(message) from error

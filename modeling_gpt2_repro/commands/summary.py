@@ -38,7 +38,7 @@ def describe_run(folder: RunFolder) -> list[str]:
     lines += [
         f"  {score['file']}, protocol {score['protocol']}: acc_norm {format_score(score, 'acc_norm')}, acc "
         f"{score['acc']:.4f}"
-        for score in list_scores(folder.path)
+        for score in list_scores(folder)
     ]
     samples = folder.read_samples()
     if samples:

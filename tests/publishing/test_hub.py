@@ -289,7 +289,7 @@ MISTAKES = {
     "foreign namespace": (["--repo_id=stranger/new"], ME, "me may not write to stranger/new: give a --repo_id of"),
     "foreign repository": (["--repo_id=stranger/public"], ME, "me may not write to stranger/public"),
     "dataset": (["--repo_id=me/corpus"], ME, "me/corpus is a dataset and no model: give another --repo_id"),
-    "another model": (["--repo_id=bert"], ME, "me/bert holds something else"),
+    "another model": (["--repo_id=bert"], ME, "me/bert does not look like a model from this package"),
     "name": (["--repo_id=me/a/b"], ME, "no name on the Hub: check the name"),
 }
 
@@ -395,7 +395,7 @@ def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
     hub.fail("/commit/", "500", times=1)
     result = run("train", *flags(shards, tmp_path, "mended", push_to_hub=True, **QUICK))
     assert result.code == 0, result.err
-    assert result.out.count("publishing failed, training goes on and it is tried again: the Hub answers 500") == 1
+    assert result.out.count("publishing failed, training continues and it is tried again: the Hub answers 500") == 1
     assert hub.repositories["models/me/mended"].tags == TAGS
 
 
@@ -442,7 +442,7 @@ def test_resumed_run_goes_on_without_the_hub(hub, run, shards, tmp_path):
     hub.stop()
     result = run("train", *flags(shards, tmp_path, "late", push_to_hub=True, **{**argv, "max_steps": 12}))
     assert result.code == 0, result.err
-    assert result.out.count("publishing failed, training goes on") == 1
+    assert result.out.count("publishing failed, training continues") == 1
     assert len(read_losses(tmp_path / "late")) == 12
 
 
