@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from modeling_gpt2_repro.training.metrics import (
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+NOT_RECORDED = "not recorded"
 CARD, CURVES = "README.md", RunFolder("").curves.name
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Rows = list[tuple[str, str]]
@@ -83,8 +85,10 @@ def describe_model(
         curves=f"\n![Curves of the run]({CURVES})\n" if run_folder.curves.is_file() else "",
         results=format_table(results) or "Nothing was measured.",
         data=format_table(list_data(config, manifest)),
-        model=format_table(list_architecture(folder)),
-        training=format_table(list_training(config, lines, last)),
+        n_parameters=count_parameters(folder),
+        shape=read_shape(folder),
+        config=config,
+        **describe_training(config, lines, last),
         prompt=quote_text(repr(config.sample_prompt)),
         samples=quote_samples(run_folder, last) or "None were drawn.",
         folder=json.dumps(repo_id) if repo_id else '"."  # this folder, or its Hub id',
@@ -193,53 +197,38 @@ def list_data(config: TrainingConfig, manifest: Manifest | None) -> Rows:
     ]
 
 
-def list_architecture(folder: Path) -> Rows:
-    """Return rows on the model in a folder, as far as its files say."""
-    n_parameters = sum(map(_count_parameters, folder.glob("*.safetensors")))
-    parameters = [("parameters", f"{n_parameters:,}, the tied embedding counted once")] if n_parameters else []
-    titles = {
-        "n_layer": "blocks",
-        "n_head": "attention heads",
-        "n_embd": "width",
-        "n_positions": "context (tokens)",
-        "vocab_size": "vocabulary",
-    }
+def read_shape(folder: Path) -> Mapping[str, str]:
+    """Return the numbers in a model's configuration, by name."""
     config = read_json_object(folder / "config.json")
-    shape = [(title, f"{config[name]:,}") for name, title in titles.items() if isinstance(config.get(name), int)]
-    return [*parameters, *shape, ("format", "GPT-2's own tensor names and layout, float32")]
+    numbers = {name: f"{value:,}" for name, value in config.items() if isinstance(value, int)}
+    return defaultdict(lambda: NOT_RECORDED, numbers)
 
 
-def _count_parameters(path: Path) -> int:
-    with safe_open(path, framework="np") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+def count_parameters(folder: Path) -> str:
+    """Count the parameters in a model's weights."""
+    n_parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            n_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return f"{n_parameters:,}, the tied embedding counted once" if n_parameters else NOT_RECORDED
 
 
-def list_training(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> Rows:
-    """Return rows on the updates and the settings that decided them."""
-    rows = [("updates", f"{last['step']:,} of {config.tokens_per_step:,} tokens" if last else "not recorded")]
-    if "train/tokens" in last and "train/epoch" in last:
-        rows.append(("tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
-    is_float32 = config.mixed_precision == "no"
+def describe_training(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> dict[str, str]:
+    """Return what the template says of the training beside its settings."""
     autocast = f"{config.mixed_precision} autocast where the device has it, weights and optimizer in float32"
-    rows += [
-        ("sequence length", f"{config.sequence_length:,}"),
-        ("optimizer", f"AdamW, betas {config.beta1:g} and {config.beta2:g}"),
-        ("weight decay", f"{config.weight_decay:g}, of every tensor of two dimensions"),
-        ("gradient clipping", f"norm {config.grad_clip:g}"),
-        (
-            "learning rate",
-            f"{config.learning_rate:g}, {config.lr_schedule} after {config.warmup_tokens:,} tokens of linear warm-up, "
-            f"to {config.min_lr_ratio:g} of the peak",
-        ),
-        ("dropout", f"{config.dropout:g}"),
-        ("precision", "float32" if is_float32 else autocast),
-        ("seed", str(config.seed)),
-    ]
+    facts = {
+        "updates": f"{last['step']:,} of {config.tokens_per_step:,} tokens" if last else NOT_RECORDED,
+        "tokens_seen": NOT_RECORDED,
+        "precision": "float32" if config.mixed_precision == "no" else autocast,
+        "time": NOT_RECORDED,
+    }
+    if "train/tokens" in last and "train/epoch" in last:
+        facts["tokens_seen"] = f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"
     rates = [line["train/tokens_per_second"] for line in lines if line.get("train/tokens_per_second", 0) > 0]
     if rates:
         seconds = sum(config.tokens_per_step / rate for rate in rates)
-        rows.append(("time", f"{format_duration(seconds)} of updates, evaluations not counted"))
-    return rows
+        facts["time"] = f"{format_duration(seconds)} of updates, evaluations not counted"
+    return facts
 
 
 def format_table(rows: Rows) -> str:
