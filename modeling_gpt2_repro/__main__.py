@@ -9,7 +9,7 @@ from modeling_gpt2_repro.core.arguments import parse_arguments
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 
 PROGRAM = "python -m modeling_gpt2_repro"
-# What `--help` says of each. Command `x` is commands/x.py: its `XConfig` holds the settings, and `run` takes them.
+# With their `--help`. A command `x` is commands/x.py, where `XConfig` has its settings and `run` executes it.
 COMMANDS = {
     "sample": "Continue a prompt with a language model.",
     "plots": "Draw the curves of a run, or of several runs in one picture.",

@@ -1,4 +1,4 @@
-"""A data folder in words: its statistics as tables for a terminal, and documents in a form that cannot harm one."""
+"""A data folder as text: its statistics in tables, and documents in a form that is safe to print to a terminal."""
 
 import bisect
 import itertools
@@ -20,9 +20,9 @@ PERCENTILES = (("shortest", 0), ("10 %", 10), ("median", 50), ("90 %", 90), ("lo
 
 
 def describe_inspection(inspection: Inspection, encoding: str) -> str:
-    """Return where a folder's text came from, what lies in it, and the documents that were read.
+    """Return the source of a folder's text, its statistics, and the documents that were read.
 
-    Nothing in it acts upon a terminal, and a terminal of this encoding can show all of it.
+    The text has no control characters, and can be printed in `encoding`.
     """
     splits, tokenizer = inspection.splits, inspection.tokenizer
     blocks = [
@@ -41,14 +41,14 @@ def describe_inspection(inspection: Inspection, encoding: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Spell what a terminal would act upon or not show as Python spells it; spaces and ends of lines stay."""
+    """Replace all that a terminal would interpret or not show by Python escapes, except spaces and line breaks."""
     return "".join(
         character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
     )
 
 
 def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[str]:
-    """Return what each id stands for, in quotes: text, or the bytes of what is only a part of a character."""
+    """Return each id's text in quotes, or its bytes if they are only a part of a character."""
 
     def quote(spelling: bytes) -> str:
         try:
@@ -144,7 +144,7 @@ def _tabulate_most_common(splits: Sequence[SplitStatistics], tokenizer: PreTrain
 
 
 def _describe_oddities(inspection: Inspection) -> list[str]:
-    """Return a line for everything that makes the counts mean something else than they seem to."""
+    """Return a line for each reason why the counts are not what they seem."""
     lines, manifest = [], inspection.manifest
     for split in inspection.splits:
         if split.tokens_before_first:
@@ -180,20 +180,20 @@ def _describe_document(document: Document, tokenizer: PreTrainedTokenizerFast) -
 
 
 def _decode_front(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, int]:
-    """Return a document's text, or what of it fits a preview, and the number of tokens that this is."""
+    """Return the front of a document's text that fits a preview, and the number of its tokens."""
 
     def decode(count: int) -> str:
         return tokenizer.decode(document.ids[:count], clean_up_tokenization_spaces=False)
 
     shown = bisect.bisect_right(range(len(document.ids) + 1), PREVIEW_CHARACTERS, key=lambda n: len(decode(n))) - 1
-    # No part of a character at the cut.
+    # Do not cut within a character.
     while shown < document.tokens - 1 and decode(shown).endswith("\ufffd"):
         shown -= 1
     return decode(shown), shown
 
 
 def _align(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Join cells to lines: the first column aligned to the left, the others to the right."""
+    """Join cells to lines, the first column aligned to the left, the others to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -20,8 +20,8 @@ from modeling_gpt2_repro.plots.references import Reference
 
 REFERENCE_COLOUR = "#444444"
 SMOOTHED_SHARE = 0.01  # of a run's steps make up a smoothed point
-# What comes before this share of the picture's width may lie above its upper edge: a loss that falls from 11 to 3
-# within the first steps would squash the rest.
+# The values before this share of the width may lie above the upper edge: a loss that falls from 11 to 3 within the
+# first steps would squash the rest.
 BEGINNING_SHARE = 0.03
 TRAIN_LOSS_PERCENTILES = (0.5, 99.5)
 SMALL_PANEL_PERCENTILES = (2, 97)  # are inside, so that a gradient out of hand does not squash the rest either
@@ -164,7 +164,7 @@ def draw_scores(axes: Axes, axis: Axis) -> None:
     axes.set_ylabel("acc_norm, original protocol" + (", and hollow lm_eval" if has_both else ""))
     legend = axes.legend(frameon=False, fontsize=8, loc="lower right")
     span = max(max(shown) - min(shown), SMALLEST_SCORE_SPAN)
-    # The legend stands below all lines.
+    # Leave room for the legend below all lines.
     axes.set_ylim(min(shown) - span * (0.1 + 0.055 * len(legend.texts)), max(shown) + 0.1 * span)
     axis.finish(axes, with_steps=True)
 

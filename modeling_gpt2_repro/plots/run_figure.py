@@ -33,15 +33,15 @@ def draw_curves(folder: RunFolder) -> None:
 def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Figure:
     """Build the panels of one run, or of several for comparison.
 
-    Losses and HellaSwag stand above; learning rate, gradient norm, speed and bits a byte below, each where a run has
-    it. One run's train values stand faint as they are and strong as a mean over neighbouring steps; of several runs
-    only the means are drawn. Dashed lines are what other models are known to reach on the same tokens and items.
+    Losses and HellaSwag are above; learning rate, gradient norm, speed and bits a byte below, as far as recorded. The
+    train values of a single run are drawn faintly behind their mean over neighbouring steps; of several runs only the
+    means are drawn. Dashed lines are results of other models on the same tokens and items.
 
     Args:
-        over_hours: draw over the hours since the start in place of the tokens seen.
+        over_hours: draw over the hours since the start instead of the tokens seen.
 
     Raises:
-        UserError: a run has no times to draw it over.
+        UserError: `over_hours`, and a run has no times.
     """
     panels = [metric for metric in SMALL_PANELS if any(len(run.get(metric)) for run in runs)]
     has_scores = any(len(run.get(metric)) for run in runs for metric in SCORES)
@@ -68,7 +68,7 @@ def _describe(run: Curves) -> str:
 
 
 def describe_end(run: Curves) -> str:
-    """Say in a line what a run reached."""
+    """Describe in a line what a run reached."""
     ends = []
     if len(run.get("train/loss")):
         end, over = describe_train_end(run.get("train/loss"))

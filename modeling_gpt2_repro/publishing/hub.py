@@ -39,7 +39,7 @@ HARMLESS = {".gitattributes", CARD, "LICENSE"}
 MAIN, EARLIER = "main", "earlier-models"  # branches
 # Files of a model that the next one may not have. Any other file in the repository stays.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
-# How long a connection may be silent: the library itself would wait for ever.
+# How long a connection may be silent; without a limit the library waits indefinitely.
 SILENCE_SECONDS = 120
 
 Files = Mapping[str, Path | bytes]
@@ -168,7 +168,7 @@ def commit_files(repo_id: str, files: Files, message: str, branch: str = MAIN) -
     present = api.list_repo_files(repo_id, revision=branch)
     replaced = [name for name in present if any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)]
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-    # One by one: several large files at once would be sent by threads that Python waits for when it is told to stop.
+    # One by one: several large files at once are sent by threads, which delay the exit of a run that is stopped.
     for addition in additions:
         api.preupload_lfs_files(repo_id, [addition], num_threads=1, revision=branch)
     deletions = [CommitOperationDelete(name) for name in replaced if name not in files]

@@ -146,7 +146,7 @@ def describe_source(manifest: Manifest) -> str:
 
 
 def describe_progress(last: Metrics, step: int | None) -> str:
-    """Return a paragraph on where in its run a model stands; empty if that is not recorded."""
+    """Return a paragraph on the updates that a model has had; empty if they are not recorded."""
     if step is not None:
         return f"\n**This is the model after {step:,} updates of a run that went on.**\n"
     return f"\nThe run ended after {last['step']:,} updates.\n" if last else ""
@@ -214,7 +214,7 @@ def count_parameters(folder: Path) -> str:
 
 
 def describe_training(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> dict[str, str]:
-    """Return what the template says of the training beside its settings."""
+    """Return the facts on the training that are not settings, by their names in the template."""
     autocast = f"{config.mixed_precision} autocast where the device has it, weights and optimizer in float32"
     facts = {
         "updates": f"{last['step']:,} of {config.tokens_per_step:,} tokens" if last else NOT_RECORDED,
@@ -245,5 +245,5 @@ def quote_samples(run_folder: RunFolder, last: Metrics) -> str:
 
 
 def quote_text(text: str) -> str:
-    """Return text as one line that a Markdown page shows as it is, whatever it holds."""
+    """Return text as one line, escaped so that Markdown shows it literally."""
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
