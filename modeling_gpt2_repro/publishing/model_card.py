@@ -8,7 +8,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
 from modeling_gpt2_repro.plots.references import read_manifest
 from modeling_gpt2_repro.publishing.reproduction import list_commands, read_versions, shorten
 from modeling_gpt2_repro.publishing.scores import (
+    Score,
     build_eval_results,
     choose_validation_split_scores,
     format_score,
@@ -99,11 +99,7 @@ def describe_model(
 
 
 def build_metadata(
-    name: str,
-    config: TrainingConfig,
-    manifest: Manifest | None,
-    last: Metrics,
-    scores: Mapping[str, Mapping[str, Any]],
+    name: str, config: TrainingConfig, manifest: Manifest | None, last: Metrics, scores: Mapping[str, Score]
 ) -> ModelCardData:
     """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
     source = manifest.source if manifest else {}
@@ -164,9 +160,7 @@ def list_losses(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics)
     return rows
 
 
-def list_score_rows(
-    config: TrainingConfig, in_training: Mapping[str, Mapping[str, Any]], afterwards: Iterable[Mapping[str, Any]]
-) -> Rows:
+def list_score_rows(config: TrainingConfig, in_training: Mapping[str, Score], afterwards: Iterable[Score]) -> Rows:
     """Return rows on the HellaSwag scores of the run, then on those that eval_hellaswag.py measured."""
     items = name_items(config.hellaswag_file, config.hellaswag_limit)
     of_run = [
