@@ -24,7 +24,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_gpt2_repro", "modeling_gpt2_repro.*"]),
-    package_data={"modeling_gpt2_repro": ["evaluation/*.jsonl", "evaluation/hellaswag_accuracy/*.py", "**/*.yaml"]},
+    package_data={
+        "modeling_gpt2_repro": [
+            "**/*.yaml",
+            "evaluation/*.jsonl",
+            "evaluation/hellaswag_accuracy/*.py",
+            "publishing/*.md",
+        ]
+    },
     install_requires=[
         "accelerate>=1.15",
         "awkward>=2.14",

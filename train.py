@@ -39,7 +39,7 @@ from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.model.folder import save_model, save_published_model
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.publishing.model_card import write_model_card
-from modeling_gpt2_repro.publishing.uploader import Publisher
+from modeling_gpt2_repro.publishing.uploader import Uploader
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
@@ -99,7 +99,7 @@ def set_up_and_train(
     config: TrainingConfig, accelerator: Accelerator, record: RunRecord, console: Console, preemption: Preemption
 ) -> int:
     """Set the run up, and train and publish; return the exit code."""
-    uploader = Publisher(record.folder.path, config, config.push_to_hub and accelerator.is_main_process, console.say)
+    uploader = Uploader(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
     inputs = open_inputs(config, accelerator)
     start = choose_start(config, inputs, accelerator, record)
     if start.is_finished:
@@ -121,9 +121,9 @@ def set_up_and_train(
         return run_to_the_end(run, preemption, uploader)
 
 
-def run_to_the_end(run: Run, preemption: Preemption, uploader: Publisher) -> int:
+def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
     """Train and publish, or stop early with a checkpoint if asked to; return the exit code."""
-    with CurveDrawer(run.record.folder.path, run.console.say, enabled=run.accelerator.is_main_process) as curves:
+    with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
         step = train(run, preemption, curves, uploader)
     if step < run.plan.last_step and run.config.smoke:
         run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to resume")
@@ -140,7 +140,7 @@ def run_to_the_end(run: Run, preemption: Preemption, uploader: Publisher) -> int
     return 0
 
 
-def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Publisher) -> int:
+def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploader) -> int:
     """The loop: evaluate and save the model after `step` updates, and make the next update; return the last step."""
     plan, accelerator = run.plan, run.accelerator
     order, batches = read_batches(run)
@@ -280,13 +280,13 @@ def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
     run.record.read_best(step)  # where only the last of it failed, it is there
 
 
-def save(run: Run, step: int, *, is_evaluated: bool, uploader: Publisher) -> bool:
+def save(run: Run, step: int, *, is_evaluated: bool, uploader: Uploader) -> bool:
     """Save the model after `step` updates; return in every process whether the disk took it."""
     run.record.check_claim()
     return compute_once(partial(write_checkpoint, run, step, is_evaluated, uploader), run.accelerator)
 
 
-def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Publisher) -> bool:
+def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader) -> bool:
     """Write a checkpoint and delete old ones; return whether the disk took it. Training goes on without."""
     is_saved, started, config, folder = False, time.perf_counter(), run.config, run.record.folder
     with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
@@ -315,7 +315,7 @@ def publish(run: Run) -> None:
     if run.accelerator.is_main_process:
         with create_folder_atomically(folder.final) as temporary:
             save_published_model(temporary, run.model, run.inputs.tokenizer)
-            write_model_card(temporary, folder.path)
+            write_model_card(temporary, folder)
         run.record.finish(run.plan.max_steps)
         run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
     run.accelerator.wait_for_everyone()

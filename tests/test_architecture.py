@@ -9,6 +9,8 @@ from conftest import REPOSITORY
 
 PACKAGE = "modeling_gpt2_repro"
 SCRIPTS = ("train", "prepare_data", "eval_hellaswag")
+# What README and model cards called commands before they had one entry.
+FORWARDS = ("reporting", "evaluation.sampling", "nanogpt")
 # From the ground up. A floor is its modules, or the folders of them.
 FLOORS = (
     # The two files that travel with every checkpoint import nothing of ours but each other.
@@ -23,7 +25,8 @@ FLOORS = (
     ("plots",),
     ("publishing",),
     ("commands",),
-    SCRIPTS,
+    ("__main__", *SCRIPTS),
+    FORWARDS,
 )
 
 MODULES = sorted([*(REPOSITORY / PACKAGE).rglob("*.py"), *(REPOSITORY / f"{name}.py" for name in SCRIPTS)])
@@ -49,8 +52,10 @@ def list_imports(path: Path) -> set[str]:
 
 
 def find_floor(module: str) -> int:
-    """Return on which floor a module is: where its own name stands, or its folder's."""
-    floors = [number for number, names in enumerate(FLOORS) if {module, module.split(".")[0]} & set(names)]
+    """Return on which floor a module is: where its own name stands, else its folder's."""
+    floors = [
+        number for name in (module, module.split(".")[0]) for number, names in enumerate(FLOORS) if name in names
+    ]
     assert floors, f"{module} is on no floor"
     return floors[0]
 

@@ -44,7 +44,8 @@ def drop_caches_that_cannot_be() -> None:
 
 def name_command() -> str:
     """Return what to call this process in a message."""
-    return Path(sys.argv[0]).name if sys.argv[0] != "-m" else PACKAGE_FOLDER.name
+    name = Path(sys.argv[0]).name
+    return PACKAGE_FOLDER.name if name in ("-m", "__main__.py") else name
 
 
 def check_working_folder() -> None:

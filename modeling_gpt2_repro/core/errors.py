@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from modeling_gpt2_repro.core.environment import name_command
 from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal, find_unreadable
 from modeling_gpt2_repro.core.streams import discard_unwritten, prepare_streams, write_line
 
@@ -83,7 +84,7 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
 
 def _report(message: str) -> int:
     if os.environ.get("RANK", "0") == "0":  # every process of a launch finds the same mistake
-        write_line(f"{Path(sys.argv[0]).name}: error: {format_line(message)}", sys.stderr)
+        write_line(f"{name_command()}: error: {format_line(message)}", sys.stderr)
     return USER_ERROR_EXIT_CODE
 
 

@@ -25,12 +25,12 @@ from modeling_gpt2_repro.plots.figures import (
 BINS_PER_DOUBLING = 4
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
 LABEL_CHARACTERS = 18
-# Of English words, Zipf found that the one of rank r makes up about a tenth of all, divided by r.
+# Zipf: the English word of rank r makes up about a tenth of all words, divided by r.
 ZIPF_SHARE = 0.1
 
 
 def draw_inspection(inspection: Inspection) -> Path:
-    """Draw what lies in a folder as `inspection.png` in it, and return the picture's path.
+    """Draw a data folder as `inspection.png` in it, and return the picture's path.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -43,7 +43,7 @@ def draw_inspection(inspection: Inspection) -> Path:
 @default_style()
 def build_inspection_figure(inspection: Inspection) -> Figure:
     """Build three panels: document lengths, token frequencies by rank, and the most common tokens."""
-    splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller one is drawn upon the larger
+    splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller is drawn over the larger
     figure = build_figure(15, 5.6)
     grid = figure.add_gridspec(1, 3, width_ratios=(1.15, 1, 1))
     _draw_lengths(figure.add_subplot(grid[0]), [split for split in splits if split.documents])
@@ -79,9 +79,9 @@ def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
 
 
 def list_length_edges(shortest: int, longest: int) -> np.ndarray:
-    """Return whole numbers, ascending, at even distances on a logarithmic axis, that enclose all lengths, int64.
+    """Return ascending int64 edges, evenly spaced on a logarithmic axis, that enclose all lengths.
 
-    Lengths are whole: edges between them would leave bins that nothing can fall into.
+    They are whole numbers, as lengths are: other edges would make bins that no length can fall into.
     """
     first, last = (int(np.floor(BINS_PER_DOUBLING * np.log2(length))) for length in (shortest, longest))
     edges = np.ceil(2.0 ** (np.arange(first - 1, last + 3) / BINS_PER_DOUBLING)).astype(np.int64)

@@ -1,6 +1,7 @@
-"""A data folder in words: its statistics as tables for a terminal, and documents in a form that cannot harm one."""
+"""A data folder as text: its statistics in tables, and documents in a form that is safe to print to a terminal."""
 
 import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
@@ -19,9 +20,9 @@ PERCENTILES = (("shortest", 0), ("10 %", 10), ("median", 50), ("90 %", 90), ("lo
 
 
 def describe_inspection(inspection: Inspection, encoding: str) -> str:
-    """Return where a folder's text came from, what lies in it, and the documents that were read.
+    """Return the source of a folder's text, its statistics, and the documents that were read.
 
-    Nothing in it acts upon a terminal, and a terminal of this encoding can show all of it.
+    The text has no control characters, and can be printed in `encoding`.
     """
     splits, tokenizer = inspection.splits, inspection.tokenizer
     blocks = [
@@ -40,14 +41,14 @@ def describe_inspection(inspection: Inspection, encoding: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Spell what a terminal would act upon or not show as Python spells it; spaces and ends of lines stay."""
+    """Replace all that a terminal would interpret or not show by Python escapes, except spaces and line breaks."""
     return "".join(
         character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
     )
 
 
 def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[str]:
-    """Return what each id stands for, in quotes: text, or the bytes of what is only a part of a character."""
+    """Return each id's text in quotes, or its bytes if they are only a part of a character."""
 
     def quote(spelling: bytes) -> str:
         try:
@@ -86,19 +87,24 @@ def _describe_source(manifest: Manifest) -> str:
 
 
 def _tabulate_counts(splits: Sequence[SplitStatistics], vocab_size: int) -> list[str]:
-    columns = [["", "shards", "tokens", "documents", "bytes of text", "bytes a token", "tokens a byte", "ids in use"]]
-    columns[0] += [f"  of {vocab_size:,}", "tokens a document", "  mean", *(f"  {name}" for name, _ in PERCENTILES)]
-    for split in splits:
-        column = [split.split, f"{len(split.index.files):,}", f"{split.tokens:,}", f"{split.documents:,}"]
-        column += [f"{split.text_bytes:,}", _divide(split.text_bytes, split.tokens)]
-        column += [_divide(split.tokens, split.text_bytes), f"{split.ids_in_use:,}"]
-        column += [f"{split.ids_in_use / vocab_size:.1%}", ""]
-        if split.documents:
-            column += [f"{split.mean_length:,.1f}", *(f"{split.find_length(percent):,}" for _, percent in PERCENTILES)]
-        else:
-            column += ["-"] * (1 + len(PERCENTILES))
-        columns.append(column)
-    return _align(zip(*columns, strict=True))
+    cells = {
+        "": lambda split: split.split,
+        "shards": lambda split: f"{len(split.index.files):,}",
+        "tokens": lambda split: f"{split.tokens:,}",
+        "documents": lambda split: f"{split.documents:,}",
+        "bytes of text": lambda split: f"{split.text_bytes:,}",
+        "bytes a token": lambda split: _divide(split.text_bytes, split.tokens),
+        "tokens a byte": lambda split: _divide(split.tokens, split.text_bytes),
+        "ids in use": lambda split: f"{split.ids_in_use:,}",
+        f"  of {vocab_size:,}": lambda split: f"{split.ids_in_use / vocab_size:.1%}",
+        "tokens a document": lambda split: "",
+        "  mean": lambda split: f"{split.mean_length:,.1f}" if split.documents else "-",
+    }
+    rows = [[name, *map(cell, splits)] for name, cell in cells.items()]
+    for name, percent in PERCENTILES:
+        lengths = (f"{split.find_length(percent):,}" if split.documents else "-" for split in splits)
+        rows.append([f"  {name}", *lengths])
+    return _align(rows)
 
 
 def _divide(numerator: int, denominator: int) -> str:
@@ -123,23 +129,22 @@ def _tabulate_lengths(splits: Sequence[SplitStatistics]) -> list[str]:
 
 
 def _tabulate_most_common(splits: Sequence[SplitStatistics], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    rows = [["most common tokens"], *([f"  {rank}"] for rank in range(1, MOST_COMMON + 1))]
+    columns = []
     for split in splits:
         ids = split.list_most_common(MOST_COMMON)
-        quoted = quote_tokens(tokenizer, ids)
+        quoted, counts = quote_tokens(tokenizer, ids), split.token_counts[ids]
         width = max(map(len, quoted), default=0)
-        cells = [(split.split, "", "".ljust(width))]
-        cells += [
-            (f"{split.token_counts[index]:,}", f"{split.token_counts[index] / split.tokens:.2%}", token.ljust(width))
-            for index, token in zip(ids, quoted, strict=True)
+        columns += [
+            [split.split, *(f"{count:,}" for count in counts)],
+            ["", *(f"{count / split.tokens:.2%}" for count in counts)],
+            [token.ljust(width) for token in ("", *quoted)],
         ]
-        cells += [("", "", "")] * (len(rows) - len(cells))
-        rows = [[*row, *cell] for row, cell in zip(rows, cells, strict=True)]
-    return _align(row for row in rows if any(row[1:]))
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return _align([f"  {rank}" if rank else "most common tokens", *row] for rank, row in enumerate(rows))
 
 
 def _describe_oddities(inspection: Inspection) -> list[str]:
-    """Return a line for everything that makes the counts mean something else than they seem to."""
+    """Return a line for each reason why the counts are not what they seem."""
     lines, manifest = [], inspection.manifest
     for split in inspection.splits:
         if split.tokens_before_first:
@@ -175,20 +180,20 @@ def _describe_document(document: Document, tokenizer: PreTrainedTokenizerFast) -
 
 
 def _decode_front(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, int]:
-    """Return a document's text, or what of it fits a preview, and the number of tokens that this is."""
+    """Return the front of a document's text that fits a preview, and the number of its tokens."""
 
     def decode(count: int) -> str:
         return tokenizer.decode(document.ids[:count], clean_up_tokenization_spaces=False)
 
     shown = bisect.bisect_right(range(len(document.ids) + 1), PREVIEW_CHARACTERS, key=lambda n: len(decode(n))) - 1
-    # No part of a character at the cut.
+    # Do not cut within a character.
     while shown < document.tokens - 1 and decode(shown).endswith("\ufffd"):
         shown -= 1
     return decode(shown), shown
 
 
 def _align(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Join cells to lines: the first column aligned to the left, the others to the right."""
+    """Join cells to lines, the first column aligned to the left, the others to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -11,9 +11,8 @@ from test_run_folders import LONGER
 import eval_hellaswag
 import prepare_data
 import train
-from modeling_gpt2_repro.commands import summary
+from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.core.errors import format_line
-from modeling_gpt2_repro.evaluation import samples
 
 PLAN = TINY | {"plan": True}
 LONG_NAME = "a" * 300
@@ -136,7 +135,7 @@ def test_records_of_a_run_that_goes_on(name, content):
         (run / name).write_text(content)
         assert answer(train.main, to_flags(TINY | LONGER), case).code == 0
         assert (run / "final" / "README.md").exists()
-        answer(summary.main, ["runs/run"], case)
+        answer(run_command, ["summary", "runs/run"], case)
         answer(draw, ["runs/run"], case)  # nothing is left to draw where no line was a record
 
 
@@ -144,7 +143,7 @@ def test_records_of_a_run_that_goes_on(name, content):
 def test_samples(settings):
     with open_case("model") as case:
         base = {"model": "../given/model", "prompt": "a", "n_tokens": 8}
-        assert "has to be 1 or more" in answer(samples.main, to_flags(base | settings), case).err
+        assert "has to be 1 or more" in answer(run_command, ["sample", *to_flags(base | settings)], case).err
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"])

@@ -9,8 +9,8 @@ from tiny_architectures import build_config
 
 import eval_hellaswag
 import train
+from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation import samples
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.model import loading
 from modeling_gpt2_repro.model.causality import check_causal
@@ -39,13 +39,13 @@ def test_every_command_refuses_what_reads_ahead(save, shards, tmp_path, capsys):
     for main, argv in (
         (eval_hellaswag.main, [f"--model={folder}", f"--data_file={SAMPLE_FILE}", "--limit=1"]),
         (train.main, eval_only),
-        (samples.main, [f"--model={folder}"]),
+        (run_command, ["sample", f"--model={folder}"]),
     ):
         assert main(argv) == 2
         out, err = capsys.readouterr()
         assert "BertLMHeadModel" in err and "is not causal" in err and "acc" not in out
     decoder = save("BertLMHeadModel", is_decoder=True, max_position_embeddings=128)
-    assert samples.main([f"--model={decoder}", "--n_tokens=12", "--n_samples=1"]) == 0
+    assert run_command(["sample", f"--model={decoder}", "--n_tokens=12", "--n_samples=1"]) == 0
 
 
 @pytest.mark.parametrize(
