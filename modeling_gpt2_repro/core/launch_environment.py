@@ -1,30 +1,34 @@
-"""What accelerate takes from the environment: the start of processes, and nothing that would change an experiment."""
+"""The environment variables that accelerate may read: those that start processes, none that change an experiment."""
 
 import os
 
 from modeling_gpt2_repro.core.errors import UserError
 
-# `accelerate launch` sets these to start processes, or users to choose a device and to look for errors. Its precision
-# is a sign of the launcher alone: ours is passed to accelerate, and wins.
+# Set by `accelerate launch` to start processes, or by users to choose a device and to debug. The launcher's precision
+# only shows that there is a launcher: the experiment's is passed to accelerate and overrides it.
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH")
 HEEDED = (*FLAGS, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_LOG_LEVEL")
-# Other ways to train, which a user's own accelerate configuration may ask for, and which silence would not serve.
+# Other ways to train, which a user's accelerate configuration may ask for, and which must not be ignored silently.
 REFUSED = (
-    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_SAGEMAKER"),
-    *("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_TORCH_DEVICE"),
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_SAGEMAKER",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_TORCH_DEVICE",
 )
 # accelerate.utils.environment.str_to_bool
 TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 
 
 def settle_environment() -> None:
-    """Take accelerate's other variables out of this process's environment, before accelerate reads them.
+    """Remove accelerate's other variables from this process's environment, before accelerate reads them.
 
-    So `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` divides no gradient, and `ACCELERATE_DYNAMO_BACKEND` compiles nothing:
-    an experiment is what its settings say.
+    An experiment depends on its settings alone: `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` divides no gradient, and
+    `ACCELERATE_DYNAMO_BACKEND` compiles nothing.
 
     Raises:
-        UserError: a variable asks for another way to train, or is no flag.
+        UserError: a variable asks for another way to train, or a flag is neither true nor false.
     """
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "FORK_LAUNCHED"]:
         value = os.environ[name].lower()

@@ -67,13 +67,7 @@ class FolderLock:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        what: str,
-        *,
-        is_shared: bool = False,
-        say: Callable[[str], None] = print,
+        self, folder: Path, name: str, what: str, *, is_shared: bool = False, say: Callable[[str], None] = print
     ):
         self.folder, self.path, self.what = folder, follow_links(folder / name), what
         self.is_shared, self._say = is_shared, say

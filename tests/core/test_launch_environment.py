@@ -1,4 +1,4 @@
-"""No variable of accelerate's environment changes an experiment, but for those that start its processes."""
+"""Of accelerate's environment variables, only those that start processes have an effect, never on an experiment."""
 
 import ast
 import itertools
@@ -15,19 +15,27 @@ import train
 from modeling_gpt2_repro.core.launch_environment import FLAGS, HEEDED, REFUSED
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 
-# Set by launchers to start processes, and facts of the machine, which accelerate reads too.
+# Set by launchers to start processes, and facts about the machine, which accelerate reads too.
 OF_LAUNCHERS = {
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"),
-    *("OMP_NUM_THREADS", "HF_HOME", "XDG_CACHE_HOME"),
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "OMP_NUM_THREADS",
+    "HF_HOME",
+    "XDG_CACHE_HOME",
 }
 OF_MPI = ("PMI_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
-# Not of a training process: the launcher itself, and accelerate's own tests.
+# Not part of a training process: the launcher itself, and accelerate's own tests.
 ELSEWHERE = ("commands", "test_utils")
 SETTINGS = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0, "max_steps": 3}
 
 
 def list_variables() -> Iterator[str]:
-    """Yield the names that accelerate's source gives to what reads the environment, by themselves or with a prefix."""
+    """Yield the names of variables that accelerate's source reads, also those composed with a prefix."""
     root = Path(accelerate.__file__).parent
     for path in sorted(root.rglob("*.py")):
         if path.relative_to(root).parts[0] in ELSEWHERE:
@@ -63,7 +71,7 @@ VARIABLES = sorted(name for name in set(list_variables()) - OF_LAUNCHERS if not 
 @pytest.fixture(scope="module")
 def expected(shards, tmp_path_factory) -> list[dict]:
     numbers = read_numbers(run_training(shards, tmp_path_factory.mktemp("expected"), **SETTINGS))
-    AcceleratorState._reset_state(reset_partial_state=True)  # which the first test would go on with
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the first test would reuse it
     return numbers
 
 
