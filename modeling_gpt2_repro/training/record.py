@@ -29,7 +29,7 @@ class RunRecord:
     """Writes a run folder's files, from the first process only, and feeds the trackers.
 
     `metrics.jsonl` is the source of truth: `log.txt` is derived from it. `samples.jsonl` has the texts, `config.yaml`
-    the settings, and `status.json` the state of the run. The trackers read the metrics and the samples.
+    the settings, and `status.json` the state of the run. The trackers are sent the metrics and the samples.
 
     Args:
         warn: receives reports of failures that do not affect the run.
@@ -91,7 +91,7 @@ class RunRecord:
             self._lock.start_beating(self._show_heartbeat)
             for name in self.trackers:
                 tracker = TRACKER_CLASSES[name](self.folder, config, self.tracker_run_id)
-                self._feeds.append(Feed(tracker, self.folder, first_step or 0, self.warn))
+                self._feeds.append(Feed(tracker, first_step or 0, self.warn))
         self.is_started = True
 
     def _open_at(self, first_step: int | None, config: TrainingConfig) -> None:
@@ -117,17 +117,19 @@ class RunRecord:
             UserError: see `check_claim`.
         """
         self.check_claim()
-        # JSON has no NaN.
-        line = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
+        line = {"step": step, **metrics}
         self._append(self.folder.metrics, json.dumps(line) + "\n")
         self._append(self.folder.log, "".join(format_log_lines(line)))
-        self._feed()
+        for feed in self._feeds:
+            feed.log_metrics(step, metrics)
 
     def log_samples(self, step: int, texts: list[str]) -> None:
         """Record texts that the model wrote after `step` updates."""
         lines = (json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for text in texts)
         self._append(self.folder.samples, "".join(lines))
-        self._feed()
+        for feed in self._feeds:
+            feed.log_samples(step, texts)
 
     def set_status(self, status: str, **details: Any) -> None:
         """Write the state of the run, `running` or `preempted` (see also `finish`), to `status.json`.
@@ -174,10 +176,6 @@ class RunRecord:
                 self._feeds.pop().close()
         finally:
             self._lock.release()
-
-    def _feed(self) -> None:
-        for feed in self._feeds:
-            feed.catch_up()
 
     def _append(self, path: Path, text: str) -> None:
         if self.is_open and text:

@@ -1,4 +1,4 @@
-"""Trackers: programs that show a run elsewhere. Each wraps accelerate's tracker, and is fed from the run's files."""
+"""Trackers: programs that show a run elsewhere. Each wraps accelerate's tracker."""
 
 import contextlib
 import importlib.util
@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from operator import itemgetter
+from functools import partial
 from typing import Any
 
 import yaml
@@ -16,7 +16,6 @@ from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.core.files import make_folder
 from modeling_gpt2_repro.training import wandb_settings
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
-from modeling_gpt2_repro.training.metrics import read_json_lines, read_metrics
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
 # How long wandb may take to start a run, and at the end to upload the rest before it is left to `wandb sync`. Its own
@@ -164,7 +163,7 @@ def _quote(text: str) -> str:
 
 
 class Feed:
-    """Sends a tracker what is appended to a run's files.
+    """Sends a tracker what is recorded.
 
     An error of the tracker's library or network is reported once and stops nothing. No later step waits for that
     tracker; at the end it is restarted and sent what it missed.
@@ -173,19 +172,28 @@ class Feed:
         warn: receives the reports.
     """
 
-    def __init__(self, tracker: Tracker, folder: RunFolder, first_step: int, warn: Callable[[str], None]):
-        self._tracker, self._folder, self._warn = tracker, folder, warn
-        self._sizes = self._measure_files()  # of the part that the tracker has
+    def __init__(self, tracker: Tracker, first_step: int, warn: Callable[[str], None]):
+        self._tracker, self._warn = tracker, warn
         self._has_failed = False
+        self._missed: list[Callable[[], None]] = []
         with self._tolerated_failure("failed, training goes on without it"):
             if note := tracker.start(first_step):
                 warn(format_line(note))
 
-    def catch_up(self) -> None:
-        """Send the tracker what is new, unless it has failed."""
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Log numbers of the model after `step` updates."""
+        self._send(partial(self._tracker.log_metrics, step, metrics))
+
+    def log_samples(self, step: int, texts: list[str]) -> None:
+        """Log all texts that the model wrote after `step` updates."""
+        self._send(partial(self._tracker.log_samples, step, texts))
+
+    def _send(self, message: Callable[[], None]) -> None:
         if not self._has_failed:
             with self._tolerated_failure("failed, training goes on without it"):
-                self._send()
+                message()
+        if self._has_failed:
+            self._missed.append(message)
 
     def close(self) -> None:
         """Let the tracker finish; if it has failed, send it what it missed first."""
@@ -193,9 +201,10 @@ class Feed:
             with self._tolerated_failure("failed at its end"):
                 self._tracker.finish()
             return
-        with self._tolerated_failure(f"failed again, and lacks what {self._folder.metrics.name} has"):
+        with self._tolerated_failure("failed again, and lacks what metrics.jsonl has"):
             self._tracker.restart()
-            self._send()
+            for message in self._missed:
+                message()
             self._tracker.finish()
             self._warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
 
@@ -207,24 +216,6 @@ class Feed:
             self._has_failed = True
             reason = format_line(f"{type(error).__name__}: {error}")
             self._warn(f"the tracker {self._tracker.name} {consequence}: {reason}")
-
-    def _send(self) -> None:
-        sizes = self._measure_files()
-        metrics, samples = self._folder.metrics, self._folder.samples
-        entries = [
-            (line.pop("step"), self._tracker.log_metrics, line) for line in read_metrics(metrics, self._sizes[0])
-        ]
-        texts: dict[int, list[str]] = {}
-        for line in read_json_lines(samples, self._sizes[1]):
-            texts.setdefault(line["step"], []).append(line["text"])
-        entries += [(step, self._tracker.log_samples, of_step) for step, of_step in texts.items()]
-        for step, log, content in sorted(entries, key=itemgetter(0)):
-            log(step, content)
-        self._sizes = sizes
-
-    def _measure_files(self) -> list[int]:
-        """Return the bytes of the metrics and of the samples."""
-        return [path.stat().st_size if path.exists() else 0 for path in (self._folder.metrics, self._folder.samples)]
 
 
 TRACKER_CLASSES = {each.name: each for each in (Wandb, TensorBoard)}
