@@ -110,15 +110,14 @@ class FolderLock:
         if state == "held" and self.is_shared:  # the first to come has it exclusively until it calls `share`
             state = try_lock(descriptor, is_exclusive=False)
         # Without its name, the file is one that its holder has just removed, or whose folder it has moved.
-        is_taken = is_file_at(descriptor, self.path) and self._is_free(state, read_holder(self.path), waited)
-        if is_taken and state == "held":
+        is_free = is_file_at(descriptor, self.path) and self._is_free(state, read_holder(self.path), waited)
+        if is_free and state == "held":
             self.path.unlink(missing_ok=True)  # of a dead machine: nobody else would release it
-            is_taken = False
-        if not (is_taken and self._sign(descriptor, state)):
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        return True
+        elif is_free and self._sign(descriptor, state):
+            self._descriptor = descriptor
+            return True
+        os.close(descriptor)
+        return False
 
     def _is_free(self, state: LockState, holder: Holder | None, waited: float) -> bool:
         if self.is_shared or holder is None or (holder.is_here and state != "unsupported"):
