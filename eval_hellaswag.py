@@ -17,9 +17,10 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 import torch
 
 from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting
-from modeling_gpt2_repro.core.devices import prepare_cpu_process, start_accelerator
+from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
+from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.evaluator import load_evaluator
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult

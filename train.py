@@ -26,10 +26,10 @@ from modeling_gpt2_repro.core.devices import (
     compute_once,
     measure_peak_memory,
     prepare_cpu_process,
-    start_accelerator,
 )
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
+from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import discard_unwritten
 from modeling_gpt2_repro.data.dataset import prefetch
 from modeling_gpt2_repro.data.order import WindowOrder

@@ -95,7 +95,7 @@ def _check_memory(model_config: GPT2ReproConfig) -> None:
     n_embd, n_rows = model_config.n_embd, model_config.vocab_size + model_config.n_positions
     matrices = 12 * model_config.n_layer * n_embd**2 + n_rows * n_embd
     memory = measure_total_memory()
-    if memory is not None and 4 * matrices > memory:
+    if 4 * matrices > memory:
         raise UserError(
             f"a model of {matrices:,} parameters takes {4 * matrices / 1e9:,.1f} GB, and this machine has "
             f"{memory / 1e9:,.1f} GB: use a smaller --model_size, --n_layer, --n_embd or --sequence_length"

@@ -13,17 +13,15 @@ MEASURED = ("val/", "hellaswag")
 Metrics = dict[str, float]
 
 
-def read_json_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file that have a step, from byte `start`; none if there is no file.
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a JSON-lines file that have a step; none if there is no file.
 
     Lines that a crash or a damaged disk left broken are skipped.
     """
     if not path.exists():
         return []
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        text = stream.read().decode("utf-8", errors="replace")
-    objects = (_parse_object(line) for line in text.split("\n"))
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    objects = (_parse_object(line) for line in lines)
     return [content for content in objects if isinstance(content.get("step"), int)]
 
 
@@ -42,15 +40,15 @@ def _parse_object(text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_metrics(path: Path, start: int = 0) -> list[Metrics]:
-    """Read the lines of `metrics.jsonl` from byte `start`, each its step and other numbers; the rest is skipped."""
+def read_metrics(path: Path) -> list[Metrics]:
+    """Read the lines of `metrics.jsonl`, each its step and other numbers; the rest is skipped."""
     lines = [
         {
             name: value
             for name, value in line.items()
             if type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
         }
-        for line in read_json_lines(path, start)
+        for line in read_json_lines(path)
     ]
     return [line for line in lines if line.get("step", -1) >= 0]
 

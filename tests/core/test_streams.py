@@ -1,4 +1,4 @@
-"""What is printed ends no program: in no encoding, and whoever has stopped reading."""
+"""Printing never ends a program, in any encoding, and whether or not anybody reads."""
 
 import json
 import os
@@ -19,15 +19,15 @@ COMMANDS = "modeling_gpt2_repro.__main__"
 NAME = "ŝipo 日本 ▁"
 PROMPT = "日本 naïve \U0001f600"
 QUICK = {
-    **{
-        "n_layer": 1,
-        "n_embd": 8,
-        "sequence_length": 256,
-        "tokens_per_step": 256,
-        "eval_every": 0,
-        "hellaswag_every": 0,
-    },
-    **{"sample_every": 6, "sample_prompt": PROMPT, "sample_tokens": 40},
+    "n_layer": 1,
+    "n_embd": 8,
+    "sequence_length": 256,
+    "tokens_per_step": 256,
+    "eval_every": 0,
+    "hellaswag_every": 0,
+    "sample_every": 6,
+    "sample_prompt": PROMPT,
+    "sample_tokens": 40,
 }
 
 
