@@ -101,7 +101,7 @@ def main() -> None:
             publisher.submit(checkpoint)
             waiting.append(time.perf_counter() - handed_over)
             shutil.rmtree(checkpoint)  # as a run prunes them
-        beside = time_updates(update, lambda number: not any(run_folder.uploads.glob("step_*")))
+        beside = time_updates(update, lambda number: not any(run_folder.hub_upload.glob("step_*")))
         print(f"uploading {len(checkpoints)} checkpoints took {time.perf_counter() - started:.1f} s")
         print(f"handing a checkpoint over        median {1e3 * statistics.median(waiting):7.1f} ms")
         print(describe("update, nothing uploaded", alone))

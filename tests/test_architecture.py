@@ -81,7 +81,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_the_walk_sees_imports():
-    assert {"__init__", "data.dataset", "training.setup", "publishing.model_card"} <= list_imports(
+    assert {"__init__", "data.dataset", "training.run", "publishing.model_card"} <= list_imports(
         REPOSITORY / "train.py"
     )
     assert find_floor("data.sources.corpus") < find_floor("evaluation.hellaswag") < find_floor("train")

@@ -256,7 +256,7 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     argv = ["--files", *files, f"--output_dir={data_dir}", "--document_separator=\n-\n", "--val_tokens=300"]
     assert prepare_data.main([*argv, "--num_workers=1"]) == 0
     monkeypatch.setattr(
-        "modeling_gpt2_repro.training.setup.choose_peak", lambda *_: Peak(1e9, "a test")
+        "modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")
     )  # takes a second
     monkeypatch.setattr("train.CurveDrawer", mock.MagicMock())
     small = {

@@ -56,7 +56,7 @@ def setting(
         heading: begins a group of flags in `--help`, which lasts until the next heading.
         above, least, below, most: bounds of a number; `below=math.inf` asks for a finite one.
         path: a path, or possibly one; a leading `~` stands for the home folder.
-        private: says where a run is and whom it reports to, and nothing about its result.
+        private: left out of the command that repeats the work, as it says nothing about the result.
         resumable: may change when the work is resumed. What decides the result may not.
         positional: given without a flag.
     """

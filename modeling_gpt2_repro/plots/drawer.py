@@ -45,6 +45,10 @@ class CurveDrawer:
         if self._is_wanted() and (kind is None or issubclass(kind, Exception)):  # a signal allows no time to draw
             self._attempt(lambda: draw_curves(self._folder))
 
+    def leave_as_they_are(self) -> None:
+        """Draw no last picture on exit."""
+        self._enabled = False
+
     def request(self) -> None:
         """Have the curves drawn, unless the process that draws them is still at work."""
         if self._is_wanted() and (self._process is None or self._process.poll() is not None):

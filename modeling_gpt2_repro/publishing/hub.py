@@ -1,4 +1,7 @@
-"""A run on the Hugging Face Hub.
+"""A run on the Hugging Face Hub: what is uploaded of it, and how.
+
+A model travels with its code, tokenizer, curves, card and scores; training state, metrics, samples, logs, settings and
+hidden files stay.
 
 The repository's main branch holds the newest model of the run, at last the finished one, in the form that opens as
 GPT-2; a tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all

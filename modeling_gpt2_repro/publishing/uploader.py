@@ -1,6 +1,6 @@
 """Publishing beside the training: a thread that uploads checkpoints from the disk, and the finished model at the end.
 
-A checkpoint waits as hard links in the run folder's `uploads`, so that the original may be pruned meanwhile, and is
+A checkpoint waits as hard links in the run folder's `hub_upload`, so that the original may be pruned meanwhile, and is
 deleted there once it is on the Hub. What waits when a run is stopped or killed is uploaded when it is resumed.
 """
 
@@ -70,10 +70,10 @@ class Uploader:
         """Begin to upload, first what an earlier attempt left waiting; `None` for a run that starts over."""
         if not self._is_enabled:
             return
-        for model in list_models(self._folder.uploads):
+        for model in list_models(self._folder.hub_upload):
             if first_step is None or read_step(model) > first_step:
                 remove_folder(model)
-        for leftover in self._folder.uploads.glob(f"step_*{TEMPORARY_SUFFIX}"):
+        for leftover in self._folder.hub_upload.glob(f"step_*{TEMPORARY_SUFFIX}"):
             clear_leftovers(leftover.with_suffix(""))
         self._is_due.set()
         self._thread.start()
@@ -83,7 +83,7 @@ class Uploader:
         if not self._is_enabled:
             return
         try:
-            link_model(checkpoint, self._folder.uploads / checkpoint.name)
+            link_model(checkpoint, self._folder.hub_upload / checkpoint.name)
         except OSError as error:
             self._say(f"{checkpoint.name} will not be published: {error}")
         self._is_due.set()
@@ -99,7 +99,7 @@ class Uploader:
         try:
             repo_id = self._upload_waiting()
             publish_final(repo_id, self._folder)
-            shutil.rmtree(self._folder.uploads, ignore_errors=True)
+            shutil.rmtree(self._folder.hub_upload, ignore_errors=True)
         except Exception as error:
             self._say(
                 f"the run is finished and not published: {explain_failure(error)}. The same command, or "
@@ -135,7 +135,7 @@ class Uploader:
     def _upload_waiting(self) -> str:
         """Upload the checkpoints that wait, oldest first, and return the repository."""
         repo_id = self._open()
-        for model in list_models(self._folder.uploads):
+        for model in list_models(self._folder.hub_upload):
             publish_checkpoint(repo_id, model, self._folder)
             self._say(f"step {read_step(model)} is published")
             remove_folder(model)

@@ -1,4 +1,4 @@
-"""The numbers of a run, one JSON object a line, and what they say of one model."""
+"""Reading `metrics.jsonl`, one JSON object a line; the numbers are made in `train.py`: `update` and `evaluate`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 # Numbers from here on have no place on an axis, and no run has them.
 LARGEST_METRIC = 1e100
-# How the names of metrics begin that are measured of one model now and then.
-MEASURED = ("val/", "hellaswag")
+# How the names of metrics begin that every update has; the others are measured of one model now and then.
+EVERY_STEP = "train/"
 
 Metrics = dict[str, float]
 
@@ -56,8 +56,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
     """Return what is recorded of the model after `step` updates (`None`: of the last model), and the step.
 
-    A metric that every step has counts with its last value. What is measured of one model now and then is not true of
-    the next one, so of these only the values at this very step count.
+    Metrics of every update have their last value. Those of evaluations are given only if measured at this very step.
     """
     if not lines:
         return {}
@@ -65,7 +64,7 @@ def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
     merged: Metrics = {}
     for line in lines:
         is_of_model = line["step"] == step
-        merged |= {name: value for name, value in line.items() if is_of_model or not name.startswith(MEASURED)}
+        merged |= {name: value for name, value in line.items() if is_of_model or name.startswith(EVERY_STEP)}
     return merged | {"step": step}
 
 

@@ -243,7 +243,7 @@ def hash_tree(folder: Path) -> dict[str, str]:
 def quick_machine() -> Iterator[None]:
     """Leave out what takes a second and does not depend on the input: timing the machine, and drawing in a run."""
     with (
-        mock.patch("modeling_gpt2_repro.training.setup.choose_peak", lambda *_: Peak(1e9, "a test")),
+        mock.patch("modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")),
         mock.patch("train.CurveDrawer", mock.MagicMock()),
     ):
         yield
