@@ -22,13 +22,15 @@ from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
 from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.evaluation.evaluator import load_evaluator
-from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
-from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS, HellaSwagQuestions
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.multiple_choice import format_score
 from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
+from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.folder import identify_weights
+from modeling_gpt2_repro.model.limits import check_token_ids
+from modeling_gpt2_repro.model.loading import load_causal_lm
 
 
 @dataclass
@@ -69,15 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = start_accelerator("no")
 
     items = load_hellaswag(config.data_file, config.limit)
-    evaluator = load_evaluator(
-        config.model,
-        accelerator,
-        dtype=getattr(torch, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-    )
-    protocols = list(ENCODERS) if config.protocol == "both" else [config.protocol]
-    questions = HellaSwagQuestions(items, evaluator.tokenizer, accelerator)
-    results = evaluator.evaluate_hellaswag(questions, protocols, config.batch_tokens)
+    dtype = getattr(torch, config.dtype)
+    model, tokenizer = load_causal_lm(config.model, dtype, trust_remote_code=config.trust_remote_code)
+    check_causal(model.to(accelerator.device), config.model)
+    questions = HellaSwagQuestions(items, tokenizer, accelerator)
+    protocols = ("original", "lm_eval") if config.protocol == "both" else (config.protocol,)
+    encoded = [questions.encode(protocol) for protocol in protocols]
+    check_token_ids(model, max(each.largest_id for each in encoded), config.model)
+    results = [
+        evaluate_hellaswag(model, each, batch_tokens=config.batch_tokens, accelerator=accelerator) for each in encoded
+    ]
     if accelerator.is_main_process:
         report(config, results, is_validation_split=is_full_validation_split(items))
     accelerator.end_training()

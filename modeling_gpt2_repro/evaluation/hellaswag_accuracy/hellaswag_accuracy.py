@@ -29,7 +29,7 @@ class HellaSwagAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             inputs_description=self.__doc__,
-            citation="Zellers et al., HellaSwag: Can a Machine Really Finish Your Sentence? ACL 2019, arXiv:1905.07830",
+            citation="Zellers et al. (2019), HellaSwag: Can a Machine Really Finish Your Sentence?, arXiv:1905.07830",
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("float64")),
