@@ -1,12 +1,13 @@
 """`train.py --eval_only`: evaluate any model as a run evaluates its own, and keep the result as a baseline."""
 
+import math
 import sys
 from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
+from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size, is_out_of_memory
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
@@ -14,7 +15,7 @@ from modeling_gpt2_repro.data.text_bytes import NOTE
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
 from modeling_gpt2_repro.evaluation import baseline as baselines
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
-from modeling_gpt2_repro.evaluation.validation import ValidationResult, measure_loss
+from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
 from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
 from modeling_gpt2_repro.model.loading import load_causal_lm
@@ -85,18 +86,38 @@ def check_fits(
 def measure_validation(
     model: PreTrainedModel, inputs: Inputs, config: TrainingConfig, accelerator: Accelerator
 ) -> ValidationResult:
-    """Compute the loss on the tokens that a run with this configuration is validated on."""
+    """Compute the loss on the tokens that a run with this configuration is validated on.
+
+    Each process halves its batch size by itself where memory runs out, because no number depends on it.
+
+    Raises:
+        UserError: not even one window fits, or the loss is not finite.
+    """
     if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
         print(NOTE, flush=True)
+    n_windows, n_bytes = config.eval_tokens // config.sequence_length, inputs.eval_bytes.count
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
-    return measure_loss(
-        model,
-        inputs.val_set,
-        config.eval_tokens // config.sequence_length,
-        largest_batch_size=largest if config.micro_batch_size == "auto" else int(config.micro_batch_size),
-        n_bytes=inputs.eval_bytes.count,
-        accelerator=accelerator,
-    )
+    batch_size = largest if config.micro_batch_size == "auto" else int(config.micro_batch_size)
+    while True:
+        try:
+            result = evaluate_loss(
+                model, inputs.val_set, n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
+            )
+            break
+        except Exception as error:  # out of memory has many types (see `is_out_of_memory`)
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise UserError(
+                    "not even one sequence fits in the device's memory: use a shorter --sequence_length"
+                ) from error
+        batch_size //= 2
+    if not math.isfinite(result.loss):
+        raise UserError(
+            "the model's validation loss is not finite: its weights are broken, or its precision is too low "
+            "(try --mixed_precision no)"
+        )
+    return result
 
 
 def keep(baseline: baselines.Baseline, path: Path) -> None:
