@@ -31,11 +31,9 @@ class HellaSwagAccuracy(evaluate.Metric):
             inputs_description=self.__doc__,
             citation="Zellers et al. (2019), HellaSwag: Can a Machine Really Finish Your Sentence?, arXiv:1905.07830",
             features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "lengths": datasets.Sequence(datasets.Value("int64")),
-                    "references": datasets.Value("int64"),
-                }
+                predictions=datasets.Sequence(datasets.Value("float64")),
+                lengths=datasets.Sequence(datasets.Value("int64")),
+                references=datasets.Value("int64"),
             ),
         )
 
