@@ -44,7 +44,7 @@ class HellaSwagConfig(Config):
         path=True,
     )
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")
-    limit: int | None = setting(None, "score only the first so many items; None: all")
+    limit: int | None = setting(None, "score only the first so many items; None: all", least=1)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
     batch_tokens: int | None = setting(
         None,
@@ -54,11 +54,6 @@ class HellaSwagConfig(Config):
     output: str | None = setting(None, "write the scores to this .json file; None: print only", path=True)
     per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't", path=True)
     trust_remote_code: bool = setting(False, "run the model code that comes with --model")
-
-    @property
-    def data_name(self) -> str:
-        """The items, as they are called beside a score."""
-        return Path(self.data_file).name if self.data_file else DATASET_NAME
 
 
 @reports_user_errors
@@ -100,19 +95,19 @@ def check_outputs(config: HellaSwagConfig) -> None:
         check_place(path)
         make_folder(follow_links(path).parent)
     files = [follow_links(path) for path in (config.data_file, *outputs) if path is not None]
-    for path in files:
-        if files.count(path) > 1:
-            raise UserError(f"{path} is given twice: --data_file, --output and --per_example have to differ")
+    if len(set(files)) < len(files):
+        raise UserError("one file is given twice: --data_file, --output and --per_example have to differ")
 
 
 def report(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_validation_split: bool) -> None:
     """Print the scores, and write the files that the flags ask for."""
-    print(f"{config.model} ({config.dtype}) on {config.data_name}\n")
+    data_name = Path(config.data_file).name if config.data_file else DATASET_NAME
+    print(f"{config.model} ({config.dtype}) on {data_name}\n")
     print(format_table(results, with_published=is_validation_split))
     if config.output:
         facts = {
             "model": config.model,
-            "data": config.data_name,
+            "data": data_name,
             "is_validation_split": is_validation_split,
             "weights": identify_weights(config.model),
             "dtype": config.dtype,
@@ -125,7 +120,7 @@ def report(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_valid
 
 
 def format_table(results: Sequence[HellaSwagResult], with_published: bool) -> str:
-    """Return one line per protocol and metric, with the scores published for other models beside it if asked for."""
+    """Return one line per protocol and metric, optionally beside the published scores of other models."""
     published_models = PUBLISHED_MODELS if with_published else ()
     rows = [["protocol", "metric", "score", "stderr", "n", *published_models]]
     for result in results:

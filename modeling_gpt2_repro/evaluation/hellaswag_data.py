@@ -55,8 +55,6 @@ def load_hellaswag(data_file: str | Path | None = None, limit: int | None = None
     Raises:
         UserError: the data are out of reach, or an item is malformed; the message names the file, line and field.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"the limit of HellaSwag items has to be at least 1, not {limit}")
     numbered_rows = _read_hub_rows() if data_file is None else _read_file_rows(data_file)
     items = [parse_item(row, where) for where, row in numbered_rows[:limit]]
     if not items:
