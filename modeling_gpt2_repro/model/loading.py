@@ -42,11 +42,10 @@ def load_causal_lm(
     """
     with explained_loading(name, flag) as subject:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     # From a folder without tokenizer files, transformers builds one of special tokens only.
     if not tokenizer("HellaSwag")["input_ids"]:
         raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with beside it")
-    with explained_loading(name, flag):
-        _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
