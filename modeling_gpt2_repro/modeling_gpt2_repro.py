@@ -186,18 +186,6 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
 
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
-        """Load as transformers does, but answer weights of other shapes with a `ValueError` that names one."""
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, loading_info = super().from_pretrained(*args, **kwargs)
-        if loading_info["mismatched_keys"] and not ignore_mismatched_sizes:
-            name, saved, wanted = min(loading_info["mismatched_keys"])
-            raise ValueError(
-                f"{name} is {tuple(saved)} in the checkpoint, but its config.json asks for {tuple(wanted)}"
-            )
-        return (model, loading_info) if output_loading_info else model
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as GPT-2 does: normal with `initializer_range`, biases zero, layer norms one.
