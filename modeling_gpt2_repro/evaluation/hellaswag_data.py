@@ -143,21 +143,26 @@ def parse_item(row: Any, where: str) -> HellaSwagItem:
         UserError: the row is malformed; the message begins with `where`.
     """
     try:
-        return _build_item(row)
+        return _build_item(_unwrap_row(row))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _build_item(row: Any) -> HellaSwagItem:
+def _unwrap_row(row: Any) -> dict[str, Any]:
+    """Return a row's fields, which a sample logged by lm-evaluation-harness has under `doc`."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object with HellaSwag's fields, not a {type(row).__name__}")
-    if isinstance(row.get("doc"), dict):  # a sample logged by lm-evaluation-harness
+    if isinstance(row.get("doc"), dict):
         row = row["doc"]
     if "query" in row and "ctx" not in row:
         raise ValueError(
             "the item was rewritten by lm-evaluation-harness and lacks `ctx`, which cannot be restored from its "
             "`query`: use the dataset's own file"
         )
+    return row
+
+
+def _build_item(row: dict[str, Any]) -> HellaSwagItem:
     for field in ("ind", *TEXT_FIELDS, "endings"):
         if field not in row:
             raise ValueError(f"the field `{field}` is missing")
