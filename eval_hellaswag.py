@@ -27,7 +27,6 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.multiple_choice import format_score
 from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
-from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.folder import identify_weights
 from modeling_gpt2_repro.model.limits import check_token_ids
 from modeling_gpt2_repro.model.loading import load_causal_lm
@@ -66,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = start_accelerator("no")
 
     items = load_hellaswag(config.data_file, config.limit)
-    dtype = getattr(torch, config.dtype)
-    model, tokenizer = load_causal_lm(config.model, dtype, trust_remote_code=config.trust_remote_code)
-    check_causal(model.to(accelerator.device), config.model)
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    model, tokenizer = load_causal_lm(config.model, device=accelerator.device, **options)
     questions = HellaSwagQuestions(items, tokenizer, accelerator)
     protocols = ("original", "lm_eval") if config.protocol == "both" else (config.protocol,)
     encoded = [questions.encode(protocol) for protocol in protocols]

@@ -16,7 +16,6 @@ from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
 from modeling_gpt2_repro.evaluation import baseline as baselines
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
-from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
 from modeling_gpt2_repro.model.loading import load_causal_lm
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -37,9 +36,8 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
     inputs = open_inputs(config, accelerator)
     path = Path(config.data_dir) / BASELINES_NAME
     baselines.read_baselines(path)  # a damaged file ends the command now, and not when the result is added to it
-    model, tokenizer = load_causal_lm(config.init_from, flag=FLAG)
-    check_causal(model.to(accelerator.device), config.init_from, FLAG)
-    check_fits(model, tokenizer, inputs.tokenizer, config)
+    model, tokenizer = load_causal_lm(config.init_from, device=accelerator.device, flag=FLAG)
+    check_fits(model, tokenizer, inputs, config)
 
     precision, validation, hellaswag = accelerator.mixed_precision, None, None
     if inputs.val_set is not None:
@@ -63,10 +61,7 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
 
 
 def check_fits(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data_tokenizer: PreTrainedTokenizerFast,
-    config: TrainingConfig,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, config: TrainingConfig
 ) -> None:
     """Check that a model and its tokenizer can read the windows of a run with this configuration.
 
@@ -74,7 +69,7 @@ def check_fits(
         UserError: the data's tokenizer is another one, or the model has too few embeddings or positions.
     """
     has_fast_form = isinstance(tokenizer, PreTrainedTokenizerFast)
-    if not has_fast_form or fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(data_tokenizer):
+    if not has_fast_form or fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(inputs.tokenizer):
         raise UserError(
             f"{FLAG} {config.init_from} has another tokenizer than {config.data_dir}, whose token ids it would "
             "misread: prepare data with prepare_data.py --tokenizer for it"
