@@ -5,7 +5,6 @@ from dataclasses import MISSING, dataclass
 from modeling_gpt2_repro.core.arguments import Config, setting
 from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.samples import generate_samples
-from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.limits import check_token_ids
 from modeling_gpt2_repro.model.loading import load_causal_lm
 
@@ -29,7 +28,6 @@ def run(config: SampleConfig) -> None:
     model, tokenizer = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
     prompt_ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
     check_token_ids(model, max(prompt_ids, default=0), config.model)
-    check_causal(model, config.model)
     samples = generate_samples(
         model,
         tokenizer,

@@ -30,9 +30,6 @@ def generate_samples(
     Raises:
         UserError: the prompt is empty, or prompt and sample do not fit into the model's positions.
     """
-    for name, value in {"n_samples": n_samples, "n_tokens": n_tokens, "top_k": top_k}.items():
-        if value < 1:
-            raise UserError(f"{name} has to be 1 or more, not {value}")
     prompt_ids = encode_prompt(model, tokenizer, prompt, n_tokens)
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**63) for sample in range(n_samples)]
     ids = torch.tensor([prompt_ids] * n_samples, device=model.device)

@@ -25,7 +25,6 @@ WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
 SHAPE_KEYS = ("model_args", "config", "model_config", "hyper_parameters", "args")
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")
 LINEAR_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-TRUNK = "transformer."
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 C_FC = "transformer.h.0.mlp.c_fc.weight"
 
@@ -67,7 +66,7 @@ def load_nanogpt(
         n_head = _choose_n_head(_measure_shape(state_dict), _find_declared_shape(content), n_head)
         if activation_function == "auto":
             activation_function, reason = _guess_activation(content, weights)
-            report(f"activation taken: {activation_function}, {reason} (--activation_function to say otherwise)")
+            report(f"activation taken: {activation_function}, {reason} (override with --activation_function)")
         if tokenizer is not None:
             state_dict = _drop_padding_rows(state_dict, len(tokenizer), report)
     except UserError as error:
@@ -116,8 +115,8 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
 def _normalize_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights under GPT-2's names, without prefixes of wrappers and without causal masks."""
     tensors = {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in state_dict.items()}
-    if WTE.removeprefix(TRUNK) in tensors:  # as in OpenAI's own files
-        tensors = {name if name == HEAD else TRUNK + name: tensor for name, tensor in tensors.items()}
+    if "wte.weight" in tensors:  # as in OpenAI's own files
+        tensors = {name if name == HEAD else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if not MASK_BUFFER.search(name)}
 
 
@@ -152,7 +151,7 @@ def _drop_padding_rows(
 
 
 def _find_declared_shape(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint's configuration says, of whatever names and types."""
+    """Return the fields of a checkpoint's configuration, whose names and types are not checked."""
     found = (content[key] for key in SHAPE_KEYS if isinstance(content.get(key), dict | SavedConfig))
     declared = next(found, {})
     fields = vars(declared) if isinstance(declared, SavedConfig) else declared
@@ -174,9 +173,11 @@ def _choose_n_head(shape: dict[str, int], declared: dict[str, Any], asked: int |
     n_embd, saved = shape["n_embd"], declared.get("n_head")
     if asked is not None and saved not in (None, asked):
         raise UserError(f"its configuration says n_head {saved}, which --n_head {asked} contradicts")
-    if asked is None and saved is None and n_embd % 64:
-        raise UserError(f"its weights do not show the heads, and a width of {n_embd} is not GPT-2's: add --n_head")
-    n_head = next((value for value in (asked, saved) if value is not None), n_embd // 64)
+    n_head = saved if asked is None else asked
+    if n_head is None:
+        if n_embd % 64:
+            raise UserError(f"its weights do not show the heads, and a width of {n_embd} is not GPT-2's: add --n_head")
+        n_head = n_embd // 64
     if type(n_head) is not int or n_head < 1 or n_embd % n_head:
         raise UserError(f"a width of {n_embd} cannot be divided among {n_head} heads")
     return n_head

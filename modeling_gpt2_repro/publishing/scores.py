@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from modeling_gpt2_repro.core.errors import format_line
 from modeling_gpt2_repro.evaluation.hellaswag import METRIC_PREFIXES, SCORE_NAMES
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
-from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS
 from modeling_gpt2_repro.model.folder import identify_weights
 from modeling_gpt2_repro.plots.references import is_scored_on_validation_split
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -73,7 +72,7 @@ def _read_scores(content: dict[str, Any]) -> list[dict[str, Any]]:
         "dtype": content.get("dtype") if content.get("dtype") in ("float32", "bfloat16") else None,
     }
     found = []
-    for protocol in (each for each in ENCODERS if isinstance(content.get(each), dict)):
+    for protocol in (each for each in METRIC_PREFIXES if isinstance(content.get(each), dict)):
         scores = content[protocol]
         accuracies = (scores.get("acc"), scores.get("acc_norm"))
         if type(scores.get("n")) is int and all(type(each) is float and 0 <= each <= 1 for each in accuracies):

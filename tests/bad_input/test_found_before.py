@@ -40,6 +40,7 @@ FLAGS = [
     (train, PLAN | {"plan_tokens_per_second": "nan"}, "--plan_tokens_per_second has to be 1 or more"),
     (train, TINY | {"seed": 2**63 - 1, "max_steps": 1}, None),
     (eval_hellaswag, EVALUATE | {"batch_tokens": 0}, "--batch_tokens has to be 1 or more, not 0"),
+    (eval_hellaswag, EVALUATE | {"limit": 0}, "--limit has to be 1 or more, not 0"),
     # A run that ends in weights that are no numbers, or in no update at all.
     (train, TINY | {"learning_rate": 1e308, "max_steps": 1}, "the model's probabilities are not finite|is not finite"),
     (train, TINY | {"skip_steps": "1:2"}, "--skip_steps passes over every update from 1 to 2"),

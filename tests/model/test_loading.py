@@ -13,7 +13,6 @@ from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.model import loading
-from modeling_gpt2_repro.model.causality import check_causal
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +73,7 @@ def test_models_of_other_tasks_are_named(class_name, save):
 
 @pytest.mark.parametrize("class_name", ["GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel", "BartForCausalLM"])
 def test_what_has_a_vocabulary_head_loads(class_name, save):
-    model, _ = loading.load_causal_lm(str(save(class_name)))
-    check_causal(model, class_name)
+    loading.load_causal_lm(str(save(class_name)))
 
 
 def test_a_reward_model_and_a_nameless_one(save):
