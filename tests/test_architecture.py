@@ -45,7 +45,8 @@ def list_imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = f"{PACKAGE}.{node.module}" if node.level else node.module
+            parents = [PACKAGE, *name_module(path).split(".")[: -node.level]] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
             imported |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     known = {name_module(module) for module in MODULES}
     return known & {name.removeprefix(f"{PACKAGE}.") if name != PACKAGE else "__init__" for name in imported}
