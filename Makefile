@@ -25,8 +25,8 @@ demo: install
 	$(DEMO_ENVIRONMENT) $(BIN)/python eval_hellaswag.py --model runs/demo/final --data_file $(SAMPLE_ITEMS) \
 		--output runs/demo/hellaswag_sample.json
 	@echo "A fresh process opens runs/demo/final with AutoModelForCausalLM and writes:"
-	$(DEMO_ENVIRONMENT) $(BIN)/python -m modeling_gpt2_repro.evaluation.samples --model runs/demo/final --n_samples 2
-	$(BIN)/python -m modeling_gpt2_repro.commands.summary runs/demo
+	$(DEMO_ENVIRONMENT) $(BIN)/python -m modeling_gpt2_repro sample --model runs/demo/final --n_samples 2
+	$(BIN)/python -m modeling_gpt2_repro summary runs/demo
 
 test: install
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"

@@ -17,17 +17,19 @@ import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what 
 import torch
 
 from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting
-from modeling_gpt2_repro.core.devices import prepare_cpu_process, start_accelerator
+from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
+from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.evaluation.evaluator import load_evaluator
-from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult, evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, is_full_validation_split, load_hellaswag
-from modeling_gpt2_repro.evaluation.hellaswag_protocols import ENCODERS, HellaSwagQuestions
+from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
 from modeling_gpt2_repro.evaluation.multiple_choice import format_score
 from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_MODELS, PUBLISHED_NOTE, PUBLISHED_SCORES
 from modeling_gpt2_repro.model.folder import identify_weights
+from modeling_gpt2_repro.model.limits import check_token_ids
+from modeling_gpt2_repro.model.loading import load_causal_lm
 
 
 @dataclass
@@ -41,7 +43,7 @@ class HellaSwagConfig(Config):
         path=True,
     )
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")
-    limit: int | None = setting(None, "score only the first so many items; None: all")
+    limit: int | None = setting(None, "score only the first so many items; None: all", least=1)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
     batch_tokens: int | None = setting(
         None,
@@ -51,11 +53,6 @@ class HellaSwagConfig(Config):
     output: str | None = setting(None, "write the scores to this .json file; None: print only", path=True)
     per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't", path=True)
     trust_remote_code: bool = setting(False, "run the model code that comes with --model")
-
-    @property
-    def data_name(self) -> str:
-        """The items, as they are called beside a score."""
-        return Path(self.data_file).name if self.data_file else DATASET_NAME
 
 
 @reports_user_errors
@@ -68,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     accelerator = start_accelerator("no")
 
     items = load_hellaswag(config.data_file, config.limit)
-    evaluator = load_evaluator(
-        config.model,
-        accelerator,
-        dtype=getattr(torch, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-    )
-    protocols = list(ENCODERS) if config.protocol == "both" else [config.protocol]
-    questions = HellaSwagQuestions(items, evaluator.tokenizer, accelerator)
-    results = evaluator.evaluate_hellaswag(questions, protocols, config.batch_tokens)
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    model, tokenizer = load_causal_lm(config.model, device=accelerator.device, **options)
+    questions = HellaSwagQuestions(items, tokenizer, accelerator)
+    protocols = ("original", "lm_eval") if config.protocol == "both" else (config.protocol,)
+    encoded = [questions.encode(protocol) for protocol in protocols]
+    check_token_ids(model, max(each.largest_id for each in encoded), config.model)
+    results = [
+        evaluate_hellaswag(model, each, batch_tokens=config.batch_tokens, accelerator=accelerator) for each in encoded
+    ]
     if accelerator.is_main_process:
         report(config, results, is_validation_split=is_full_validation_split(items))
     accelerator.end_training()
@@ -96,19 +93,19 @@ def check_outputs(config: HellaSwagConfig) -> None:
         check_place(path)
         make_folder(follow_links(path).parent)
     files = [follow_links(path) for path in (config.data_file, *outputs) if path is not None]
-    for path in files:
-        if files.count(path) > 1:
-            raise UserError(f"{path} is given twice: --data_file, --output and --per_example have to differ")
+    if len(set(files)) < len(files):
+        raise UserError("one file is given twice: --data_file, --output and --per_example have to differ")
 
 
 def report(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_validation_split: bool) -> None:
     """Print the scores, and write the files that the flags ask for."""
-    print(f"{config.model} ({config.dtype}) on {config.data_name}\n")
+    data_name = Path(config.data_file).name if config.data_file else DATASET_NAME
+    print(f"{config.model} ({config.dtype}) on {data_name}\n")
     print(format_table(results, with_published=is_validation_split))
     if config.output:
         facts = {
             "model": config.model,
-            "data": config.data_name,
+            "data": data_name,
             "is_validation_split": is_validation_split,
             "weights": identify_weights(config.model),
             "dtype": config.dtype,
@@ -121,7 +118,7 @@ def report(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_valid
 
 
 def format_table(results: Sequence[HellaSwagResult], with_published: bool) -> str:
-    """Return one line per protocol and metric, with the scores published for other models beside it if asked for."""
+    """Return one line per protocol and metric, optionally beside the published scores of other models."""
     published_models = PUBLISHED_MODELS if with_published else ()
     rows = [["protocol", "metric", "score", "stderr", "n", *published_models]]
     for result in results:

@@ -8,7 +8,6 @@ TEST = [
     "ipykernel>=7.4",
     "nbclient>=0.11",
     "peft>=0.21",
-    "psutil>=7.2",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "tensorboard>=2.21",
@@ -24,7 +23,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling_gpt2_repro", "modeling_gpt2_repro.*"]),
-    package_data={"modeling_gpt2_repro": ["evaluation/*.jsonl", "evaluation/hellaswag_accuracy/*.py", "**/*.yaml"]},
+    package_data={
+        "modeling_gpt2_repro": [
+            "**/*.yaml",
+            "evaluation/*.jsonl",
+            "evaluation/hellaswag_accuracy/*.py",
+            "publishing/*.md",
+        ]
+    },
     install_requires=[
         "accelerate>=1.15",
         "awkward>=2.14",
@@ -34,6 +40,7 @@ setup(
         "huggingface_hub>=2.4",
         "matplotlib>=3.11",
         "numpy>=2.4",
+        "psutil>=7.2",
         "pyarrow>=26.0",
         "pyyaml>=6.0",
         "safetensors>=0.8",

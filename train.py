@@ -1,7 +1,11 @@
 """Train GPT-2 from token shards.
 
 One device: `python train.py`; several: `accelerate launch --config_file accelerate_config.yaml train.py`. The defaults
-reproduce GPT-2 124M, and any number of devices runs the same experiment.
+reproduce GPT-2 124M, and any number of devices runs the same experiment (dropout, which is 0, aside).
+
+A `step` is a number of completed updates: in the loop, in the names of checkpoints and in `metrics.jsonl`. Update
+number `step + 1` leads from the model after `step` updates to the next one; `Schedule` and `WindowOrder` count updates
+from 0, and are asked for that of `step`.
 """
 
 import contextlib
@@ -26,20 +30,19 @@ from modeling_gpt2_repro.core.devices import (
     compute_once,
     measure_peak_memory,
     prepare_cpu_process,
-    start_accelerator,
 )
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
+from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import discard_unwritten
 from modeling_gpt2_repro.data.dataset import prefetch
-from modeling_gpt2_repro.data.order import WindowOrder
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.samples import generate_samples
 from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.model.folder import save_model, save_published_model
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.publishing.model_card import write_model_card
-from modeling_gpt2_repro.publishing.uploader import Publisher
+from modeling_gpt2_repro.publishing.uploader import Uploader
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
@@ -51,9 +54,8 @@ from modeling_gpt2_repro.training.plan import describe_plan
 from modeling_gpt2_repro.training.preemption import INTERRUPTED_EXIT_CODE, PREEMPTED_EXIT_CODE, Preemption
 from modeling_gpt2_repro.training.preflight import check_disk, estimate_disk_bytes
 from modeling_gpt2_repro.training.record import RunRecord
+from modeling_gpt2_repro.training.run import Run, build_run
 from modeling_gpt2_repro.training.run_folder import RunFolder
-from modeling_gpt2_repro.training.setup import Run, build_run
-from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.smoke import describe_smoke_test
 from modeling_gpt2_repro.training.start import choose_start
 from modeling_gpt2_repro.training.trackers import choose_trackers
@@ -69,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(describe_plan(config)))
         return 0
     with Preemption() as preemption:
-        return start_process(config.as_smoke_test() if config.smoke else config, preemption)
+        return run_process(config.as_smoke_test() if config.smoke else config, preemption)
 
 
-def start_process(config: TrainingConfig, preemption: Preemption) -> int:
+def run_process(config: TrainingConfig, preemption: Preemption) -> int:
     """Evaluate or train in this process, with the outcome in `status.json`; return the exit code."""
     prepare_cpu_process()
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
@@ -99,7 +101,7 @@ def set_up_and_train(
     config: TrainingConfig, accelerator: Accelerator, record: RunRecord, console: Console, preemption: Preemption
 ) -> int:
     """Set the run up, and train and publish; return the exit code."""
-    uploader = Publisher(record.folder.path, config, config.push_to_hub and accelerator.is_main_process, console.say)
+    uploader = Uploader(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
     inputs = open_inputs(config, accelerator)
     start = choose_start(config, inputs, accelerator, record)
     if start.is_finished:
@@ -121,65 +123,72 @@ def set_up_and_train(
         return run_to_the_end(run, preemption, uploader)
 
 
-def run_to_the_end(run: Run, preemption: Preemption, uploader: Publisher) -> int:
+def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
     """Train and publish, or stop early with a checkpoint if asked to; return the exit code."""
-    with CurveDrawer(run.record.folder.path, run.console.say, enabled=run.accelerator.is_main_process) as curves:
+    with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
         step = train(run, preemption, curves, uploader)
-    if step < run.plan.last_step and run.config.smoke:
-        run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to resume")
-        return INTERRUPTED_EXIT_CODE
-    if step < run.plan.last_step:
-        run.record.set_status("preempted", step=step)
-        run.console.say(f"stopped after {step:,} steps, as asked: {run.resume_hint()}")
-        return PREEMPTED_EXIT_CODE
+        if step < run.plan.last_step:
+            curves.leave_as_they_are()  # a preempted job has seconds left
+            return stop_early(run, step)
     if run.config.smoke:
         finish_smoke_test(run)
     else:
-        publish(run)
+        write_final(run)
         uploader.finish()  # with the other processes free to go
     return 0
 
 
-def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Publisher) -> int:
+def stop_early(run: Run, step: int) -> int:
+    """Report that the run was stopped after `step` updates, and how to resume it; return the exit code."""
+    if run.config.smoke:
+        run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to resume")
+        return INTERRUPTED_EXIT_CODE
+    run.record.set_status("preempted", step=step)
+    run.console.say(f"stopped after {step:,} steps, as asked: {run.resume_hint()}")
+    return PREEMPTED_EXIT_CODE
+
+
+def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploader) -> int:
     """The loop: evaluate and save the model after `step` updates, and make the next update; return the last step."""
     plan, accelerator = run.plan, run.accelerator
-    order, batches = read_batches(run)
+    batches = read_batches(run)
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
         stop = step < plan.last_step and preemption.is_requested(accelerator)
+        needs_evaluation = run.is_eval_due(step)
         # A preempted job has seconds left, and an evaluation can take minutes: the resumed run makes it.
-        if run.is_eval_due(step) and not stop:
+        if needs_evaluation and not stop:
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
             curves.request()
+            needs_evaluation = False
         if run.is_save_due(step, stop):
             with run.clock.measure("checkpoint"):
-                is_saved = save(run, step, is_evaluated=not (stop and run.is_eval_due(step)), uploader=uploader)
+                is_saved = save(run, step, is_evaluated=not needs_evaluation, uploader=uploader)
             if stop and not is_saved:
                 raise UserError(f"asked to stop, the run could not save: {run.resume_hint()}")
         if stop or step == plan.last_step:
             break
-        if not is_skipped(step + 1, run.start.skips):
-            update(run, step, batches, order)
+        if not run.is_skipped(step):
+            update(run, step, batches)
     run.console.close()
     return step
 
 
-def read_batches(run: Run) -> tuple[WindowOrder, Iterator[torch.Tensor]]:
-    """Return the order of windows, and this process's micro-batches of all updates in it."""
-    config, plan, train_set = run.config, run.plan, run.inputs.train_set
-    order = WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(train_set.is_shuffled))
-    made = (step for step in range(plan.first_step, plan.last_step) if not is_skipped(step + 1, run.start.skips))
-    micro_batches = order.divide_steps(
-        made, config.windows_per_step, plan.n_processes, run.accelerator.process_index, plan.micro_batch_size
+def read_batches(run: Run) -> Iterator[torch.Tensor]:
+    """Return this process's micro-batches of all updates, in their order."""
+    config, plan = run.config, run.plan
+    steps = (step for step in range(plan.first_step, plan.last_step) if not run.is_skipped(step))
+    micro_batches = run.order.divide_steps(
+        steps, config.windows_per_step, plan.n_processes, run.accelerator.process_index, plan.micro_batch_size
     )
-    return order, prefetch(train_set, micro_batches, run.accelerator.device)
+    return prefetch(run.inputs.train_set, micro_batches, run.accelerator.device)
 
 
-def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOrder) -> None:
+def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
     """Make update `step + 1`: forward and backward over its micro-batches, clip, and step the optimizer."""
     config, plan, accelerator, optimizer = run.config, run.plan, run.accelerator, run.optimizer
-    # Dropout's masks follow from the step, so that a resumed run draws the same.
+    # Dropout's masks follow from the step and the process, so that a resumed run draws the same.
     torch.manual_seed(config.seed + step * plan.n_processes + accelerator.process_index)
     started = time.perf_counter()
     learning_rate = run.schedule(step)
@@ -189,7 +198,9 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor], order: WindowOr
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
     # An infinite gradient is left to fp16's scaler, which skips the update and scales less, until that is no help.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
-        raise faults.NonFiniteError(step + 1, loss, grad_norm, order.windows_of_step(step, config.windows_per_step))
+        raise faults.NonFiniteError(
+            step + 1, loss, grad_norm, run.order.windows_of_step(step, config.windows_per_step)
+        )
     run.n_overflows = 0 if math.isfinite(grad_norm) else run.n_overflows + 1
     if run.n_overflows >= faults.MOST_OVERFLOWS:
         raise faults.RepeatedOverflowError(step + 1, run.n_overflows)
@@ -277,16 +288,16 @@ def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
     ):
         save_model(temporary, run.model, run.inputs.tokenizer)
         write_json(temporary / folder.best_metrics.name, {"step": step, **metrics})
-    run.record.read_best(step)  # where only the last of it failed, it is there
+    run.record.read_best(step)  # a write that failed late may have put it in place all the same
 
 
-def save(run: Run, step: int, *, is_evaluated: bool, uploader: Publisher) -> bool:
+def save(run: Run, step: int, *, is_evaluated: bool, uploader: Uploader) -> bool:
     """Save the model after `step` updates; return in every process whether the disk took it."""
     run.record.check_claim()
     return compute_once(partial(write_checkpoint, run, step, is_evaluated, uploader), run.accelerator)
 
 
-def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Publisher) -> bool:
+def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader) -> bool:
     """Write a checkpoint and delete old ones; return whether the disk took it. Training goes on without."""
     is_saved, started, config, folder = False, time.perf_counter(), run.config, run.record.folder
     with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
@@ -308,14 +319,14 @@ def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Publishe
     return is_saved
 
 
-def publish(run: Run) -> None:
+def write_final(run: Run) -> None:
     """Write `final/`: the model as GPT-2, with its tokenizer and a card that describes how it was trained."""
     run.record.check_claim()
     folder = run.record.folder
     if run.accelerator.is_main_process:
         with create_folder_atomically(folder.final) as temporary:
             save_published_model(temporary, run.model, run.inputs.tokenizer)
-            write_model_card(temporary, folder.path)
+            write_model_card(temporary, folder)
         run.record.finish(run.plan.max_steps)
         run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
     run.accelerator.wait_for_everyone()

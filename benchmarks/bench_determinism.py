@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.bench_training_step import WARMUP_STEPS, OurLoop
 from benchmarks.measurements import Result, describe_machine, format_table, write_results
 from modeling_gpt2_repro import MODEL_SIZES
-from modeling_gpt2_repro.core import devices
+from modeling_gpt2_repro.core import launch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "determinism.json"
 PEERS = ("deterministic", "free")
@@ -33,7 +33,7 @@ PEERS = ("deterministic", "free")
 def serve(name: str, options: argparse.Namespace, connection: Connection) -> None:
     """Build a step, and send its seconds whenever it is asked for one."""
     if name == "free":
-        mock.patch.object(devices, "compute_deterministically", lambda is_wanted: None).start()
+        mock.patch.object(launch, "compute_deterministically", lambda is_wanted: None).start()
     loop = OurLoop(options, options.compile)
     for _ in range(WARMUP_STEPS):
         loop.step()

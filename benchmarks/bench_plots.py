@@ -29,19 +29,21 @@ from bench_tracking import STEP_METRICS
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
-from modeling_gpt2_repro.plots.run_figure import CURVES, draw_curves
+from modeling_gpt2_repro.plots.run_figure import draw_curves
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 EVALUATION_METRICS = ("val/loss", "val/bpb", "hellaswag/acc_norm", "hellaswag/acc")
 VOCABULARY = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
 EVAL_EVERY, LOOP_STEPS = 250, 100
 
 
-def write_run(folder: Path, n_steps: int) -> None:
+def write_run(folder: RunFolder, n_steps: int) -> None:
     """Write the files of a run whose numbers are noise around a falling line."""
     generator = np.random.default_rng(0)
-    write_config(TrainingConfig(run_name=folder.name), folder / "config.yaml")
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as stream:
+    folder.path.mkdir()
+    write_config(TrainingConfig(run_name=folder.path.name), folder.config)
+    with open(folder.metrics, "w", encoding="utf-8") as stream:
         for step in range(n_steps + 1):
             names = STEP_METRICS if step else ()
             values = 3 + 8 * np.exp(-step / 300) + generator.normal(0, 0.06, len(STEP_METRICS))
@@ -77,11 +79,11 @@ def time_steps(step: Callable[[], None], draw: Callable[[], object]) -> np.ndarr
     return np.array([time_call(lambda: (n == LOOP_STEPS // 2 and draw(), step())) for n in range(LOOP_STEPS)])  # noqa: B023
 
 
-def wait_for_picture(folder: Path) -> None:
+def wait_for_picture(folder: RunFolder) -> None:
     """Return when the background has drawn."""
-    while not (folder / CURVES).exists():
+    while not folder.curves.exists():
         time.sleep(0.1)
-    (folder / CURVES).unlink()
+    folder.curves.unlink()
 
 
 def main() -> None:
@@ -92,12 +94,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
-        folder.mkdir()
+        folder = RunFolder(Path(scratch) / "run")
         write_run(folder, arguments.steps)
-        size = (folder / "metrics.jsonl").stat().st_size / 1e6
+        size = folder.metrics.stat().st_size / 1e6
         print(f"a run of {arguments.steps:,} steps, {size:.1f} MB of metrics")
-        command = [sys.executable, "-m", "modeling_gpt2_repro.plots.run_figure", str(folder)]
+        command = [sys.executable, "-m", "modeling_gpt2_repro", "plots", str(folder)]
         environment = {**os.environ, "PYTHONPATH": sys.path[0]}
         run = functools.partial(subprocess.run, command, check=True, env=environment, stdout=subprocess.DEVNULL)
         calls = {"the whole command": run, "reading and drawing": functools.partial(draw_curves, folder)}
@@ -109,7 +110,7 @@ def main() -> None:
         step = build_step()
         requests, loops = [], {"no picture": [], "in the background": [], "in the loop": []}
         with CurveDrawer(folder, print) as curves:
-            (folder / CURVES).unlink()
+            folder.curves.unlink()
             print(f"first request        {1000 * time_call(curves.request):.1f} ms")
             wait_for_picture(folder)
             for _ in range(arguments.rounds):
@@ -117,7 +118,7 @@ def main() -> None:
                 loops["in the background"].append(time_steps(step, lambda: requests.append(time_call(curves.request))))
                 wait_for_picture(folder)
                 loops["in the loop"].append(time_steps(step, lambda: draw_curves(folder)))
-                (folder / CURVES).unlink()
+                folder.curves.unlink()
         print(f"later requests       {1000 * statistics.median(requests):.3f} ms")
     print(f"{LOOP_STEPS} steps, medians of {arguments.rounds}:")
     for name, times in loops.items():

@@ -58,9 +58,10 @@ def main() -> None:
     from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
     from modeling_gpt2_repro.core.arguments import write_config
     from modeling_gpt2_repro.model.folder import save_model
-    from modeling_gpt2_repro.publishing.uploader import Publisher
+    from modeling_gpt2_repro.publishing.uploader import Uploader
     from modeling_gpt2_repro.training.config import TrainingConfig
     from modeling_gpt2_repro.training.optim import build_adamw
+    from modeling_gpt2_repro.training.run_folder import RunFolder
 
     transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,17 +79,17 @@ def main() -> None:
         optimizer.zero_grad()
 
     with tempfile.TemporaryDirectory() as name:
-        run_folder = Path(name) / "bench"
+        run_folder = RunFolder(Path(name) / "bench")
         config = TrainingConfig(run_name="bench", push_to_hub=True, data_dir=str(run_folder))
-        run_folder.mkdir()
-        write_config(config, run_folder / "config.yaml")
+        run_folder.path.mkdir()
+        write_config(config, run_folder.config)
         steps = range(1, arguments.checkpoints + 1)
-        (run_folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
-        checkpoints = [run_folder / "checkpoints" / f"step_{step:07d}" for step in steps]
+        run_folder.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        checkpoints = [run_folder.checkpoints / f"step_{step:07d}" for step in steps]
         for seed, checkpoint in enumerate(checkpoints):
             torch.manual_seed(seed)
             save_model(checkpoint, GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[arguments.model_size])), None)
-        publisher = Publisher(run_folder, config, True, lambda text: print(f"  {text}", flush=True))
+        publisher = Uploader(run_folder, config, True, lambda text: print(f"  {text}", flush=True))
         publisher.check(is_resumed=False)
         time_updates(update, lambda number: number >= 20)
         alone = time_updates(update, lambda number: number >= 200)
@@ -100,7 +101,7 @@ def main() -> None:
             publisher.submit(checkpoint)
             waiting.append(time.perf_counter() - handed_over)
             shutil.rmtree(checkpoint)  # as a run prunes them
-        beside = time_updates(update, lambda number: not any(publisher.waiting.glob("step_*")))
+        beside = time_updates(update, lambda number: not any(run_folder.hub_upload.glob("step_*")))
         print(f"uploading {len(checkpoints)} checkpoints took {time.perf_counter() - started:.1f} s")
         print(f"handing a checkpoint over        median {1e3 * statistics.median(waiting):7.1f} ms")
         print(describe("update, nothing uploaded", alone))

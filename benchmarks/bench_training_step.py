@@ -28,7 +28,8 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, logging
 
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process, start_accelerator
+from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process
+from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.optim import build_adamw, set_learning_rate

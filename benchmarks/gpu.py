@@ -55,8 +55,8 @@ from modeling_gpt2_repro.core.devices import (
     measure_peak_memory,
     prepare_cpu_process,
     reset_peak_memory,
-    start_accelerator,
 )
+from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag

@@ -1,4 +1,4 @@
-"""Configuration of the GPT-2 reproduction. This file travels with every checkpoint, so it imports nothing of ours."""
+"""Configuration of the GPT-2 reproduction. It travels with every checkpoint and imports nothing from the package."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -27,7 +27,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """Shape of a GPT-2 model, in the field names of `transformers.GPT2Config`. The defaults are the 124M model.
 
     `from_pretrained` also reads folders whose `model_type` is `gpt2`, but for their dropout: that belongs to a run of
-    training and not to the weights, so it is 0.0 unless it is asked for (`from_pretrained(..., resid_pdrop=0.1)`).
+    training and not to the weights, so it is 0.0 unless requested (`from_pretrained(..., resid_pdrop=0.1)`).
 
     Args:
         vocab_size: rows of the token embedding and of the tied head; GPT-2's tokenizer has 50,257 ids.

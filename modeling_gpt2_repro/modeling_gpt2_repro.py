@@ -1,7 +1,7 @@
 """GPT-2 as a transformers model. This file travels with every checkpoint, so it imports only its configuration.
 
 Modules carry the names, shapes and orientation of OpenAI's checkpoints (`Conv1D` keeps weights as (in, out)), so that
-a state dict of ours is one of `GPT2LMHeadModel` and the other way round, without any conversion.
+state dicts are interchangeable with those of `GPT2LMHeadModel`, without any conversion.
 """
 
 import math
@@ -186,18 +186,6 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
 
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
-        """Load as transformers does, but answer weights of other shapes with a `ValueError` that names one."""
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, loading_info = super().from_pretrained(*args, **kwargs)
-        if loading_info["mismatched_keys"] and not ignore_mismatched_sizes:
-            name, saved, wanted = min(loading_info["mismatched_keys"])
-            raise ValueError(
-                f"{name} is {tuple(saved)} in the checkpoint, but its config.json asks for {tuple(wanted)}"
-            )
-        return (model, loading_info) if output_loading_info else model
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as GPT-2 does: normal with `initializer_range`, biases zero, layer norms one.
@@ -257,7 +245,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         is_plain = all(argument is None for argument in (attention_mask, past_key_values, position_ids))
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            # A static cache's length is a tensor, whose value must not be asked for in a compiled graph.
+            # A static cache's length is a tensor, whose value must not be read in a compiled graph.
             length = inputs_embeds.shape[1] + (past_length if isinstance(past_length, int) else 0)
             if length > self.config.n_positions:
                 raise ValueError(f"input of {length} tokens is longer than n_positions ({self.config.n_positions})")
@@ -304,7 +292,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Compute logits (batch, sequence, vocab_size) in the model's dtype, and the mean loss in nats if asked for.
+        """Compute logits (batch, sequence, vocab_size) in the model's dtype, and the mean loss in nats given labels.
 
         Args:
             labels: (batch, sequence) ids in the place of their own tokens, shifted here; -100 is ignored.
@@ -325,19 +313,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
-        head, loss, logits, needs_grad = self.lm_head, None, None, torch.is_grad_enabled()
+        head, loss, logits = self.lm_head, None, None
         skip_logits = shift_labels is not None and (self.training if skip_logits is None else skip_logits)
         # An adapter in the head's place, a hook or an offloaded weight: then the module alone knows what it computes.
         has_hooks = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
         if skip_logits and type(head) is nn.Linear and head.bias is None and not has_hooks:
-            # Float32 to evaluate: bfloat16 logits near -100, as OpenAI's weights give, add 0.007 nats to the loss.
-            with nullcontext() if needs_grad else torch.autocast(hidden_states.device.type, enabled=False):
-                weight = head.weight if needs_grad else head.weight.detach()
-                loss = HeadCrossEntropy.apply(
-                    hidden_states.flatten(0, 1), weight, shift_labels.flatten(), self.loss_chunk_tokens
-                )
-            n_targets = kwargs.get("num_items_in_batch")
-            loss = loss / ((shift_labels != -100).sum() if n_targets is None else n_targets)
+            loss = self._compute_loss_in_chunks(hidden_states, shift_labels, kwargs.get("num_items_in_batch"))
         else:
             logits = head(hidden_states)
             if labels is not None or shift_labels is not None:
@@ -345,6 +326,19 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                     logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
                 )
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+
+    def _compute_loss_in_chunks(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, n_targets: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the summed loss of `targets` (batch, sequence) over `n_targets`, by default those that count."""
+        needs_grad = torch.is_grad_enabled()
+        # Float32 to evaluate: bfloat16 logits near -100, as OpenAI's weights give, add 0.007 nats to the loss.
+        with nullcontext() if needs_grad else torch.autocast(hidden_states.device.type, enabled=False):
+            weight = self.lm_head.weight if needs_grad else self.lm_head.weight.detach()
+            loss = HeadCrossEntropy.apply(
+                hidden_states.flatten(0, 1), weight, targets.flatten(), self.loss_chunk_tokens
+            )
+        return loss / ((targets != -100).sum() if n_targets is None else n_targets)
 
 
 __all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]

@@ -24,15 +24,12 @@ from small_runs import flags
 import prepare_data
 import train
 from eval_hellaswag import HellaSwagConfig
+from modeling_gpt2_repro.__main__ import COMMANDS
 from modeling_gpt2_repro.core.arguments import parse_arguments
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
 from modeling_gpt2_repro.data.shards import open_split
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.evaluation.samples import SamplingConfig
-from modeling_gpt2_repro.model.convert_nanogpt import NanoGPTConfig
-from modeling_gpt2_repro.plots import run_figure
-from modeling_gpt2_repro.publishing.hub import UploadSettings
-from modeling_gpt2_repro.publishing.uploader import Publisher
+from modeling_gpt2_repro.publishing.uploader import Uploader
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
@@ -42,10 +39,10 @@ SETTINGS = {
     "train.py": TrainingConfig,
     "prepare_data.py": PrepareConfig,
     "eval_hellaswag.py": HellaSwagConfig,
-    "modeling_gpt2_repro.model.convert_nanogpt": NanoGPTConfig,
-    "modeling_gpt2_repro.evaluation.samples": SamplingConfig,
-    "modeling_gpt2_repro.publishing.hub": UploadSettings,
 }
+for name in COMMANDS:
+    module = importlib.import_module(f"modeling_gpt2_repro.commands.{name}")
+    SETTINGS[f"modeling_gpt2_repro {name}"] = getattr(module, f"{name.capitalize()}Config")
 # What stands for the reader's own, or is there before the first command.
 GIVEN = {
     "runs/a", "runs/b",  # any two runs
@@ -96,10 +93,11 @@ def follow(command: list[str], made: set[str]) -> None:
             assert flag != "--config_file" or (REPOSITORY / value).is_file()
     else:
         assert program == "python"
-    name, argv = (argv[1], argv[2:]) if argv[0] == "-m" else (argv[0], argv[1:])
-    if not name.endswith(".py"):
-        assert callable(importlib.import_module(name).main)
+    if argv[0] == "-m":
+        assert argv[1] == "modeling_gpt2_repro" and argv[2] in COMMANDS
+        name, argv = f"{argv[1]} {argv[2]}", argv[3:]
     else:
+        name, argv = argv[0], argv[1:]
         assert (REPOSITORY / name).is_file()
     read_files(name, argv, made)
 
@@ -107,15 +105,7 @@ def follow(command: list[str], made: set[str]) -> None:
 def read_files(name: str, argv: list[str], made: set[str]) -> None:
     """Parse a program's arguments, check that what it reads was made, and add what it makes."""
     read: list[str] = []
-    if name == "modeling_gpt2_repro.plots.run_figure":
-        read = run_figure.build_parser().parse_args(argv).runs
-    elif name == "modeling_gpt2_repro.commands.summary":
-        (path,) = argv
-        read = [path]
-    elif name == "modeling_gpt2_repro.publishing.hub":
-        read = argv[:1]
-        parse(name, argv[1:])
-    elif name == "benchmarks/gpu.py":
+    if name == "benchmarks/gpu.py":
         parts = importlib.import_module("benchmarks.gpu").PARTS
         assert argv[0] in parts
         read = argv[argv.index("--data_dir") + 1 :] if "--data_dir" in argv else []
@@ -128,6 +118,10 @@ def read_files(name: str, argv: list[str], made: set[str]) -> None:
             made.add(f"{settings.output_dir}/{settings.run_name}")
         elif name == "prepare_data.py":
             made.add(settings.output_dir)
+        elif name.endswith(" plots"):
+            read = settings.runs
+        elif name.endswith((" summary", " publish")):
+            read = [settings.folder]
         else:
             read = [settings.model]
     for path in read:
@@ -157,7 +151,8 @@ def test_a_wrong_command_is_found():
         "python train.py --data_dir nobody/made/it",
         "python trains.py",
         "make demos",
-        "python -m modeling_gpt2_repro.reporting.none x",
+        "python -m modeling_gpt2_repro none x",
+        "python -m modeling_gpt2_repro plots runs/a --hour",
         "accelerate launch --config_file none.yaml prepare_data.py",
     ):
         with pytest.raises((ValueError, AssertionError, ImportError)):
@@ -185,9 +180,9 @@ def test_what_a_text_calls_a_program_is_there(name):
     text = list_texts()[name]
     for script in re.findall(r"\bpython3? (?:-\S+ )*([\w/]+\.py)", text):
         assert Path(script).is_file() or script == "x.py"
-    for module in re.findall(r"\bpython3? -m\s+([\w.]+)", text):
+    for module, command in re.findall(r"\bpython3? -m\s+([\w.]+)(?: ([a-z]+))?", text):
         assert importlib.util.find_spec(module) is not None
-        assert not module.startswith("modeling_gpt2_repro") or callable(importlib.import_module(module).main)
+        assert not module.startswith("modeling_gpt2_repro") or command in {*COMMANDS, ""}
     for target in re.findall(r"[`(]make ([a-z-]+)", text):
         assert target in find_targets()
     for path in re.findall(r"\b((?:configs|docs|examples|benchmarks|tests)/[\w/.]+\.(?:yaml|md|ipynb|py|json))", text):
@@ -210,7 +205,7 @@ def test_flags_in_a_text_exist(name):
         for given in re.findall(rf"{re.escape(script)}((?: +--[a-z_]+(?:[ =][^\s`\"-][^\s`\"]*)?)+)", text):
             assert set(re.findall(r"--([a-z_]+)", given)) <= list_flags(script)
     if name != "Makefile":
-        known = set().union(*map(list_flags, SETTINGS), FOREIGN_FLAGS, {"hours", "spectrum", "output"})
+        known = set().union(*map(list_flags, SETTINGS), FOREIGN_FLAGS)
         found = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][a-z_-]*[a-z])\b", text)}
         assert found <= known
 
@@ -261,7 +256,7 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     argv = ["--files", *files, f"--output_dir={data_dir}", "--document_separator=\n-\n", "--val_tokens=300"]
     assert prepare_data.main([*argv, "--num_workers=1"]) == 0
     monkeypatch.setattr(
-        "modeling_gpt2_repro.training.setup.choose_peak", lambda *_: Peak(1e9, "a test")
+        "modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")
     )  # takes a second
     monkeypatch.setattr("train.CurveDrawer", mock.MagicMock())
     small = {
@@ -304,10 +299,10 @@ def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_gpt2_repro.publishing.uploader.open_repository", refuse)
     said: list[str] = []
     config = TrainingConfig(run_name="it's", hub_model_id="me/mine", hub_public=True)
-    Publisher(Path("my runs/it's"), config, is_enabled=True, say=said.append).finish()
+    Uploader(RunFolder("my runs/it's"), config, is_enabled=True, say=said.append).finish()
     (command,) = read_commands(re.search(r"python .*(?=, tries again)", said[-1])[0])
-    assert command[3] == "my runs/it's"
-    settings = parse(command[2], command[4:])
+    settings = parse(" ".join(command[2:4]), command[4:])
+    assert settings.folder == "my runs/it's"
     assert (settings.repo_id, settings.public) == ("me/mine", True)
     with pytest.raises(ValueError) as error:
         open_split("it's not here", "train")

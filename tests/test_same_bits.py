@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.core import devices
+from modeling_gpt2_repro.core import devices, launch
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
-    devices.compute_deterministically(False)
+    launch.compute_deterministically(False)
     torch._dynamo.reset()
 
 
@@ -173,7 +173,7 @@ def compile_training_step(accelerator: Accelerator) -> str:
 @needs_compiler
 @precisions
 def test_no_compiled_thread_adds_to_what_another_one_adds_to(two_threads, precision):
-    accelerator = devices.start_accelerator(precision)
+    accelerator = launch.start_accelerator(precision)
     assert "atomic_add" not in compile_training_step(accelerator)
-    devices.compute_deterministically(False)
+    launch.compute_deterministically(False)
     assert "atomic_add" in compile_training_step(accelerator)  # or the above says nothing

@@ -19,9 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval_hellaswag
 import train
+from modeling_gpt2_repro import __main__ as commands
 from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
-from modeling_gpt2_repro.model import convert_nanogpt
 
 FOLDERS = ("modeling_gpt2_repro", "benchmarks")
 SOURCES = sorted([*REPOSITORY.glob("*.py"), *(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py"))])
@@ -167,11 +167,12 @@ def test_a_pickle_as_a_shard_is_refused_unread(shards, tmp_path, trap, capsys):
 def test_a_pickle_as_a_checkpoint_of_nanogpt_is_refused_unread(tmp_path, trap, capsys):
     for content in ({"model": trap}, {"model": {}, "config": trap}, trap):
         torch.save(content, tmp_path / "ckpt.pt")
-        argv = [f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}", "--tokenizer=none"]
-        assert convert_nanogpt.main(argv) == 2
+        argv = ["convert", f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}"]
+        argv.append("--tokenizer=none")
+        assert commands.main(argv) == 2
         assert "would run code" in capsys.readouterr().err
     (tmp_path / "ckpt.pt").write_bytes(pickle.dumps({"model": trap}))
-    assert convert_nanogpt.main(argv) == 2
+    assert commands.main(argv) == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -121,7 +121,7 @@ def test_a_run_that_is_ended_while_it_is_built_says_so(shards, tmp_path, monkeyp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"status": "preempted", "step": 4}')
     monkeypatch.setattr(
-        "modeling_gpt2_repro.training.setup.fit_to_device", lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
+        "modeling_gpt2_repro.training.run.fit_to_device", lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
     )
     with pytest.raises(SystemExit) as caught:
         train.main(flags(shards, tmp_path, **BARE))

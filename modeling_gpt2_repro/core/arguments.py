@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import os
 import sys
@@ -28,6 +29,7 @@ AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 # Python's own integers have no end, but nothing here is counted so far, and products of larger ones fit no float.
 LARGEST_NUMBER = 2**64
+YES_OR_NO = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # transformers.hf_argparser.string_to_bool
 
 
 def setting(
@@ -54,7 +56,7 @@ def setting(
         heading: begins a group of flags in `--help`, which lasts until the next heading.
         above, least, below, most: bounds of a number; `below=math.inf` asks for a finite one.
         path: a path, or possibly one; a leading `~` stands for the home folder.
-        private: says where a run is and whom it reports to, and nothing about its result.
+        private: left out of the command that repeats the work, as it says nothing about the result.
         resumable: may change when the work is resumed. What decides the result may not.
         positional: given without a flag.
     """
@@ -124,6 +126,8 @@ def parse_arguments(
     for name, field in fields.items():
         if _is_list(field) and [flag.split("=")[0] for flag in flags].count(f"--{name}") > 1:
             raise UserError(f"--{name} is given twice: put all its values behind one")
+    if any(field.metadata["positional"] for field in fields.values()):
+        flags = _complete_switches(flags, {f"--{name}" for name, field in fields.items() if field.type is bool})
     config_file = Parser(add_help=False).parse_known_args(flags)[0].config
     if config_file is not None:
         # As flags in front of the given ones, so that both pass the same checks.
@@ -187,6 +191,14 @@ def _find_broken_bound(
     if most is not None and not value <= most:
         return f"{most:,} or less"
     return None
+
+
+def _complete_switches(flags: Sequence[str], switches: set[str]) -> list[str]:
+    """Give switches the value `true` unless a yes or no follows: argparse takes any next word for their value."""
+    return [
+        f"{flag}=true" if flag in switches and following.lower() not in YES_OR_NO else flag
+        for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue="")
+    ]
 
 
 def _is_list(field: dataclasses.Field) -> bool:

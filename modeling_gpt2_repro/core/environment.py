@@ -1,6 +1,7 @@
-"""What libraries read in the environment when they are imported: a command of ours says so where one fails for it.
+"""Explains imports that fail because of the environment, for the commands of this package.
 
-No code of ours could say it then, and the traceback would be of a library's inside.
+Libraries read environment variables when they are imported. Without this, a bad value ends in a traceback from inside
+a library, before any code of the command runs.
 """
 
 import os
@@ -8,13 +9,12 @@ import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train.py", "prepare_data.py", "eval_hellaswag.py")
-# Of folders that cannot be made torch does not even load, whether anything is to be compiled or not.
-CACHES = ("TORCHINDUCTOR_CACHE_DIR",)
-# What they ask for where nothing is set.
+# torch cannot be imported if this folder cannot be created, even if nothing is compiled.
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# What to set, by what a library's message contains.
 MISSING = {
     "No usable temporary directory": "set TMPDIR to a folder that you may write to",
     "MPLCONFIGDIR": "set MPLCONFIGDIR to a folder that you may write to",
@@ -22,47 +22,41 @@ MISSING = {
 
 
 def is_command() -> bool:
-    """Tell whether this process was started to run a script or a module of ours, and not one that imports us."""
-    if sys.argv[0] == "-m":  # as long as the module itself is looked for
+    """Return whether this process runs a script or a module of this package, and does not just import it."""
+    if sys.argv[0] == "-m":  # until Python has found the module
         return any(PACKAGE_FOLDER.name in argument for argument in sys.orig_argv)
     script = Path(sys.argv[0])
-    return (
-        script.name in SCRIPTS and script.resolve().parent == PACKAGE_FOLDER.parent
-    )  # other people have a train.py, too
+    # Other projects have a train.py, too.
+    return script.name in SCRIPTS and script.resolve().parent == PACKAGE_FOLDER.parent
 
 
-def drop_caches_that_cannot_be() -> None:
-    """Let a library keep its cache where it does by default, and say so, where a folder that is set cannot be made."""
-    for name in CACHES:
-        try:
-            os.makedirs(os.environ.get(name) or os.curdir, exist_ok=True)
-        except OSError as error:
-            folder = os.environ.pop(name)
-            message = f"warning: {name}={folder} cannot be made ({error.strerror}): the cache is where it is else"
-            print(f"{name_command()}: {message}", file=sys.stderr, flush=True)
+def check_folders() -> None:
+    """Exit if the working folder is gone, which libraries ask for, and ignore a cache that cannot be created."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        report("error: the working folder does not exist any more: change to another one")
+        sys.exit(2)
+    try:
+        os.makedirs(os.environ.get(CACHE_VARIABLE) or os.curdir, exist_ok=True)
+    except OSError as error:
+        folder = os.environ.pop(CACHE_VARIABLE)
+        report(f"warning: {CACHE_VARIABLE}={folder} cannot be made ({error.strerror}): using the default cache")
 
 
 def name_command() -> str:
     """Return what to call this process in a message."""
-    return Path(sys.argv[0]).name if sys.argv[0] != "-m" else PACKAGE_FOLDER.name
+    name = Path(sys.argv[0]).name
+    return PACKAGE_FOLDER.name if name in ("-m", "__main__.py") else name
 
 
-def check_working_folder() -> None:
-    """End the process where the folder that it was started in is gone: libraries ask for it."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        end("the working folder does not exist any more: change to another one")
-
-
-def end(message: str) -> NoReturn:
-    """End the process as a command whose user made a mistake."""
-    print(f"{name_command()}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def report(message: str) -> None:
+    """Print a line about this command to stderr."""
+    print(f"{name_command()}: {message}", file=sys.stderr, flush=True)
 
 
 def list_suspects(message: str) -> list[str]:
-    """Return, as NAME=value, the variables that the message of an exception names or whose values it repeats."""
+    """Return, as NAME=value, the variables that an error message names or whose values it repeats."""
     given = {name: value for name, value in os.environ.items() if value and name not in ("PWD", "OLDPWD")}
     return sorted(
         f"{name}={value}" for name, value in given.items() if name in message.split() or repr(value) in message
@@ -70,9 +64,9 @@ def list_suspects(message: str) -> list[str]:
 
 
 def exit_for_environment(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End the process with one line and exit code 2 where an import failed for what the environment says.
+    """Print one line, instead of a traceback, for an import that failed because of the environment, and exit with 2.
 
-    As `sys.excepthook`: any other exception gets its traceback.
+    To be installed as `sys.excepthook`; any other exception gets its traceback.
     """
     frames = [frame for frame, _ in traceback.walk_tb(trace) if frame.f_code.co_name == "<module>"]
     is_of_import = any(frame.f_globals["__name__"] != "__main__" for frame in frames) and isinstance(error, Exception)
@@ -83,12 +77,12 @@ def exit_for_environment(kind: type[BaseException], error: BaseException, trace:
         return
     reason = " ".join(str(error).split())[:500]
     advice = missing or f"unset {', '.join(suspects)}, or give it another value"
-    end(f"a library does not load in this environment ({kind.__name__}: {reason}): {advice}")
+    report(f"error: a library does not load in this environment ({kind.__name__}: {reason}): {advice}")
+    sys.exit(2)
 
 
 if is_command():
-    # Ours draw into files, and matplotlib does not load with a backend that it does not have.
+    # All figures are drawn to files, and matplotlib cannot be imported with a backend that is not installed.
     os.environ.pop("MPLBACKEND", None)
-    check_working_folder()
-    drop_caches_that_cannot_be()
+    check_folders()
     sys.excepthook = exit_for_environment

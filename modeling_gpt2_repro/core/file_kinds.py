@@ -1,4 +1,4 @@
-"""What a file is, told by how it begins: people have many things under the name of another."""
+"""Kinds of files, recognized by their first bytes, for messages about files that are not what their name says."""
 
 import codecs
 import re
@@ -6,14 +6,13 @@ from pathlib import Path
 
 from modeling_gpt2_repro.core.errors import UserError
 
-# The longer marks first: one of UTF-16 begins as one of UTF-32 does.
-WIDE_MARKS = {
-    **{codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"},
-    **{codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"},
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+BYTE_ORDER_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 
-# What people have under the name of a file, by the regular expression of how it begins; long enough that token ids
-# without any header do not begin so.
+# Descriptions by a regular expression of the first bytes, each long enough not to match token ids without a header.
 LLMC_TOKENS = "a token shard of llm.c"
 LLMC_QUESTIONS = "a file of multiple-choice questions of llm.c"
 LLMC_MODEL = "a GPT-2 model of llm.c"
@@ -52,7 +51,7 @@ CONTENTS = {
 
 
 def describe_content(file: str | Path | bytes) -> str | None:
-    """Say what a file, or its content, is by how it begins, to follow "it is"; `None` for what is not known."""
+    """Return what a file, or its content, is by its first bytes, to follow "it is"; `None` if unknown."""
     if isinstance(file, bytes):
         head = file[:512]
     else:
@@ -60,18 +59,17 @@ def describe_content(file: str | Path | bytes) -> str | None:
             head = stream.read(512)
     if not head:
         return EMPTY
-    if known := next((text for pattern, text in CONTENTS.items() if re.match(pattern, head)), None):
-        return known
-    return TEXT if len(head) >= 16 and re.fullmatch(rb"[\t\n\r -~]+", head) else None
+    is_text = len(head) >= 16 and re.fullmatch(rb"[\t\n\r -~]+", head)
+    return next((text for pattern, text in CONTENTS.items() if re.match(pattern, head)), TEXT if is_text else None)
 
 
 def check_encoding(head: bytes, source: str | Path) -> None:
-    """Check that text that begins with the four bytes `head` is not in UTF-16 or UTF-32, as Windows writes it.
+    """Check that text whose first four bytes are `head` is not in UTF-16 or UTF-32, as Windows writes it.
 
     Raises:
-        UserError: it is, by its byte order mark, or by zeros in the place of every other byte of its first letters.
+        UserError: it is, by its byte order mark, or because every other byte of its first letters is zero.
     """
-    name = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+    name = next((name for name, marks in BYTE_ORDER_MARKS.items() if head.startswith(marks)), None)
     if name is None and (head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0"):
         name = "UTF-32" if head[:4].count(0) == 3 else "UTF-16"
     if name is not None and head.strip(b"\0"):

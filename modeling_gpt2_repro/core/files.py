@@ -1,17 +1,17 @@
-"""Files and folders that appear whole or not at all, and stay when the power fails; and checksums.
+"""Files and folders that appear whole or not at all, and survive a loss of power; and checksums.
 
-Whatever system call is the last one of a process, or fails: a name refers to the old content or to the new one, and
-all of the new one is on the disk before the old one is removed.
+Whichever system call is the last of a process, or fails, a name refers to the old content or to the new content, and
+all of the new content is on disk before the old is removed. POSIX only: names are made durable by fsync of a folder.
 """
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,38 +19,34 @@ from typing import IO, Any, Literal
 
 from modeling_gpt2_repro.core.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+# Of a file or folder until it is complete.
 TEMPORARY_SUFFIX = ".partial"
-# Of a folder whose name another one has taken. What has it is ours to restore or to delete, so nobody else may use it.
+# Of a folder while another one takes its name. It is restored or deleted without asking, so nobody else may use it.
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-# How long one process waits until another one has written the same file.
+# How long a process waits for another one that writes the same file.
 LOCK_SECONDS = 10.0
-# What file systems say that cannot lock, as some that clusters share.
+# Errors of file systems without locks, such as some network file systems.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 LockState = Literal["ours", "held", "unsupported"]
-# What kernels and file systems say that cannot swap two names (NFS, some of overlayfs).
+# Errors of kernels and file systems that cannot swap two names (NFS, some overlayfs).
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
 
 def follow_links(path: str | Path) -> Path:
-    """Return the absolute path without links; unlike `Path.resolve`, also of a link that leads to itself."""
+    """Return the absolute path with links resolved; unlike `Path.resolve`, also for a link that leads to itself."""
     return Path(os.path.realpath(path))
 
 
 def check_place(path: str | Path, is_folder: bool = False) -> None:
-    """Check, before the work, that its result can be written to `path`, or to where links lead from there.
+    """Check, before the work, that its result can be written to `path`, links followed.
 
     Args:
-        is_folder: it will be a folder that takes the place of another, which a mounted disk's cannot.
+        is_folder: the result is a folder that replaces another one, which is impossible for a mount point.
 
     Raises:
-        UserError: it cannot; the message names `path` and where it leads.
+        UserError: it cannot be written; the message names `path` and where it leads.
     """
     place = follow_links(path)
     named = str(path) if place == Path(os.path.abspath(path)) else f"{path}, which leads to {place}"
@@ -68,10 +64,10 @@ def check_place(path: str | Path, is_folder: bool = False) -> None:
 
 
 def make_way(path: str | Path) -> Path:
-    """Return where `path` is written, links followed, and create the folder that a link there leads into.
+    """Return `path` with links followed; if it is a link, create the folder that it leads into.
 
     Raises:
-        OSError: a link leads to itself, or nothing can be created where it leads.
+        OSError: the link leads to itself, or the folder cannot be created.
     """
     place = follow_links(path)
     if place.is_symlink():
@@ -82,24 +78,24 @@ def make_way(path: str | Path) -> Path:
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Tell whether a name is one that text files can hold, and libraries in other languages than Python take."""
-    return not any("\ud800" <= character <= "\udfff" for character in str(path))  # how Python spells other bytes
+    """Return whether a path is valid UTF-8, as text files and libraries in other languages than Python require."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))  # how Python escapes other bytes
 
 
 @contextlib.contextmanager
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing that takes its name only once it is complete and on disk.
 
-    On an exception the temporary file is removed and whatever stood at `path` before stays as it was. A device or a
-    pipe, such as `/dev/null`, is written to.
+    On an exception the temporary file is removed, and `path` stays as it was. Devices and pipes, such as `/dev/null`,
+    are written to directly.
     """
     path, encoding = make_way(path), None if "b" in mode else "utf-8"
     if path.exists() and not path.is_file():
         with open(path, mode, encoding=encoding) as stream:
             yield stream
         return
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with os.fdopen(_open_alone(temporary), mode, encoding=encoding) as stream:
+    temporary = _get_temporary(path)
+    with os.fdopen(_open_exclusively(temporary), mode, encoding=encoding) as stream:
         try:
             yield stream
             stream.flush()
@@ -111,29 +107,24 @@ def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
-def _open_alone(path: Path) -> int:
-    """Create a temporary file, or empty one that is left over, once no other process writes to it."""
+def _open_exclusively(path: Path) -> int:
+    """Create a temporary file, or empty a leftover one, once no other process writes to it; return its descriptor."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
-        if path.is_symlink():  # it would be written through
+        if path.is_symlink():  # opening it would write to where it leads
             path.unlink()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        # The wait ends, whatever holds up the other process.
-        if try_lock(descriptor) != "held" or time.monotonic() > deadline:
-            if is_file_at(descriptor, path):
-                break
-        else:
-            time.sleep(0.01)
+        is_held = try_lock(descriptor) == "held" and time.monotonic() < deadline  # the other process may hang
+        if not is_held and is_file_at(descriptor, path):
+            if os.fstat(descriptor).st_size:
+                os.ftruncate(descriptor, 0)
+            return descriptor
         os.close(descriptor)
-    if os.fstat(descriptor).st_size:
-        os.ftruncate(descriptor, 0)
-    return descriptor
+        time.sleep(0.01)
 
 
 def try_lock(descriptor: int, is_exclusive: bool = True) -> LockState:
-    """Lock a file, exclusively or shared with others, until it is closed, if no other process holds it."""
-    if fcntl is None:
-        return "unsupported"
+    """Lock a file until it is closed, exclusively or shared, without waiting for another process that holds it."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -146,7 +137,7 @@ def try_lock(descriptor: int, is_exclusive: bool = True) -> LockState:
 
 
 def is_file_at(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file still has this name."""
+    """Return whether an open file still has this name."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False
@@ -154,13 +145,12 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def create_folder_atomically(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path` that takes `path`'s name, replacing it, on success.
+    """Yield an empty temporary folder beside `path` that replaces `path` on success, once all of it is on disk.
 
-    All of it is synchronised to disk first. On an exception the temporary folder is removed, as is one that was there
-    before.
+    On an exception the temporary folder is removed, and `path` stays as it was.
     """
-    path = make_way(path)  # a link stays one, and what it points at is replaced
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    path = make_way(path)  # a link stays a link, and its target is replaced
+    temporary = _get_temporary(path)
     clear_leftovers(path)
     make_folder(path.parent)
     temporary.mkdir()
@@ -177,16 +167,16 @@ def create_folder_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def take_name(new: Path, path: Path) -> Path | None:
-    """Rename `new` to `path`, and return what the folder is called now that had this name, if one had.
+    """Rename `new` to `path`, and return the new name of the folder that was there, if any.
 
-    On an exception both have the names that they had before.
+    On an exception both folders have the names that they had before.
     """
     if not path.exists():
         os.replace(new, path)
         return None
     if _exchange(new, path):
         return new
-    # For a moment neither has the name: `restore_folder` gives it back if this is the last moment.
+    # For a moment neither has the name; if the process ends here, `restore_folder` gives it back.
     replaced = set_aside(path, path)
     try:
         os.replace(new, path)
@@ -197,25 +187,25 @@ def take_name(new: Path, path: Path) -> Path | None:
 
 
 def set_aside(old: Path, path: Path) -> Path:
-    """Rename `old` to what `restore_folder(path)` restores or deletes, and return that."""
-    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    """Rename `old` to the name that `restore_folder(path)` restores or deletes, and return it."""
+    replaced = _get_replaced(path)
     os.replace(old, replaced)
     return replaced
 
 
 def remove_folder(path: str | Path) -> None:
-    """Delete a folder, if it is there, so that no half of it is left under its name; a link to it stays."""
+    """Delete a folder, if it exists, without ever leaving part of it under its name; a link to it stays."""
     path = follow_links(path)
     clear_leftovers(path)
     if path.is_dir():
-        os.replace(path, path.with_name(path.name + TEMPORARY_SUFFIX))
+        os.replace(path, _get_temporary(path))
         clear_leftovers(path)
 
 
 def restore_folder(path: str | Path) -> None:
-    """Undo a replacement of `path` that a kill or a loss of power cut short, or remove what it replaced."""
+    """Complete or undo a replacement of `path` that was interrupted."""
     path = follow_links(path)
-    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    replaced = _get_replaced(path)
     if path.exists():
         _remove(replaced)
     elif replaced.exists():
@@ -224,15 +214,22 @@ def restore_folder(path: str | Path) -> None:
 
 
 def clear_leftovers(path: str | Path) -> None:
-    """Put right what is left beside a folder of a process that was killed while it wrote, replaced or deleted it."""
+    """Clean up after a process that was killed while it wrote, replaced or deleted a folder."""
     restore_folder(path)
-    path = follow_links(path)
-    _remove(path.with_name(path.name + TEMPORARY_SUFFIX))
+    _remove(_get_temporary(follow_links(path)))
+
+
+def _get_temporary(path: Path) -> Path:
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def _get_replaced(path: Path) -> Path:
+    return path.with_name(path.name + REPLACED_SUFFIX)
 
 
 def _remove(leftover: Path) -> None:
-    """Delete a folder, if it is there, once it is durable that another one has its name."""
-    if leftover.is_symlink():  # where it leads is somebody else's
+    """Delete a folder, if it exists, once the names beside it are durable."""
+    if leftover.is_symlink():  # its target belongs to somebody else
         leftover.unlink()
     elif leftover.exists():
         sync_folder(leftover.parent)
@@ -240,18 +237,18 @@ def _remove(leftover: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder, where links lead, and those above it that are missing, durably."""
+    """Create a folder, links followed, and its missing parents, durably."""
     path = follow_links(path)
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-    sync_folder(path.parent)  # where it is there already, a process may have been killed before it came to this
+    sync_folder(path.parent)  # also if it exists: the process that created it may have been killed before this
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap their names in one step, and tell whether this system can."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    if not hasattr(libc, "renameat2"):
+    """Swap the names of two folders atomically; return `False` if this system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):  # only Linux has it
         return False
     if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
@@ -275,7 +272,7 @@ def compute_checksum(path: str | Path) -> str:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder and all files and folders in it durable."""
+    """Make a folder and everything in it durable."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
@@ -285,13 +282,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_file(path: str | Path) -> None:
-    """Make what was written to a file durable, by whomever."""
+    """Make the content of a file durable, whichever process wrote it."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make the names in a folder durable (POSIX wants that of the folder itself)."""
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

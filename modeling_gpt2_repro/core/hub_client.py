@@ -28,6 +28,10 @@ class HubUnreachableError(ConnectionError):
     """The Hub gave no answer: no network, no such host, offline mode, or a server error."""
 
 
+class HubForbiddenError(UserError):
+    """The Hub knows this user, who may not do what was asked (403)."""
+
+
 def ask_hub(question: Callable[[], Answer], what: str) -> Answer:
     """Return `question()`, one call of `huggingface_hub.HfApi` about `what` ("dataset a/b").
 
@@ -35,7 +39,8 @@ def ask_hub(question: Callable[[], Answer], what: str) -> Answer:
     start quick and quiet. It is repeated only where the Hub is there and asks for patience.
 
     Raises:
-        UserError: the Hub answered that there is no such thing, or that it is not for this user.
+        UserError: the Hub answered that there is no such thing, or that it is not for this user (the latter, where it
+            knows the user, as a `HubForbiddenError`).
         HubUnreachableError: it did not answer.
     """
     for pause in (*PAUSES, None):
@@ -51,7 +56,8 @@ def ask_hub(question: Callable[[], Answer], what: str) -> Answer:
             raise UserError(f"the Hub has no {what} (if it is private: run `hf auth login`)") from error
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403):
-                raise UserError(f"the {what}: {describe_hub_failure(error)}") from error
+                kind = HubForbiddenError if error.response.status_code == 403 else UserError
+                raise kind(f"the {what}: {describe_hub_failure(error)}") from error
             if pause is None or not _is_temporary(error):
                 raise HubUnreachableError(describe_hub_failure(error)) from error
             time.sleep(pause)

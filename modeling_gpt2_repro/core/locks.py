@@ -1,12 +1,11 @@
-"""A folder has one writer: a lock file that names the process which holds it.
+"""One writer per folder: a lock file that names the process which holds it.
 
-The kernel's lock on the file (flock) ends with the process, whatever ended it. It may not reach another machine that
-shares the folder, or not exist there; so the holder writes a heartbeat into the file, and is taken for dead by other
-machines once that has been silent for `SILENCE_SECONDS`.
+The kernel's lock on the file (flock) ends with its process, however that ends. It may not reach other machines that
+share the folder, or not exist on their file system. The holder therefore writes a heartbeat into the file, and other
+machines take it for dead after `SILENCE_SECONDS` without one.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -16,28 +15,29 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+
+import psutil
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import LockState, follow_links, is_file_at, make_folder, try_lock
 
 HEARTBEAT_SECONDS = 15.0
 SILENCE_SECONDS = 120.0
-# The children of a process that was killed hold its lock until they have noticed.
+# The children of a killed process hold its lock until they notice.
 PATIENCE_SECONDS = 3.0
 FILE_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a lock.
+    """The process that holds a lock, as the lock file has it. Times are in seconds since 1970.
 
     Attributes:
-        host: the machine's name, for people.
-        machine: tells one boot of a machine, and one container's process ids, from another.
+        host: name of the machine, for messages.
+        machine: identifies one boot of the machine, and one container's process ids (see `identify_machine`).
         process_id: on that machine.
-        since: when it took the lock, and `heartbeat` when it last said that it has it, in seconds since 1970.
+        since: when the process took the lock.
+        heartbeat: when it last confirmed that it holds the lock.
     """
 
     host: str
@@ -51,144 +51,121 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether this machine knows if the process exists."""
+        """Whether the process belongs to this machine, which can tell if it exists."""
         return self.machine == identify_machine()
-
-    def is_same(self, other: "Holder") -> bool:
-        """Tell whether two are one, heartbeats aside."""
-        return replace(self, heartbeat=other.heartbeat) == other
 
 
 class FolderLock:
-    """The right of one process to write to a folder, by a file in it. A context, too.
+    """The exclusive right to write to a folder, as a lock file in it. Also a context manager.
 
     Args:
-        folder: made where it is missing.
-        name: of the file.
-        what: what a process that holds it does to the folder, for the message to others.
-        is_shared: others may share it, once `share` has been called. Heartbeats do not count then.
-        say: told of a wait, and of a file system on which a shared lock keeps nobody out.
+        folder: created if missing.
+        name: of the lock file.
+        what: what the holder is doing to the folder, for the message to other processes.
+        is_shared: allow other holders once `share` is called. Heartbeats do not count then.
+        say: receives the notice of a wait, and of a file system on which a shared lock excludes nobody.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        what: str,
-        *,
-        is_shared: bool = False,
-        say: Callable[[str], None] = print,
+        self, folder: Path, name: str, what: str, *, is_shared: bool = False, say: Callable[[str], None] = print
     ):
         self.folder, self.path, self.what = folder, follow_links(folder / name), what
         self.is_shared, self._say = is_shared, say
         self._holder: Holder | None = None
         self._descriptor: int | None = None
-        self._made: list[Path] = []
-        self._turns = itertools.cycle((True, False))
-        self._end = threading.Event()
+        self._created: list[Path] = []
+        self._is_released = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock, unless it is taken already; at once where its holder has died on this machine.
+        """Take the lock, unless this process has it; at once if the holder died on this machine.
 
-        Where the holder is on another machine, wait for its next heartbeat, or for `SILENCE_SECONDS` without one.
+        For a holder on another machine, wait for its next heartbeat, or for `SILENCE_SECONDS` without one.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds the lock.
         """
         if self._descriptor is not None:
             return
-        self._made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
-        started = time.monotonic()
-        first = read_holder(self.path)
-        while not self._try_to_take(time.monotonic() - started):
-            holder, waited = read_holder(self.path), time.monotonic() - started
-            if holder is not None and not holder.is_here and not self.is_shared and waited < 2 * SILENCE_SECONDS:
-                if holder != first:
-                    self._refuse(holder)
+        self._created = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        started, first = time.monotonic(), read_holder(self.path)
+        while not self._try_to_take(waited := time.monotonic() - started):
+            holder = read_holder(self.path)
+            is_elsewhere = holder is not None and not holder.is_here and not self.is_shared
+            if is_elsewhere and holder == first and waited < 2 * SILENCE_SECONDS:
                 if waited < 1:
-                    self._say(f"{self.path} is of {holder}: waiting up to {SILENCE_SECONDS:.0f} s for a sign of it")
+                    self._say(f"{self.path} belongs to {holder}: waiting {SILENCE_SECONDS:.0f} s for a heartbeat")
                 time.sleep(1)
-            elif waited > PATIENCE_SECONDS:
-                self._refuse(holder)
+            elif is_elsewhere or waited > PATIENCE_SECONDS:
+                who = f": {holder}" if holder is not None else ""
+                raise UserError(f"{self.what} {self.folder}{who}. Wait for it, or stop it")
             time.sleep(0.05)
 
-    def _refuse(self, holder: Holder | None) -> NoReturn:
-        who = f": {holder}" if holder is not None else ""
-        raise UserError(f"{self.what} {self.folder}{who}. Wait for it, or stop it")
-
     def _try_to_take(self, waited: float) -> bool:
-        """Take the lock if it is free, also of a holder on another machine that was silent while this one waited."""
-        for folder in (self.folder, self.path.parent):  # not the same where the file is a link
+        """Take the lock if it is free, or if its holder on another machine was silent while this process waited."""
+        for folder in (self.folder, self.path.parent):  # they differ if the file is a link
             make_folder(folder)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        # Others may share it, but whoever comes first has it alone for a while.
-        state = try_lock(descriptor, is_exclusive=not self.is_shared or next(self._turns))
-        # If not, whoever had the lock has just removed it, or moved the folder.
-        if is_file_at(descriptor, self.path):
-            holder = read_holder(self.path)
-            if self._is_free(state, holder, waited):
-                if state != "held":
-                    return self._take(descriptor, state)
-                self.path.unlink(missing_ok=True)  # of a machine that has died, and nobody else would release it
+        state = try_lock(descriptor)
+        if state == "held" and self.is_shared:  # the first to come has it exclusively until it calls `share`
+            state = try_lock(descriptor, is_exclusive=False)
+        # Without its name, the file is one that its holder has just removed, or whose folder it has moved.
+        is_free = is_file_at(descriptor, self.path) and self._is_free(state, read_holder(self.path), waited)
+        if is_free and state == "held":
+            self.path.unlink(missing_ok=True)  # of a dead machine: nobody else would release it
+        elif is_free and self._sign(descriptor, state):
+            self._descriptor = descriptor
+            return True
         os.close(descriptor)
         return False
 
     def _is_free(self, state: LockState, holder: Holder | None, waited: float) -> bool:
-        if self.is_shared or holder is None:
+        if self.is_shared or holder is None or (holder.is_here and state != "unsupported"):
             return state != "held"
         is_silent = max(time.time() - holder.heartbeat, waited) > SILENCE_SECONDS
-        if not holder.is_here:
-            return is_silent
-        return state == "ours" or (state == "unsupported" and (is_silent or not _exists(holder)))
+        return is_silent or (holder.is_here and not psutil.pid_exists(holder.process_id))
 
-    def _take(self, descriptor: int, state: LockState) -> bool:
+    def _sign(self, descriptor: int, state: LockState) -> bool:
+        """Write this process into the lock file, and return whether it holds the lock."""
         now = time.time()
-        self._descriptor = descriptor
-        self._write(Holder(platform.node(), identify_machine(), os.getpid(), now, now))
-        if state == "unsupported":
-            if self.is_shared:
-                self._say(f"the file system of {self.folder} has no locks: see that nothing else works there")
-                return True
-            time.sleep(0.2)  # another process may have found it free in the same moment: the last to write has it
-            if not self.is_ours():
-                os.close(descriptor)
-                self._descriptor = None
-                return False
+        self._write(descriptor, Holder(platform.node(), identify_machine(), os.getpid(), now, now))
+        if state == "unsupported" and self.is_shared:
+            self._say(f"the file system of {self.folder} has no locks: make sure that nothing else works there")
+        elif state == "unsupported":
+            time.sleep(0.2)  # of several processes that found it free at the same moment, the last to write has it
+            return self.is_ours()
         return True
 
     def share(self) -> None:
-        """Let others share a lock that was taken to be shared."""
+        """Admit other holders to a lock that was created with `is_shared`."""
         try_lock(self._descriptor, is_exclusive=False)
 
     def beat(self) -> None:
-        """Write a heartbeat, if one is due and the lock is still this process's."""
+        """Write a heartbeat if one is due and this process still holds the lock."""
         if time.time() - self._holder.heartbeat >= HEARTBEAT_SECONDS and self.is_ours():
-            with contextlib.suppress(OSError):  # a disk that is full may have room at the next beat
-                self._write(replace(self._holder, heartbeat=time.time()))
+            with contextlib.suppress(OSError):  # a full disk may have room at the next beat
+                self._write(self._descriptor, replace(self._holder, heartbeat=time.time()))
 
-    def start_beating(self, on_beat: Callable[[], None] = lambda: None) -> None:
-        """Write heartbeats from a thread, until the release, and call `on_beat` after each."""
+    def start_beating(self, on_beat: Callable[[], None]) -> None:
+        """Write heartbeats from a thread until the release, and call `on_beat` after each."""
 
-        def go_on() -> None:
-            while not self._end.wait(HEARTBEAT_SECONDS):
+        def keep_beating() -> None:
+            while not self._is_released.wait(HEARTBEAT_SECONDS):
                 self.beat()
                 on_beat()
 
-        self._thread = threading.Thread(target=go_on, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=keep_beating, name="heartbeat", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "FolderLock":
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def describe_holder(self) -> dict[str, str | int]:
-        """Return, as JSON, by what others can tell whether this process is alive."""
+        """Return, as JSON, what shows others whether this process is alive."""
         return {
             "host": self._holder.host,
             "process_id": self._holder.process_id,
@@ -197,46 +174,46 @@ class FolderLock:
         }
 
     def is_ours(self) -> bool:
-        """Tell whether no other process has taken the lock meanwhile, as from one that was suspended for long."""
+        """Return whether this process still holds the lock: after a long suspension, another may have taken it."""
         found = read_holder(self.path)
-        return found is None or found.is_same(self._holder)
+        return found is None or replace(found, heartbeat=self._holder.heartbeat) == self._holder
 
     def check(self) -> None:
-        """Raise a `UserError` where another process has taken the lock."""
+        """Raise a `UserError` if another process has taken the lock."""
         if not self.is_ours():
             raise UserError(
-                f"{self.folder} was taken over by {read_holder(self.path)}: this process had given no sign of itself "
-                f"for {SILENCE_SECONDS:.0f} s"
+                f"{self.folder} was taken over by {read_holder(self.path)}: this process had sent no heartbeat for "
+                f"{SILENCE_SECONDS:.0f} s"
             )
 
     def release(self) -> None:
-        """Let others have the lock, if this process has it, and remove the folder if it was made for nothing else."""
+        """Release the lock if this process holds it, and remove the folders that were created for it alone."""
         if self._descriptor is None:
             return
-        self._end.set()
+        self._is_released.set()
         if self._thread is not None:
             self._thread.join()
         with contextlib.suppress(OSError):
             if is_file_at(self._descriptor, self.path) and self.is_ours():
-                if self.is_shared:  # others may go on
+                if self.is_shared:  # others may still hold it
                     os.truncate(self._descriptor, 0)
                 else:
                     self.path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
-        with contextlib.suppress(OSError):  # of a folder that is not empty
-            for folder in self._made:
+        with contextlib.suppress(OSError):  # a folder is not empty
+            for folder in self._created:
                 folder.rmdir()
 
-    def _write(self, holder: Holder) -> None:
-        # At once and always as long, so that nobody reads half of it; JSON may end in blanks.
+    def _write(self, descriptor: int, holder: Holder) -> None:
+        # One write of constant length, so that nobody reads half of it; JSON may end in blanks.
         content = json.dumps(asdict(holder)).encode()
-        os.pwrite(self._descriptor, content.ljust(FILE_BYTES - 1) + b"\n", 0)
+        os.pwrite(descriptor, content.ljust(FILE_BYTES - 1) + b"\n", 0)
         self._holder = holder
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Read who holds a lock; `None` where nobody does, or has not said so yet."""
+    """Return the holder of a lock; `None` if there is none, or it has not written its name yet."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -244,7 +221,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def identify_machine() -> str:
-    """Return what tells this boot of this machine, and this container's process ids, from others."""
+    """Return an identifier of this boot of this machine, and of this container's process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -253,18 +230,5 @@ def identify_machine() -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Write a time, in seconds since 1970, as ISO 8601 in UTC."""
+    """Format seconds since 1970 as ISO 8601 in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _exists(holder: Holder) -> bool:
-    """Tell whether a process of this machine exists, going by its heartbeat where the system cannot be asked."""
-    if os.name != "posix":  # signal 0 would end it
-        return time.time() - holder.heartbeat < SILENCE_SECONDS
-    try:
-        os.kill(holder.process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,66 +1,58 @@
-"""What the machine refuses, whatever it is asked about: told from damage, and said with the limit behind it."""
+"""Errors of the machine itself, such as a full disk or a limit: told apart from damaged files, and explained."""
 
 import errno
 import os
-import stat
+import resource
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:  # Windows, which has no such limits
-    resource = None
-
-# No memory, no file descriptors, no processes or threads, no permission, no room, or a disk that fails.
-MACHINE_REFUSALS = (
-    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ENODEV),
-)
-NO_THREAD = "can't start new thread"  # CPython's RuntimeError
-# More than anything here opens at once.
+# No permission, no room, or a disk that fails.
+DISK_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+# No memory, file descriptors, processes or threads; or a file system or a device that is gone.
+LIMITS = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ESTALE, errno.ENOLCK, errno.ENODEV}
+# The errors by what messages contain; the last one is a RuntimeError of CPython.
+SIGNS = {os.strerror(number): number for number in DISK_REFUSALS | LIMITS} | {"can't start new thread": errno.EAGAIN}
+# More than any command opens at once.
 ENOUGH_OPEN_FILES = 1024
 
 
 def find_refusal(error: BaseException | None) -> OSError | None:
-    """Return what the machine refused, where that is what an exception came up for; `None` for any other reason.
+    """Return the error of the machine that caused an exception; `None` if the cause is another one.
 
-    Arrow, safetensors, tokenizers and torch raise exceptions of their own, which have the number in their text alone,
-    and transformers raises another one while it handles the first.
+    Arrow, safetensors, tokenizers and torch raise exceptions of their own, with the system's message in their text
+    only, and transformers raises another one while it handles the first.
     """
     while error is not None:
-        for number in MACHINE_REFUSALS:
-            if getattr(error, "errno", None) == number or any(sign in str(error) for sign in _list_signs(number)):
-                return OSError(number, os.strerror(number), getattr(error, "filename", None))
-        if isinstance(error, MemoryError):
-            return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        if number not in SIGNS.values():
+            number = next((number for sign, number in SIGNS.items() if sign in str(error)), None)
+        if number is not None:
+            return OSError(number, os.strerror(number), getattr(error, "filename", None))
         error = error.__cause__ or error.__context__
     return None
 
 
-def _list_signs(number: int) -> tuple[str, ...]:
-    return os.strerror(number), *((NO_THREAD,) if number == errno.EAGAIN else ())
-
-
 def find_unreadable(path: str | Path) -> OSError | None:
-    """Return why a file, or the first such file in a folder, cannot be opened; `None` if all can.
+    """Return why a file, or a file directly in a folder, cannot be opened; `None` if all can, or none exists.
 
-    Some libraries take what they may not open for missing.
+    Some libraries report a file that may not be opened as missing.
     """
     try:
-        if stat.S_ISDIR(os.stat(path).st_mode):
+        os.stat(path)  # raises where `isfile` is false: in a folder that may not be searched
+        if os.path.isdir(path):
             with os.scandir(path) as entries:
                 names = sorted(entry.path for entry in entries if not entry.is_dir())
             return next(filter(None, map(find_unreadable, names)), None)
-        if os.path.isfile(path):  # to open a pipe would wait for ever
+        if os.path.isfile(path):  # opening a pipe would block
             os.close(os.open(path, os.O_RDONLY))
     except FileNotFoundError:
-        return None
+        pass
     except OSError as error:
         return error
     return None
 
 
 def describe_refusal(refusal: OSError) -> str:
-    """Say what the machine refused, and which limit to raise where that helps."""
+    """Describe an error of the machine, with the limit to raise if there is one."""
     what = refusal.strerror + (f", {refusal.filename}" if refusal.filename else "")
     limits = {
         errno.EMFILE: f"a process may have {get_limit('NOFILE')} (ulimit -n), and {ENOUGH_OPEN_FILES} are enough",
@@ -74,5 +66,5 @@ def describe_refusal(refusal: OSError) -> str:
 
 def get_limit(name: str, unit: int = 1) -> str:
     """Return the soft limit of a resource of `getrlimit`, as `ulimit` shows it."""
-    soft = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] if resource is not None else -1
-    return "unlimited" if resource is None or soft == resource.RLIM_INFINITY else f"{soft // unit}"
+    soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+    return "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // unit}"

@@ -1,48 +1,45 @@
-"""The standard streams: neither their encoding nor a reader that has gone away ends a program."""
+"""Standard streams that never end a program, whatever their encoding, and whether or not anybody reads them."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import TextIO
 
-# The error handlers of codecs that let any text through.
+# The codec error handlers that accept any text.
 LENIENT = ("backslashreplace", "ignore", "namereplace", "replace", "xmlcharrefreplace")
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take any text in any encoding, and open those that are closed.
+    """Let stdout and stderr accept any text in any encoding, and open standard streams that are closed.
 
-    A character that the encoding lacks is written as an escape, such as `\\u2581`.
+    Characters that the encoding lacks are written as escapes, such as `\\u2581`.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # or the next file to be opened would be taken for a standard stream
+        except OSError:  # the next file to be opened would become a standard stream
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, stays open until the process ends
         elif getattr(stream, "errors", None) not in LENIENT and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-@contextlib.contextmanager
-def outliving_readers() -> Iterator[None]:
-    """Go on where a stream cannot be written to: a closed terminal, a pipe without a reader, a log on a full disk."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: of a stream that was closed
-        yield
+def outliving_readers() -> contextlib.AbstractContextManager[None]:
+    """Ignore a stream that cannot be written to: a closed terminal, a pipe without a reader, a log on a full disk."""
+    return contextlib.suppress(OSError, ValueError)  # ValueError: the stream is closed
 
 
 def write_line(text: str, stream: TextIO) -> None:
-    """Print a line at once, if anybody can read it."""
+    """Print a line and flush it, if the stream can be written to."""
     with outliving_readers():
         print(text, file=stream, flush=True)
 
 
 def discard_unwritten() -> None:
-    """Forget what cannot be written, which would fail once more, and set the exit code, when the interpreter ends."""
+    """Discard output that cannot be written: otherwise it fails again, with another exit code, at the exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,7 +1,8 @@
 """The order of training: which windows an optimizer step consumes, as a pure function of the step.
 
 Nothing here knows of ranks, micro-steps or where a run was interrupted; those only divide a step's windows. Hence the
-same step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else.
+same step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else. Updates count
+from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`.
 """
 
 from collections.abc import Iterable, Iterator

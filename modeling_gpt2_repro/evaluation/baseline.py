@@ -103,8 +103,6 @@ def _parse_baseline(entry: dict[str, Any]) -> Baseline:
     for part, name in ((baseline.validation, "val/loss"), (baseline.hellaswag, "acc_norm")):
         if part is not None and not (type(part[name]) in (int, float) and math.isfinite(part[name])):
             raise TypeError(f"{name} is {part[name]!r}")
-    if not isinstance(baseline.model, str) or not isinstance(baseline.hellaswag, dict | None):
-        raise TypeError("an entry is not a baseline")
     hash(baseline.key)
     return baseline
 
@@ -134,20 +132,19 @@ def save_baseline(path: Path, baseline: Baseline) -> None:
 
 def format_baseline(baseline: Baseline) -> str:
     """Return a model's scores with their units, one per line."""
-    rows = [("model", baseline.model)]
-    if validation := baseline.validation:
-        windows = f"in windows of {baseline.sequence_length:,}"
-        rows.append(("validation", f"{validation['n_tokens']:,} tokens {windows}"))
-        rows.append(("  loss", f"{validation['val/loss']:.4f} nats a token"))
-        if validation["val/bpb"] is not None:
-            rows.append(("  bpb", f"{validation['val/bpb']:.4f} bits a byte"))
-    if hellaswag := baseline.hellaswag:
-        rows.append(("HellaSwag", f"{hellaswag['n']:,} items: {hellaswag['name']}, protocol {hellaswag['protocol']}"))
-        for metric in ("acc_norm", "acc"):
-            rows.append((f"  {metric}", format_score(hellaswag[metric], hellaswag[f"{metric}_stderr"])))
-        if hellaswag["n_truncated"]:
-            rows.append(("  cut", f"{hellaswag['n_truncated']:,} contexts on the left, to fit the model"))
-    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+    lines = [f"model       {baseline.model}"]
+    if val := baseline.validation:
+        lines.append(f"validation  {val['n_tokens']:,} tokens in windows of {baseline.sequence_length:,}")
+        lines.append(f"  loss      {val['val/loss']:.4f} nats a token")
+        if val["val/bpb"] is not None:
+            lines.append(f"  bpb       {val['val/bpb']:.4f} bits a byte")
+    if score := baseline.hellaswag:
+        lines.append(f"HellaSwag   {score['n']:,} items: {score['name']}, protocol {score['protocol']}")
+        lines.append(f"  acc_norm  {format_score(score['acc_norm'], score['acc_norm_stderr'])}")
+        lines.append(f"  acc       {format_score(score['acc'], score['acc_stderr'])}")
+        if score["n_truncated"]:
+            lines.append(f"  cut       {score['n_truncated']:,} contexts on the left, to fit the model")
+    return "\n".join(lines)
 
 
 def _stamp(mixed_precision: str) -> dict[str, str]:

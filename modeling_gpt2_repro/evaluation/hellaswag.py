@@ -6,9 +6,9 @@ Every result carries the name of its protocol (see `hellaswag_protocols`).
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,14 +73,21 @@ class HellaSwagResult:
 
 
 def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]], **facts: Any) -> HellaSwagResult:
-    """Reduce each ending's summed negative log-probability, in nats, to accuracies. `nll[i]` belongs to item i."""
-    scored_items = tuple(score_item(item, sums) for item, sums in zip(encoded.items, nll, strict=True))
-    accuracies = compute_accuracies(
-        [(item.predicted, item.predicted_norm) for item in scored_items], [item.label for item in scored_items]
-    )
-    return HellaSwagResult(
-        protocol=encoded.protocol, n=len(scored_items), **accuracies, scored_items=scored_items, **facts
-    )
+    """Reduce each ending's summed negative log-probability, in nats, to accuracies. `nll[i]` belongs to item i.
+
+    Raises:
+        UserError: a log-probability is not finite, which would compare as a score near chance.
+    """
+    for item, sums in zip(encoded.items, nll, strict=True):
+        if not all(map(math.isfinite, sums)):
+            raise UserError(
+                f"the model gives item {item.ind} a log-probability that is not finite: its weights are broken, or "
+                "its precision is too low (try float32)"
+            )
+    scored = tuple(map(score_item, encoded.items, nll))
+    picked = [(item.predicted, item.predicted_norm) for item in scored]
+    accuracies = compute_accuracies(picked, [item.label for item in scored])
+    return HellaSwagResult(encoded.protocol, n=len(scored), **accuracies, scored_items=scored, **facts)
 
 
 def score_item(item: EncodedItem, nll: Sequence[float]) -> ScoredItem:
@@ -116,32 +123,23 @@ def evaluate_hellaswag(
     rank, n_processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     started, max_positions = time.perf_counter(), get_max_positions(model)
     n_truncated = encoded.count_truncated(max_positions)
+
+    def choose_reading() -> tuple[bool, int]:
+        return can_share_context(model, encoded.items, max_positions), batch_tokens or choose_batch_tokens(model)
+
     with evaluation_mode(model):
-        choose = partial(choose_reading, model, encoded, batch_tokens)
-        shares_context, batch_tokens = compute_once(choose, accelerator) if accelerator else choose()
+        shares_context, budget = compute_once(choose_reading, accelerator) if accelerator else choose_reading()
         if not shares_context and rank == 0:
             warn_of_plain_rows(type(model).__name__)
         rows = [build_rows(item, max_positions, shares_context) for item in encoded.items]
-        own_batches = plan_batches(rows, batch_tokens)[rank::n_processes]
+        own_batches = plan_batches(rows, budget)[rank::n_processes]
         nll = score_batches(model, encoded, rows, own_batches, shares_context, show_progress and rank == 0)
     if n_processes > 1:
-        gathered = gather_object(list(nll.items()))
-        nll = dict(gathered)
-        assert len(nll) == len(gathered), "no item is scored twice"
+        nll = dict(gather_object(list(nll.items())))
     assert nll.keys() == set(range(len(encoded.items))), "every item is scored"
-    check_finite(encoded, nll)
-    return reduce_nll(
-        encoded,
-        [nll[index] for index in range(len(nll))],
-        n_truncated=n_truncated,
-        examples_per_second=len(nll) / (time.perf_counter() - started),
-    )
-
-
-def choose_reading(model: torch.nn.Module, encoded: EncodedHellaSwag, batch_tokens: int | None) -> tuple[bool, int]:
-    """Return whether the model can share contexts, which a probe shows, and the most tokens in a batch."""
-    shares_context = can_share_context(model, encoded.items, get_max_positions(model))
-    return shares_context, batch_tokens or choose_batch_tokens(model)
+    speed = len(nll) / (time.perf_counter() - started)
+    ordered = [nll[index] for index in range(len(nll))]
+    return reduce_nll(encoded, ordered, n_truncated=n_truncated, examples_per_second=speed)
 
 
 def score_batches(
@@ -154,9 +152,8 @@ def score_batches(
 ) -> dict[int, list[float]]:
     """Return the sums of each item's endings by the item's index; a batch is the indices of its items."""
     nll: dict[int, list[float]] = {}
-    n_correct = 0
-    n_items, title = sum(map(len, batches)), f"HellaSwag {encoded.protocol}"
-    with tqdm(total=n_items, desc=title, unit="item", disable=not show_progress) as bar:
+    n_correct, n_items = 0, sum(map(len, batches))
+    with tqdm(total=n_items, desc=f"HellaSwag {encoded.protocol}", unit="item", disable=not show_progress) as bar:
         for batch in batches:
             batch_nll = score_items(model, [rows[index] for index in batch], selects_places)
             for index, sums in zip(batch, batch_nll, strict=True):
@@ -176,13 +173,3 @@ def warn_of_plain_rows(model_class: str) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def check_finite(encoded: EncodedHellaSwag, nll: Mapping[int, Sequence[float]]) -> None:
-    """Raise a `UserError` for log-probabilities that are not finite, which would compare as a score near chance."""
-    for index, sums in sorted(nll.items()):
-        if not all(map(math.isfinite, sums)):
-            raise UserError(
-                f"the model gives item {encoded.items[index].ind} a log-probability that is not finite: "
-                "its weights are broken, or its precision is too low (try float32)"
-            )

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ SAMPLE_FILE = Path(__file__).with_name("hellaswag_sample.jsonl")
 N_ENDINGS = 4
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 CODEC_BY_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # no text begins like this
-NO_LABEL = ", as in HellaSwag's test split: use the validation split"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ def load_hellaswag(data_file: str | Path | None = None, limit: int | None = None
     Raises:
         UserError: the data are out of reach, or an item is malformed; the message names the file, line and field.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"the limit of HellaSwag items has to be at least 1, not {limit}")
     numbered_rows = _read_hub_rows() if data_file is None else _read_file_rows(data_file)
     items = [parse_item(row, where) for where, row in numbered_rows[:limit]]
     if not items:
@@ -107,7 +105,8 @@ def _read_file_rows(data_file: str | Path) -> list[tuple[str, Any]]:
     if content.lstrip().startswith(b"["):
         with contextlib.suppress(ValueError, RecursionError):  # reading line by line explains more
             return [(f"{data_file}, item {number}", row) for number, row in enumerate(json.loads(content), start=1)]
-    return _read_jsonl_rows(content, data_file)
+    lines = ((f"{data_file}, line {number}", line) for number, line in enumerate(content.splitlines(), start=1))
+    return [(where, _parse_line(line, where)) for where, line in lines if line.strip()]
 
 
 def _decompress(content: bytes) -> bytes:
@@ -125,23 +124,16 @@ def _read_table(content: bytes, kind: str) -> list[dict[str, Any]]:
     return open_table(pa.BufferReader(content)).read_all().to_pylist()
 
 
-def _read_jsonl_rows(content: bytes, data_file: str | Path) -> list[tuple[str, Any]]:
-    rows = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{data_file}, line {number}"
-        try:
-            rows.append((where, json.loads(line.decode())))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(
-                f"{where}: not a JSON object ({reason}): expected one HellaSwag item a line, or a .parquet file; a "
-                "table of text such as CSV has no place for the list of endings"
-            ) from error
-    return rows
+def _parse_line(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not a JSON object ({getattr(error, 'msg', error)}): expected one HellaSwag item a line, or a "
+            ".parquet file; a table of text such as CSV has no place for the list of endings"
+        ) from error
 
 
 def parse_item(row: Any, where: str) -> HellaSwagItem:
@@ -150,56 +142,51 @@ def parse_item(row: Any, where: str) -> HellaSwagItem:
     Raises:
         UserError: the row is malformed; the message begins with `where`.
     """
+    try:
+        return _build_item(_unwrap_row(row))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _unwrap_row(row: Any) -> dict[str, Any]:
+    """Return a row's fields, which a sample logged by lm-evaluation-harness has under `doc`."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object with HellaSwag's fields, not a {type(row).__name__}")
-    if isinstance(row.get("doc"), dict):  # a sample logged by lm-evaluation-harness
+        raise ValueError(f"expected a JSON object with HellaSwag's fields, not a {type(row).__name__}")
+    if isinstance(row.get("doc"), dict):
         row = row["doc"]
     if "query" in row and "ctx" not in row:
-        raise UserError(
-            f"{where}: the item was rewritten by lm-evaluation-harness and lacks `ctx`, which cannot be restored from "
-            "its `query`: use the dataset's own file"
+        raise ValueError(
+            "the item was rewritten by lm-evaluation-harness and lacks `ctx`, which cannot be restored from its "
+            "`query`: use the dataset's own file"
         )
-    for field in ("ind", *TEXT_FIELDS, "endings", "label"):
+    return row
+
+
+def _build_item(row: dict[str, Any]) -> HellaSwagItem:
+    for field in ("ind", *TEXT_FIELDS, "endings"):
         if field not in row:
-            raise UserError(f"{where}: the field `{field}` is missing{NO_LABEL if field == 'label' else ''}")
+            raise ValueError(f"the field `{field}` is missing")
+    if row.get("label") in (None, "", -1, "-1"):
+        raise ValueError("the field `label` is missing, as in HellaSwag's test split: use the validation split")
     for field in TEXT_FIELDS:
         if not isinstance(row[field], str):
-            raise UserError(f"{where}: the field `{field}` has to be a text, not {row[field]!r}")
+            raise ValueError(f"the field `{field}` has to be a text, not {row[field]!r}")
     if not row["ctx"].strip():
-        raise UserError(f"{where}: the field `ctx` is empty")
+        raise ValueError("the field `ctx` is empty")
     endings = row["endings"]
     if not isinstance(endings, list) or len(endings) != N_ENDINGS:
         found = f"{len(endings)} of them" if isinstance(endings, list) else repr(endings)
-        raise UserError(f"{where}: the field `endings` has to be a list of {N_ENDINGS} texts, not {found}")
+        raise ValueError(f"the field `endings` has to be a list of {N_ENDINGS} texts, not {found}")
     if not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        raise UserError(f"{where}: the field `endings` holds an empty ending")
-    for text in (*(row[field] for field in TEXT_FIELDS), *endings):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{where}: it holds half of a surrogate pair, which is no character")
-    return HellaSwagItem(
-        ind=_parse_integer(row, "ind", where),
-        **{field: row[field] for field in TEXT_FIELDS},
-        endings=tuple(endings),
-        label=_parse_label(row, where),
-    )
-
-
-def _parse_integer(row: dict, field: str, where: str) -> int:
-    try:
-        if isinstance(row[field], bool | float):
-            raise TypeError
-        return int(row[field])
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: the field `{field}` has to be a whole number, not {row[field]!r}") from None
-
-
-def _parse_label(row: dict, where: str) -> int:
-    if row["label"] in ("", None, -1, "-1"):
-        raise UserError(f"{where}: the field `label` is {row['label']!r}, none{NO_LABEL}")
-    label = _parse_integer(row, "label", where)
-    if not 0 <= label < N_ENDINGS:
-        raise UserError(f"{where}: the field `label` has to be 0 to {N_ENDINGS - 1}, not {label}")
-    return label
+        raise ValueError("the field `endings` holds an empty ending")
+    texts = {field: row[field] for field in TEXT_FIELDS}
+    "".join([*texts.values(), *endings]).encode()  # a ValueError for half of a surrogate pair, which is no character
+    for field in ("ind", "label"):
+        if not re.fullmatch(r"-?\d+", str(row[field])):
+            raise ValueError(f"the field `{field}` has to be a whole number, not {row[field]!r}")
+    if not 0 <= int(row["label"]) < N_ENDINGS:
+        raise ValueError(f"the field `label` has to be 0 to {N_ENDINGS - 1}, not {row['label']}")
+    return HellaSwagItem(ind=int(row["ind"]), **texts, endings=tuple(endings), label=int(row["label"]))
 
 
 def is_full_validation_split(items: Sequence[HellaSwagItem]) -> bool:

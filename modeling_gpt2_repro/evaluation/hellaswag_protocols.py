@@ -15,11 +15,11 @@ The text `<|endoftext|>` in an item is encoded as ordinary text in both protocol
 """
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from modeling_gpt2_repro.core.devices import compute_once
 from modeling_gpt2_repro.core.errors import UserError
@@ -91,47 +91,30 @@ def clean_marks(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def encode_original(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
-    """Encode contexts and endings apart, without special tokens."""
-    texts = [[context, *continuations] for context, continuations in map(render_original, items)]
-    ids_by_item = _encode(tokenizer, texts, add_special_tokens=False)
-    return [
-        _build_encoded_item(item, context_ids, ending_ids, list(map(len, ending_ids)))
-        for item, (context_ids, *ending_ids) in zip(items, ids_by_item, strict=True)
-    ]
-
-
-def encode_lm_eval(items: Sequence[HellaSwagItem], tokenizer) -> list[EncodedItem]:
-    """Encode contexts and whole texts; an ending is what follows the context's number of tokens.
-
-    As in the harness, a tokenizer that begins a text with a special token (GPT-2's does not) does so here.
-    """
-    texts = [
-        [context, *(context + continuation for continuation in continuations)]
-        for context, continuations in map(render_lm_eval, items)
-    ]
-    ids_by_item = _encode(tokenizer, texts, add_special_tokens=True)
-    encoded = []
-    for item, (context_ids, *whole_ids) in zip(items, ids_by_item, strict=True):
-        ending_ids = [ids[len(context_ids) :] for ids in whole_ids]
-        lengths = [len(clean_marks(ending)) for ending in item.endings]
-        encoded.append(_build_encoded_item(item, context_ids, ending_ids, lengths))
-    return encoded
-
-
-ENCODERS: dict[str, Callable[[Sequence[HellaSwagItem], Any], list[EncodedItem]]] = {
-    "original": encode_original,
-    "lm_eval": encode_lm_eval,
-}
-
-
 def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -> EncodedHellaSwag:
     """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
+
+    `original` encodes contexts and endings apart, without special tokens. `lm_eval` encodes contexts and whole texts;
+    an ending is what follows the context's number of tokens. As in the harness, a tokenizer that begins a text with a
+    special token (GPT-2's does not) does so under `lm_eval`.
 
     Raises:
         UserError: a context or an ending encodes to no tokens.
     """
-    return EncodedHellaSwag(protocol, tuple(ENCODERS[protocol](items, tokenizer)))
+    is_joint = protocol == "lm_eval"
+    rendered = map(render_lm_eval if is_joint else render_original, items)
+    texts = [[context, *(is_joint * context + ending for ending in endings)] for context, endings in rendered]
+    encoded = []
+    for item, (context_ids, *ids) in zip(items, _encode(tokenizer, texts, add_special_tokens=is_joint), strict=True):
+        ending_ids = [ending[len(context_ids) :] for ending in ids] if is_joint else ids
+        if not context_ids or not all(ending_ids):
+            raise UserError(
+                f"the tokenizer makes no token of the context or of an ending of item {item.ind}: put the tokenizer "
+                "that the model was trained with beside it"
+            )
+        lengths = tuple(map(len, map(clean_marks, item.endings) if is_joint else ending_ids))
+        encoded.append(EncodedItem(context_ids, ending_ids, item.ind, item.label, lengths))
+    return EncodedHellaSwag(protocol, tuple(encoded))
 
 
 class HellaSwagQuestions:
@@ -158,14 +141,11 @@ class HellaSwagQuestions:
         """
         original = self.encode("original")
         original.count_truncated(max_positions)
-        if max_positions is not None:
-            long = [
-                item
-                for item, encoded in zip(self.items, original.items, strict=True)
-                if 2 * max(map(len, encoded.ending_ids)) > max_positions
-            ]
-            if long:
-                encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
+        limit = math.inf if max_positions is None else max_positions / 2
+        lengths = (max(map(len, encoded.ending_ids)) for encoded in original.items)
+        long = [item for item, length in zip(self.items, lengths, strict=True) if length > limit]
+        if long:
+            encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
 
 
 def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
@@ -177,14 +157,3 @@ def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool)
         ids = iter(encoded["input_ids"])
         for texts in chunk:
             yield list(itertools.islice(ids, len(texts)))
-
-
-def _build_encoded_item(
-    item: HellaSwagItem, context_ids: list[int], ending_ids: list[list[int]], ending_lengths: list[int]
-) -> EncodedItem:
-    if not context_ids or not all(ending_ids):
-        raise UserError(
-            f"the tokenizer makes no token of the context or of an ending of item {item.ind}: put the tokenizer that "
-            "the model was trained with beside it"
-        )
-    return EncodedItem(context_ids, ending_ids, ind=item.ind, label=item.label, ending_lengths=tuple(ending_lengths))

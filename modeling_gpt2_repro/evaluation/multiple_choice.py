@@ -16,7 +16,9 @@ def pick_endings(nll: Sequence[float], lengths: Sequence[int]) -> tuple[int, int
 
 
 def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int]) -> dict[str, float | None]:
-    """Reduce the answers to `acc` and `acc_norm`, as fractions, and their standard errors `*_stderr`.
+    """Reduce the answers to `acc` and `acc_norm`, as fractions, and their sample standard errors `*_stderr`.
+
+    A standard error is `None` for a single question.
 
     Args:
         picked: for each question, the endings picked by sum and by mean, as from `pick_endings`.
@@ -25,19 +27,12 @@ def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int])
     result: dict[str, float | None] = {}
     for name, picks in zip(("acc", "acc_norm"), zip(*picked, strict=True), strict=True):
         hits = [pick == label for pick, label in zip(picks, labels, strict=True)]
-        result[name] = sum(hits) / len(hits)
-        result[f"{name}_stderr"] = compute_standard_error(hits)
+        n, mean = len(hits), sum(hits) / len(hits)
+        result[name] = mean
+        # In lm-evaluation-harness's order of operations, for standard errors that are equal to the last bit.
+        stderr = math.sqrt(sum((hit - mean) ** 2 for hit in hits) / (n - 1)) / math.sqrt(n) if n > 1 else None
+        result[f"{name}_stderr"] = stderr
     return result
-
-
-def compute_standard_error(hits: Sequence[bool]) -> float | None:
-    """Return the sample standard error of the mean of n zeros and ones; `None` if n is 1.
-
-    The order of operations is that of lm-evaluation-harness, for numbers that are equal to the last bit.
-    """
-    n = len(hits)
-    mean = sum(hits) / n
-    return math.sqrt(sum((hit - mean) ** 2 for hit in hits) / (n - 1)) / math.sqrt(n) if n > 1 else None
 
 
 def format_score(score: float, stderr: float | None = None) -> str:

@@ -1,23 +1,14 @@
-"""Samples of a language model: continuations of a prompt that are the same on any hardware.
+"""Samples of a language model: continuations of a prompt that are the same on any hardware."""
 
-As a command: `python -m modeling_gpt2_repro.evaluation.samples --model FOLDER_OR_HUB_ID --prompt "..."`.
-"""
-
-import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.core.arguments import parse_arguments, setting
-from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.core.streams import silence_libraries
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.evaluation.scoring import evaluation_mode
-from modeling_gpt2_repro.model.causality import check_causal
-from modeling_gpt2_repro.model.limits import check_token_ids, get_max_positions
-from modeling_gpt2_repro.model.loading import load_causal_lm
+from modeling_gpt2_repro.model.limits import get_max_positions
 
 
 def generate_samples(
@@ -39,9 +30,6 @@ def generate_samples(
     Raises:
         UserError: the prompt is empty, or prompt and sample do not fit into the model's positions.
     """
-    for name, value in {"n_samples": n_samples, "n_tokens": n_tokens, "top_k": top_k}.items():
-        if value < 1:
-            raise UserError(f"{name} has to be 1 or more, not {value}")
     prompt_ids = encode_prompt(model, tokenizer, prompt, n_tokens)
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**63) for sample in range(n_samples)]
     ids = torch.tensor([prompt_ids] * n_samples, device=model.device)
@@ -108,42 +96,3 @@ def encode_prompt(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
     if n_positions is not None and n_tokens > n_positions:
         raise UserError(f"a sample of {n_tokens} tokens is longer than the model's {n_positions} positions")
     return prompt_ids
-
-
-@dataclass
-class SamplingConfig:
-    """Flags of the command."""
-
-    model: str = setting(MISSING, "folder or Hub id of a causal language model and its tokenizer", path=True)
-    prompt: str = setting("Hello, I'm a language model,", "text to continue")
-    n_samples: int = setting(4, "samples to draw")
-    n_tokens: int = setting(32, "tokens of a sample, the prompt's included")
-    top_k: int = setting(50, "draw among this many of the likeliest tokens")
-    seed: int = setting(0, "of the draws")
-    trust_remote_code: bool = setting(False, "run model code that lies in the folder or repository")
-
-
-@reports_user_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Load a checkpoint and print samples of it."""
-    config = parse_arguments(SamplingConfig, argv, description=main.__doc__)
-    silence_libraries()
-    model, tokenizer = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
-    prompt_ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
-    check_token_ids(model, max(prompt_ids, default=0), config.model)
-    check_causal(model, config.model)
-    for text in generate_samples(
-        model,
-        tokenizer,
-        config.prompt,
-        n_samples=config.n_samples,
-        n_tokens=config.n_tokens,
-        top_k=config.top_k,
-        seed=config.seed,
-    ):
-        print(f"> {text}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

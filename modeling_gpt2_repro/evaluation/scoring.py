@@ -45,14 +45,14 @@ def choose_batch_tokens(model: torch.nn.Module) -> int:
     numbers.
     """
     device = next(model.parameters()).device
-    most = LARGEST_BATCH_TOKENS.get(device.type, OTHER_LARGEST_BATCH_TOKENS)
     free = measure_free_memory(device)
     if free is None:
-        return min(most, LARGEST_BATCH_TOKENS["cpu"])
+        return LARGEST_BATCH_TOKENS["cpu"]
     config = model.config.get_text_config()
     # A token's logits, and in one layer its hidden, inner and attention states, all in float32 at most.
     bytes_per_token = 4 * (config.vocab_size + 32 * config.hidden_size)
     fitting = max(1, free // 2 // bytes_per_token)
+    most = LARGEST_BATCH_TOKENS.get(device.type, OTHER_LARGEST_BATCH_TOKENS)
     return min(most, 1 << (fitting.bit_length() - 1))
 
 
@@ -142,13 +142,6 @@ def get_compute_dtype(model: torch.nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
 
 
-def get_attention_window(model: torch.nn.Module) -> int | None:
-    """Return the shortest attention window of a layer in tokens, or `None` if the configuration names none."""
-    config = model.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
-    return min((window for window in windows if isinstance(window, int)), default=None)
-
-
 def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
     """Return whether a context can be read once for all of its endings, by scoring two items both ways.
 
@@ -157,8 +150,9 @@ def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], m
     attention window use the mask instead of it, so all items have to fit into the window. Call it in
     `evaluation_mode`.
     """
-    window = get_attention_window(model)
-    if window is not None and any(item.n_read_of_longest > window for item in items):
+    config, longest = model.config.get_text_config(), max(item.n_read_of_longest for item in items)
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    if any(isinstance(window, int) and window < longest for window in windows):
         return False
     fitting = sorted((item for item in items if fits_in_one_row(item, max_positions)), key=lambda item: item.n_read)
     probes = {len(fitting) // 2, len(fitting) - 1} if fitting else ()
@@ -174,17 +168,10 @@ def _gives_same_numbers(model: torch.nn.Module, item: EncodedChoices, max_positi
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         return False
-    # Another order of summation may cost one unit of rounding per token.
-    unit = estimate_rounding(model)
+    # Another order of summation may cost one unit of rounding per token; TF32 has ten bits of fraction.
+    dtype, device_type = get_compute_dtype(model), next(model.parameters()).device.type
+    is_tf32 = dtype == torch.float32 and device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    unit = 2**-10 if is_tf32 else torch.finfo(dtype).eps
     return not all(map(math.isfinite, expected)) or all(
         abs(one - other) <= 1e-3 + unit * abs(other) for one, other in zip(nll, expected, strict=True)
     )
-
-
-def estimate_rounding(model: torch.nn.Module) -> float:
-    """Return the relative rounding error of the model's matrix products."""
-    dtype = get_compute_dtype(model)
-    is_on_cuda = next(model.parameters()).device.type == "cuda"
-    if dtype == torch.float32 and is_on_cuda and torch.get_float32_matmul_precision() != "highest":
-        return 2**-10  # tf32 has ten bits of fraction
-    return torch.finfo(dtype).eps

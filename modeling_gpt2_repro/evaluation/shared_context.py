@@ -125,9 +125,8 @@ class Batch:
         segments = self.segments.to(device)
         keys, queries = segments.unsqueeze(1), segments.unsqueeze(2)
         width = segments.shape[1]
-        is_visible = torch.ones(width, width, dtype=torch.bool, device=device).tril() & (
-            (keys == 0) | (keys == queries)
-        )
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        is_visible = causal & ((keys == 0) | (keys == queries))
         mask = torch.zeros(is_visible.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~is_visible, torch.finfo(dtype).min).unsqueeze(1)
 

@@ -29,22 +29,24 @@ def read_llmc_model(path: Path) -> dict[str, Any]:
     model_args = dict(zip(names, header[2:7], strict=True))
     if min(header[2:8]) < 1 or header[4] > path.stat().st_size:
         raise UserError(f"{path} is damaged: its header has {model_args}")
-    shapes = _list_shapes(**model_args, n_rows=header[7])
-    expected = HEADER_BYTES + dtype.itemsize * sum(map(math.prod, shapes.values()))
+    shapes = _list_shapes(model_args["block_size"], model_args["n_layer"], model_args["n_embd"], n_rows=header[7])
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    expected = HEADER_BYTES + dtype.itemsize * sum(sizes)
     if path.stat().st_size != expected:
         raise UserError(f"{path} is damaged: its header asks for {expected:,} bytes, it has {path.stat().st_size:,}")
     integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="c", offset=HEADER_BYTES)
-    parts = torch.from_numpy(integers).view(dtype).split(list(map(math.prod, shapes.values())))
+    parts = torch.from_numpy(integers).view(dtype).split(sizes)
     weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     # Rows of zeros pad the vocabulary to a multiple of 128.
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model_args["vocab_size"]]
     return {"model": weights, "model_args": model_args, "format": FORMAT}
 
 
-def _list_shapes(
-    block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, n_rows: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in the file's order: each kind of tensor for all layers, before the next kind."""
+def _list_shapes(block_size: int, n_layer: int, n_embd: int, n_rows: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the file's order: each kind of tensor for all layers, before the next kind.
+
+    `n_rows` is the size of the padded vocabulary.
+    """
     modules = {
         "ln_1": (n_embd,),
         "attn.c_attn": (3 * n_embd, n_embd),

@@ -1,12 +1,7 @@
-"""Checkpoints of karpathy/nanoGPT (`ckpt.pt`), build-nanogpt (`log/model_*.pt`) and llm.c, converted to our model.
-
-As a command: `python -m modeling_gpt2_repro.model.convert_nanogpt --checkpoint ckpt.pt --output_dir DIR`.
-"""
+"""Checkpoints of karpathy/nanoGPT (`ckpt.pt`), build-nanogpt (`log/model_*.pt`) and llm.c, converted to our model."""
 
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
-from modeling_gpt2_repro.core.arguments import parse_arguments, setting
-from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
-from modeling_gpt2_repro.core.locks import FolderLock
-from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_tokenizer
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.model.convert_llmc import FORMAT
-from modeling_gpt2_repro.model.folder import save_published_model
 from modeling_gpt2_repro.model.torch_file import IgnoredValue, SavedConfig, read_checkpoint_file
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 
@@ -36,7 +25,6 @@ WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
 SHAPE_KEYS = ("model_args", "config", "model_config", "hyper_parameters", "args")
 MASK_BUFFER = re.compile(r"\.attn\.(masked_)?bias$")
 LINEAR_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-TRUNK = "transformer."
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 C_FC = "transformer.h.0.mlp.c_fc.weight"
 
@@ -78,7 +66,7 @@ def load_nanogpt(
         n_head = _choose_n_head(_measure_shape(state_dict), _find_declared_shape(content), n_head)
         if activation_function == "auto":
             activation_function, reason = _guess_activation(content, weights)
-            report(f"activation taken: {activation_function}, {reason} (--activation_function to say otherwise)")
+            report(f"activation taken: {activation_function}, {reason} (override with --activation_function)")
         if tokenizer is not None:
             state_dict = _drop_padding_rows(state_dict, len(tokenizer), report)
     except UserError as error:
@@ -127,8 +115,8 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torc
 def _normalize_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the weights under GPT-2's names, without prefixes of wrappers and without causal masks."""
     tensors = {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in state_dict.items()}
-    if WTE.removeprefix(TRUNK) in tensors:  # as in OpenAI's own files
-        tensors = {name if name == HEAD else TRUNK + name: tensor for name, tensor in tensors.items()}
+    if "wte.weight" in tensors:  # as in OpenAI's own files
+        tensors = {name if name == HEAD else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in tensors.items() if not MASK_BUFFER.search(name)}
 
 
@@ -163,7 +151,7 @@ def _drop_padding_rows(
 
 
 def _find_declared_shape(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint's configuration says, of whatever names and types."""
+    """Return the fields of a checkpoint's configuration, whose names and types are not checked."""
     found = (content[key] for key in SHAPE_KEYS if isinstance(content.get(key), dict | SavedConfig))
     declared = next(found, {})
     fields = vars(declared) if isinstance(declared, SavedConfig) else declared
@@ -185,9 +173,11 @@ def _choose_n_head(shape: dict[str, int], declared: dict[str, Any], asked: int |
     n_embd, saved = shape["n_embd"], declared.get("n_head")
     if asked is not None and saved not in (None, asked):
         raise UserError(f"its configuration says n_head {saved}, which --n_head {asked} contradicts")
-    if asked is None and saved is None and n_embd % 64:
-        raise UserError(f"its weights do not show the heads, and a width of {n_embd} is not GPT-2's: add --n_head")
-    n_head = next((value for value in (asked, saved) if value is not None), n_embd // 64)
+    n_head = saved if asked is None else asked
+    if n_head is None:
+        if n_embd % 64:
+            raise UserError(f"its weights do not show the heads, and a width of {n_embd} is not GPT-2's: add --n_head")
+        n_head = n_embd // 64
     if type(n_head) is not int or n_head < 1 or n_embd % n_head:
         raise UserError(f"a width of {n_embd} cannot be divided among {n_head} heads")
     return n_head
@@ -208,60 +198,3 @@ def _guess_activation(content: Mapping[str, Any], weights: Mapping[str, torch.Te
         (True, "gelu", "nanoGPT's since 17 May 2023, as the file has no causal masks"),
     )
     return next((activation, reason) for is_found, activation, reason in evidence if is_found)
-
-
-@dataclass
-class NanoGPTConfig:
-    """Flags of the command."""
-
-    checkpoint: str = setting(
-        MISSING, "a .pt file of nanoGPT, build-nanogpt or a state dict alone, or a .bin file of llm.c", path=True
-    )
-    output_dir: str = setting(MISSING, "model folder to write; must not exist", path=True)
-    tokenizer: str = setting(
-        GPT2_TOKENIZER,
-        "Hub id or folder; embedding rows beyond its ids are dropped; none: drop none, and write no tokenizer",
-        path=True,
-    )
-    activation_function: Activation = setting(
-        "auto", "gelu is exact; gelu_new is the tanh form of build-nanogpt, and of nanoGPT before 17 May 2023"
-    )
-    n_head: int | None = setting(None, "attention heads, for a state dict alone (default: n_embd / 64, as in GPT-2)")
-
-
-@reports_user_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Turn a checkpoint of nanoGPT, build-nanogpt or llm.c into a model folder that opens wherever GPT-2 does."""
-    config = parse_arguments(NanoGPTConfig, argv, description=main.__doc__)
-    silence_libraries()
-    check_place(config.output_dir, is_folder=True)
-    output = follow_links(config.output_dir)
-    check_is_free(output)
-    tokenizer = None if config.tokenizer == "none" else load_tokenizer(config.tokenizer)
-    model = load_nanogpt(
-        config.checkpoint,
-        tokenizer,
-        activation_function=config.activation_function,
-        n_head=config.n_head,
-        report=print,
-    )
-    with FolderLock(output.parent, f".{output.name}.lock", f"another process is writing {output.name} in"):
-        check_is_free(output)
-        with create_folder_atomically(output) as temporary:
-            save_published_model(temporary, model, tokenizer)
-    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function"):
-        print(f"{name}: {getattr(model.config, name)}")
-    print(f"parameters: {model.num_parameters():,}")
-    print(f"written: {config.output_dir}")
-    return 0
-
-
-def check_is_free(output: Path) -> None:
-    """Raise a `UserError` where something has the name of the folder, or of what it is until it is whole."""
-    for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
-        if path.exists():
-            raise UserError(f"{path} exists already: give another --output_dir, or remove it")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,7 @@ def check_model_folder(name: str | Path) -> None:
     folder = Path(name)
     if folder.is_file():
         raise ValueError(
-            "it is a file, not a model folder: python -m modeling_gpt2_repro.model.convert_nanogpt --checkpoint FILE "
+            "it is a file, not a model folder: python -m modeling_gpt2_repro convert --checkpoint FILE "
             "--output_dir FOLDER makes one of a checkpoint of nanoGPT, build-nanogpt, llm.c or a state dict of GPT-2"
         )
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):

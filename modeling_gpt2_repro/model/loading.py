@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import HF_MODULES_CACHE
 
 from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
+from modeling_gpt2_repro.model.causality import check_causal
 from modeling_gpt2_repro.model.folder import check_model_folder
 
 # Classes of other tasks. If their embeddings are tied, they have all weights of a language model beside another head.
@@ -30,24 +31,29 @@ OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice
 
 
 def load_causal_lm(
-    name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, flag: str = "--model"
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    flag: str = "--model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load any causal language model, in evaluation mode on the CPU, and its tokenizer from a folder or a Hub id.
+    """Load any causal language model, in evaluation mode, and its tokenizer from a folder or a Hub id.
 
     Args:
         flag: the flag that `name` was given by, for error messages.
 
     Raises:
-        UserError: either is missing or broken, or the model was saved for another task.
+        UserError: either is missing or broken, or the model was saved for another task or attends to later tokens.
     """
     with explained_loading(name, flag) as subject:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     # From a folder without tokenizer files, transformers builds one of special tokens only.
     if not tokenizer("HellaSwag")["input_ids"]:
         raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with beside it")
-    with explained_loading(name, flag):
-        _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_causal(model.to(device), name, flag)
     return model, tokenizer
 
 

@@ -18,12 +18,6 @@ from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
 from modeling_gpt2_repro.core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
 from modeling_gpt2_repro.model.convert_llmc import read_llmc_model
 
-CONFIG_CLASS = re.compile(r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)")
-IGNORED_CLASS = re.compile(
-    r"(numpy|pathlib|datetime|decimal|uuid)\.[\w.]+"
-    r"|builtins\.(bool|bytes|complex|dict|Ellipsis|float|frozenset|int|list|range|set|slice|str|tuple)"
-)
-
 
 class SavedConfig:
     """Stands in for a configuration class, such as build-nanogpt's `GPTConfig`: its fields without its code."""
@@ -39,9 +33,13 @@ class IgnoredValue:
         pass
 
 
-def make_dict(*_: Any) -> dict:
-    """Stands in for `defaultdict`."""
-    return {}
+# By the pattern of a class's full name.
+STAND_INS: dict[str, Callable] = {
+    r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)": SavedConfig,
+    r"collections\.defaultdict": lambda *_: {},
+    r"(numpy|pathlib|datetime|decimal|uuid)\.[\w.]+": IgnoredValue,
+    r"builtins\.(bool|bytes|complex|dict|Ellipsis|float|frozenset|int|list|range|set|slice|str|tuple)": IgnoredValue,
+}
 
 
 def read_checkpoint_file(path: Path) -> dict[str, Any]:
@@ -50,12 +48,9 @@ def read_checkpoint_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, it is of another kind or damaged, or reading it would run code.
     """
-    if path.is_dir():
-        raise UserError(
-            f"--checkpoint {path} is a folder: give the file in it; one with a config.json needs no conversion"
-        )
     if not path.is_file():
-        raise UserError(f"--checkpoint {path} is not a file: give the .pt file itself")
+        found = "is a folder" if path.is_dir() else "is not a file"
+        raise UserError(f"--checkpoint {path} {found}: give the .pt file; a model folder needs no conversion")
     content = describe_content(path)
     if content == LLMC_MODEL:
         return read_llmc_model(path)
@@ -90,14 +85,7 @@ def _unpickle(path: Path, is_mapped: bool) -> Any:
             name = refused and (refused[1] if "." in refused[1] else f"builtins.{refused[1]}")
             if name is None or name in stand_ins:
                 raise
-        stand_ins[name] = _choose_stand_in(name, path)
-
-
-def _choose_stand_in(name: str, path: Path) -> Callable:
-    if CONFIG_CLASS.fullmatch(name):
-        return SavedConfig
-    if name == "collections.defaultdict":
-        return make_dict
-    if IGNORED_CLASS.fullmatch(name):
-        return IgnoredValue
-    raise UserError(f"{path} would run code ({name}) to be read: save the model's state_dict() alone")
+        stand_in = next((each for pattern, each in STAND_INS.items() if re.fullmatch(pattern, name)), None)
+        if stand_in is None:
+            raise UserError(f"{path} would run code ({name}) to be read: save the model's state_dict() alone")
+        stand_ins[name] = stand_in

@@ -27,12 +27,12 @@ LENGTH_BINS = 48
 MOST_COMMON = 20
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
 LABEL_CHARACTERS = 18
-# Of English words, Zipf found that the one of rank r makes up about a tenth of all, divided by r.
+# Zipf: the English word of rank r makes up about a tenth of all words, divided by r.
 ZIPF_SHARE = 0.1
 
 
 def draw_inspection(inspection: Inspection) -> Path:
-    """Draw what lies in a folder as `inspection.png` in it, and return the picture's path.
+    """Draw a data folder as `inspection.png` in it, and return the picture's path.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -45,7 +45,7 @@ def draw_inspection(inspection: Inspection) -> Path:
 @default_style()
 def build_inspection_figure(inspection: Inspection) -> Figure:
     """Build three panels: document lengths, token frequencies by rank, and the most common tokens."""
-    splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller one is drawn upon the larger
+    splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller is drawn over the larger
     figure = build_figure(15, 5.6)
     grid = figure.add_gridspec(1, 3, width_ratios=(1.15, 1, 1))
     _draw_lengths(figure.add_subplot(grid[0]), [split for split in splits if split.documents])
@@ -58,7 +58,7 @@ def build_inspection_figure(inspection: Inspection) -> Figure:
 
 
 def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[str]:
-    """Return what each id stands for, in quotes: text, or the bytes of what is only a part of a character."""
+    """Return each id's text in quotes, or its bytes if they are only a part of a character."""
 
     def quote(spelling: bytes) -> str:
         try:
@@ -91,9 +91,9 @@ def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
 
 
 def list_length_edges(shortest: int, longest: int) -> np.ndarray:
-    """Return ascending whole numbers, int64, evenly spaced on a logarithmic axis, that enclose all lengths.
+    """Return ascending int64 edges, evenly spaced on a logarithmic axis, that enclose all lengths.
 
-    Lengths are whole: edges between them would leave bins that nothing can fall into.
+    They are whole numbers, as lengths are: other edges would make bins that no length can fall into.
     """
     return np.unique(np.ceil(np.geomspace(shortest, longest + 1, LENGTH_BINS)).astype(np.int64))
 

@@ -1,4 +1,4 @@
-"""A data folder in words: its statistics as tables for a terminal, and documents in a form that cannot harm one."""
+"""A data folder as text: its statistics in a table, and documents in a form that is safe to print to a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,9 +16,9 @@ PERCENTILES = (("shortest", 0), ("10 %", 10), ("median", 50), ("90 %", 90), ("lo
 
 
 def describe_inspection(inspection: Inspection, encoding: str) -> str:
-    """Return where a folder's text came from, what lies in it, and the documents that were read.
+    """Return the source of a folder's text, its statistics, and the documents that were read.
 
-    Nothing in it acts upon a terminal, and a terminal of this encoding can show all of it.
+    The text has no control characters, and can be printed in `encoding`.
     """
     splits, tokenizer = inspection.splits, inspection.tokenizer
     blocks = [
@@ -35,7 +35,7 @@ def describe_inspection(inspection: Inspection, encoding: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Spell what a terminal would act upon or not show as Python spells it; spaces and ends of lines stay."""
+    """Replace all that a terminal would interpret or not show by Python escapes, except spaces and line breaks."""
     return "".join(
         character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
     )
@@ -94,7 +94,7 @@ def _count(split: SplitStatistics, vocab_size: int) -> dict[str, str]:
 
 
 def _describe_oddities(inspection: Inspection) -> list[str]:
-    """Return a line for everything that makes the counts mean something else than they seem to."""
+    """Return a line for each reason why the counts are not what they seem."""
     lines, manifest = [], inspection.manifest
     for split in inspection.splits:
         if not split.documents:
@@ -126,7 +126,7 @@ def _describe_document(document: Document, tokenizer: PreTrainedTokenizerFast) -
 
 
 def _align(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Join cells to lines: the first column aligned to the left, the others to the right."""
+    """Join cells to lines, the first column aligned to the left, the others to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -1,7 +1,9 @@
 """The numbers of a run by step: from its folder, or from the log of the original script."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +36,14 @@ class Series:
         return len(self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no plain equality
 class Curves:
-    """What is drawn of a run.
+    """The numbers of a run.
 
     Attributes:
-        name: what people call it.
         series: by metric; the ones that were recorded.
-        items: on which HellaSwag-format items it was scored.
-        validation: tells the tokens that it was validated on from others; `None` where they are not known.
+        items: the name of the HellaSwag-format items that it was scored on.
+        validation: a key of its validation windows, equal for equal windows; `None` where they are not known.
         loss_references, score_references: known results of other models on the same tokens and items.
     """
 
@@ -56,7 +57,7 @@ class Curves:
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of."""
+        """The last step with a value of any metric."""
         return int(max(series.steps[-1] for series in self.series.values()))
 
     def get(self, metric: str) -> Series:
@@ -64,7 +65,7 @@ class Curves:
         return self.series.get(metric, Series(np.array([]), np.array([])))
 
     def count_hours(self, steps: np.ndarray) -> np.ndarray:
-        """Return the hours that had passed at each step, from the run's start on; what lies between is interpolated.
+        """Return the hours from the run's start to each step, interpolated between the recorded ones.
 
         Raises:
             UserError: no times were recorded.
@@ -79,66 +80,66 @@ def load_curves(path: str | Path, logged_tokens_per_step: int = LOGGED_TOKENS_PE
     """Read a run's numbers.
 
     Args:
-        path: a run folder; or a log of the original script's format, or the folder of one.
+        path: a run folder, a log in the original script's format, or the folder of one.
         logged_tokens_per_step: tokens of an optimizer update in such a log.
 
     Raises:
         UserError: it is neither, or holds no numbers, or the run's settings cannot be read.
     """
-    path = Path(path)
-    if path.name == RunFolder(path).metrics.name:
-        path = path.parent
-    if RunFolder(path).metrics.exists():
-        return _load_run(path)
-    log = RunFolder(path).log if path.is_dir() else path
+    folder = RunFolder(path)
+    if folder.path.name == folder.metrics.name:
+        folder = RunFolder(folder.path.parent)
+    if folder.metrics.exists():
+        return load_run(folder)
+    log = folder.log if folder.path.is_dir() else folder.path
     if not log.exists():
-        raise UserError(f"{path} has neither metrics.jsonl nor log.txt: give the folder of a begun run, or a log")
+        raise UserError(
+            f"{folder} has neither {folder.metrics.name} nor {folder.log.name}: give the folder of a begun run, or a "
+            "log"
+        )
     return _load_log(log, logged_tokens_per_step)
 
 
-def _load_run(folder: Path) -> Curves:
-    settings = asdict(RunFolder(folder).read_config())
+def load_run(folder: RunFolder) -> Curves:
+    """Read the numbers of a run folder.
+
+    Raises:
+        UserError: it holds no numbers, or the run's settings cannot be read.
+    """
+    config = folder.read_config()
     series = collect_series(
-        [(line["step"], name, value) for line in RunFolder(folder).read_metrics() for name, value in line.items()]
+        (line["step"], name, value) for line in folder.read_metrics() for name, value in line.items() if name != "step"
     )
-    series.pop("step", None)
     if not series:
-        raise UserError(f"{RunFolder(folder).metrics} holds no numbers yet: draw it when the run has begun")
+        raise UserError(f"{folder.metrics} holds no numbers yet: draw it when the run has begun")
     return Curves(
-        name=settings["run_name"],
-        tokens_per_step=settings["tokens_per_step"],
+        name=config.run_name,
+        tokens_per_step=config.tokens_per_step,
         series=series,
-        items=name_items(settings["hellaswag_file"], settings["hellaswag_limit"]),
-        validation=identify_validation(settings),
-        loss_references=list_loss_references(settings),
-        score_references=list_score_references(settings),
+        items=name_items(config.hellaswag_file, config.hellaswag_limit),
+        validation=identify_validation(config),
+        loss_references=list_loss_references(config),
+        score_references=list_score_references(config),
     )
 
 
 def _load_log(path: Path, tokens_per_step: int) -> Curves:
     content = path.read_bytes()
     check_encoding(content[:4], path)
-    points = []
-    for line in content.decode("utf-8-sig", errors="replace").splitlines():
-        point = _parse_log_line(line)
-        if point is not None:
-            points.append(point)
-    if not points:
-        raise UserError(f"{path} is no log of the original script, whose lines are such as `250 train 5.9`")
+    lines = content.decode("utf-8-sig", errors="replace").splitlines()
+    series = collect_series(point for point in map(_parse_log_line, lines) if point is not None)
+    if not series:
+        raise UserError(f"{path} is not a log of the original script, whose lines look like `250 train 5.9`")
     stem = path.name.removesuffix(".txt").removesuffix(".log")
     name = path.absolute().parent.name if stem == "log" else stem
-    # The script has no other items than all of the validation set.
+    # The script always scores the whole validation set.
     return Curves(
-        name,
-        tokens_per_step,
-        collect_series(points),
-        "HellaSwag validation",
-        score_references=list_validation_split_references(),
+        name, tokens_per_step, series, name_items(None, None), score_references=list_validation_split_references()
     )
 
 
 def _parse_log_line(line: str) -> tuple[int, str, float] | None:
-    """Return step, metric and value, or `None` for what is none: half a line, or a loss that is not finite."""
+    """Return step, metric and value; `None` for any other line, and for a value that is not finite."""
     try:
         step, kind, text = line.split()
         value = float(text)
@@ -149,15 +150,14 @@ def _parse_log_line(line: str) -> tuple[int, str, float] | None:
     return point if math.isfinite(value) and 0 <= point[0] < 2**53 else None
 
 
-def collect_series(points: list[tuple[int, str, float]]) -> dict[str, Series]:
-    """Sort (step, metric, value) into series, by step."""
-    columns: dict[str, tuple[list, list]] = {}
+def collect_series(points: Iterable[tuple[int, str, float]]) -> dict[str, Series]:
+    """Group (step, metric, value) into series, sorted by step; equal steps stay in order."""
+    columns: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for step, metric, value in points:
-        steps, values = columns.setdefault(metric, ([], []))
-        steps.append(step)
-        values.append(value)
+        columns[metric].append((step, value))
     series = {}
-    for metric, (steps, values) in columns.items():
-        order = np.argsort(np.array(steps, dtype=np.float64), kind="stable")
-        series[metric] = Series(np.array(steps, dtype=np.float64)[order], np.array(values, dtype=np.float64)[order])
+    for metric, column in columns.items():
+        steps, values = np.array(column, dtype=np.float64).T
+        order = np.argsort(steps, kind="stable")
+        series[metric] = Series(steps[order], values[order])
     return series

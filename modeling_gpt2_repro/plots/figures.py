@@ -1,4 +1,4 @@
-"""What all our pictures share: their look, and how they get onto the disk."""
+"""The look that all pictures share, and how they are written."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from modeling_gpt2_repro.core.files import open_atomically
 
 TRAIN_COLOUR, VAL_COLOUR = "#1f77b4", "#d62728"
 SPLIT_COLOURS = {"train": TRAIN_COLOUR, "val": VAL_COLOUR}
-# Apart also for the colour-blind: Okabe and Ito's palette, without its yellow.
+# Distinguishable also by the colour-blind: Okabe and Ito's palette, without its yellow.
 RUN_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 FORMATS = ("png", "svg", "pdf")
 
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Draw as matplotlib does by itself, whatever its file of settings says: a picture is the same everywhere.
+    """Use matplotlib's defaults, not the user's matplotlibrc, so that a picture is the same everywhere.
 
-    Of the settings some are looked up when a figure is built and some when it is saved. Also a decorator.
+    matplotlib reads some settings when a figure is built and others when it is saved. Also a decorator.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -31,7 +31,7 @@ def default_style() -> Iterator[None]:
 
 
 def build_figure(width: float, height: float) -> Figure:
-    """Build an empty figure, in inches: one of its own and not pyplot's, which keeps state and looks for a display."""
+    """Build an empty figure, sizes in inches, without pyplot, which keeps state and looks for a display."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -42,7 +42,7 @@ def finish_axes(axes: Axes) -> None:
 
 
 def format_count(value: float, _: int | None = None) -> str:
-    """Write a number as people count tokens: `500k`, `2.5M`, `10B`. It is also a formatter of an axis."""
+    """Format a count of tokens: `500k`, `2.5M`, `10B`. Also a formatter of an axis."""
     for length, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= length:
             return f"{value / length:.4g}{letter}"
@@ -50,14 +50,14 @@ def format_count(value: float, _: int | None = None) -> str:
 
 
 def make_drawable(text: str, font: FontProperties | None = None) -> str:
-    """Spell characters that the font, the default one unless given, has no picture of as Python does in ASCII."""
+    """Replace characters that a font (`None`: the default one) lacks by their Python escapes."""
     drawable = get_font(findfont(font or FontProperties())).get_charmap()
     return "".join(character if ord(character) in drawable else ascii(character)[1:-1] for character in text)
 
 
 @default_style()
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that its file's name ends with, whole or not at all.
+    """Write a figure in the format that its file name ends with, whole or not at all.
 
     Raises:
         UserError: another format than PNG, SVG and PDF, or a place that cannot be written to.

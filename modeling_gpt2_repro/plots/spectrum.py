@@ -1,29 +1,24 @@
-"""Periods in a train loss: text in the order in which it was crawled comes back to the same kinds every so often."""
+"""Periods in a train loss: text in the order of crawling repeats the same kinds of documents every so many steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.mlab import psd
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.plots.curves import Curves, Series
-from modeling_gpt2_repro.plots.figures import (
-    RUN_COLOURS,
-    build_figure,
-    default_style,
-    finish_axes,
-    make_drawable,
-)
+from modeling_gpt2_repro.plots.figures import RUN_COLOURS, build_figure, default_style, finish_axes, make_drawable
 
-# The first steps, where the loss falls too fast to be told from what comes back.
+# The first steps are left out: the loss falls too fast there for a period to show.
 BEGINNING_SHARE = 0.05
 SEGMENT_STEPS, FEWEST_SEGMENTS = 4096, 4
-FEWEST_WAVES = 4  # in a segment, for a period to be told from the trend
+FEWEST_WAVES = 4  # in a segment, to distinguish a period from the trend
 LONGEST_PERIOD = 200
 FEWEST_STEPS = 128
-# Of a loss without periods the highest of some thousand powers lies about 3 times above their median.
+# In a loss without periods the highest of some thousand powers is about 3 times their median.
 PEAK_POWER = 8.0
 PEAK_DISTANCE = 1.08  # nearer ones, as a ratio of periods, are one peak
 NAMED_PEAKS = 4
@@ -33,14 +28,14 @@ NAMED_PEAKS = 4
 class Spectrum:
     """The power of a train loss at each period, both float64 and of one length; periods in steps, descending.
 
-    Power is relative to the median of all periods, which is that of a loss without any.
+    Power is relative to its median over all periods, the level of a loss without any.
     """
 
     periods: np.ndarray
     powers: np.ndarray
 
     def list_peaks(self) -> list[tuple[float, float]]:
-        """Return the periods that stand out, the strongest first, each with its power."""
+        """Return the strongest periods, each with its power, in descending order."""
         powers = self.powers
         is_peak = (powers[1:-1] >= powers[:-2]) & (powers[1:-1] >= powers[2:]) & (powers[1:-1] >= PEAK_POWER)
         peaks: list[tuple[float, float]] = []
@@ -54,9 +49,8 @@ class Spectrum:
 def compute_spectrum(losses: Series) -> Spectrum:
     """Compute the power spectrum of a train loss by Welch's method, after its beginning.
 
-    The mean is over segments that overlap by half, each without its linear trend and under a Hann window.
-
-    Steps that are missing are filled in on a straight line.
+    The mean is over segments that overlap by half, each without its linear trend and under a Hann window. Missing
+    steps are interpolated.
 
     Raises:
         UserError: too few steps to see a period in.
@@ -85,42 +79,38 @@ def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
     figure = build_figure(11, 1.2 + 3.4 * len(runs))
     rows = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     spectra = [_compute(run) for run in runs]
-    highest = max(spectrum.powers.max() for spectrum in spectra)
     for axes, run, spectrum, colour in zip(rows, runs, spectra, RUN_COLOURS * len(runs), strict=False):
-        axes.plot(spectrum.periods, spectrum.powers, color=colour, linewidth=0.9)
-        for period, power in spectrum.list_peaks():
-            place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-            axes.annotate(f"{period:.1f} steps", (period, power), **place)
-            axes.plot(period, power, "o", color=colour, markersize=4)
-        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylim(0.1, max(30.0, 2.5 * highest))
-        axes.set_title(
-            f"{make_drawable(run.name)}: power of the train loss, its median is 1",
-            fontsize=11,
-            loc="left",
-            parse_math=False,
-        )
-        axes.xaxis.set_major_formatter("{x:g}")
-        finish_axes(axes)
+        _draw_spectrum(axes, spectrum, colour)
+        title = f"{make_drawable(run.name)}: power of the train loss, its median is 1"
+        axes.set_title(title, fontsize=11, loc="left", parse_math=False)
+    rows[0].set_ylim(0.1, max(30.0, *(2.5 * spectrum.powers.max() for spectrum in spectra)))
     rows[-1].set_xticks([2, 3, 5, 10, 20, 30, 50, 100, LONGEST_PERIOD])
     rows[-1].set_xlabel("period in steps")
     return figure
 
 
+def _draw_spectrum(axes: Axes, spectrum: Spectrum, colour: str) -> None:
+    axes.plot(spectrum.periods, spectrum.powers, color=colour, linewidth=0.9)
+    place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    for period, power in spectrum.list_peaks():
+        axes.annotate(f"{period:.1f} steps", (period, power), **place)
+        axes.plot(period, power, "o", color=colour, markersize=4)
+    axes.axhline(1, color="grey", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    finish_axes(axes)
+
+
 def describe_spectrum(run: Curves) -> str:
-    """Say in a line which periods stand out of a run's train loss.
+    """Name in a line the periods that stand out of a run's train loss.
 
     Raises:
         UserError: the run is too short.
     """
     peaks = [f"{period:.1f} steps ({power:,.0f} times the median)" for period, power in _compute(run).list_peaks()]
-    return (
-        f"{run.name}: the train loss has periods of {', '.join(peaks)}"
-        if peaks
-        else f"{run.name}: no period stands out of the train loss"
-    )
+    found = f"the train loss has periods of {', '.join(peaks)}" if peaks else "no period stands out of the train loss"
+    return f"{run.name}: {found}"
 
 
 def _compute(run: Curves) -> Spectrum:

@@ -1,46 +1,48 @@
-"""A run on the Hugging Face Hub: `python -m modeling_gpt2_repro.publishing.hub runs/NAME --repo_id me/name`.
+"""A run on the Hugging Face Hub: what is uploaded of it, and how.
 
-The repository's main holds the newest model of the run, at last the finished one, in the form that opens as GPT-2; a
-tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all its files
-or of none, and only what differs from what is there travels: an upload that broke off goes on when it is asked for
-again, and one that is complete asks the Hub and does nothing.
+A model travels with its code, tokenizer, curves, card and scores; training state, metrics, samples, logs, settings and
+hidden files stay.
+
+The repository's main branch holds the newest model of the run, at last the finished one, in the form that opens as
+GPT-2; a tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all
+its files or of none, and only files that differ are sent: repeating an interrupted upload continues it, and repeating
+a complete one sends nothing.
 """
 
 import contextlib
 import fnmatch
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import get_session
 from transformers import AutoConfig
 
-from modeling_gpt2_repro.core.arguments import expand_home, parse_arguments, setting
-from modeling_gpt2_repro.core.errors import UserError, format_line, reports_user_errors
+from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.core.files import compute_checksum
-from modeling_gpt2_repro.core.hub_client import HubUnreachableError, ask_hub, describe_hub_failure
-from modeling_gpt2_repro.core.streams import silence_libraries
+from modeling_gpt2_repro.core.hub_client import (
+    HubForbiddenError,
+    HubUnreachableError,
+    ask_hub,
+    describe_hub_failure,
+)
 from modeling_gpt2_repro.model.folder import describe_as_gpt2
-from modeling_gpt2_repro.plots.run_figure import CURVES
-from modeling_gpt2_repro.publishing.eval_results import FOLDER as EVAL_RESULTS
-from modeling_gpt2_repro.publishing.model_card import CARD, describe_model
-from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, list_models, read_step
+from modeling_gpt2_repro.publishing.model_card import CARD, CURVES, describe_model
+from modeling_gpt2_repro.publishing.scores import EVAL_RESULTS
+from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, read_step
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
-Answer = TypeVar("Answer")
 # A repository with other files than these, and without our code, holds something that is not ours to replace.
 MODEL_CODE = "modeling_gpt2_repro.py"
-MAIN, EARLIER = "main", "earlier-models"  # branches
 HARMLESS = {".gitattributes", CARD, "LICENSE"}
-# Files of a model that the next one may not have. Whatever else lies in the repository stays.
+MAIN, EARLIER = "main", "earlier-models"  # branches
+# Files of a model that the next one may not have. Any other file in the repository stays.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
-# How long a connection may be silent: the library itself would wait for ever.
+# How long a connection may be silent; without a limit the library waits indefinitely.
 SILENCE_SECONDS = 120
 
 Files = Mapping[str, Path | bytes]
@@ -52,8 +54,8 @@ def open_repository(name: str, is_public: bool, flag: str) -> str:
     An existing one stays as public or private as it is, unless it is to be public.
 
     Args:
-        name: its id, or its name alone, which lies in the user's own namespace.
-        flag: by which the user can give another one, for the messages of errors.
+        name: its id, or its name alone, in the user's own namespace.
+        flag: the flag that gives another name, for error messages.
 
     Raises:
         UserError: no token, no permission, or a repository of something else.
@@ -64,58 +66,58 @@ def open_repository(name: str, is_public: bool, flag: str) -> str:
     if get_token() is None:
         raise UserError("publishing needs a token of the Hub that may write: run `hf auth login` or set HF_TOKEN")
     get_session().timeout = SILENCE_SECONDS
-    api = HfApi()
-    user = ask_hub(api.whoami, "token")["name"]
+    user = ask_hub(HfApi().whoami, "token")["name"]
     repo_id = name if "/" in name else f"{user}/{name}"
-
-    def ask(question: Callable[[], Answer]) -> Answer:
-        try:
-            return ask_hub(question, f"repository {repo_id!r}")
-        except UserError as error:
-            if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 403:
-                raise UserError(
-                    f"{user} may not write to {repo_id}: give a {flag} of your own, or use a token that may write"
-                ) from error
-            raise
-
-    def find() -> ModelInfo | None:
-        with contextlib.suppress(RepositoryNotFoundError):
-            return api.model_info(repo_id)
-        return None
-
-    found = ask(find)
-    if found is None:
-        for kind in ("dataset", "space"):
-            if ask(lambda kind=kind: api.repo_exists(repo_id, repo_type=kind)):
-                raise UserError(f"{repo_id} is a {kind} and no model: give another {flag}")
-        ask(lambda: api.create_repo(repo_id, private=not is_public, exist_ok=True))
-        return repo_id
-    ask(lambda: api.auth_check(repo_id, write=True))
-    files = {file.rfilename for file in found.siblings or ()}
-    if files - HARMLESS and MODEL_CODE not in files:
-        raise UserError(f"{repo_id} holds something else than a model of a run of ours: give another {flag}")
-    if is_public and found.private:
-        ask(lambda: api.update_repo_settings(repo_id, private=False))
+    try:
+        if ask_hub(partial(HfApi().repo_exists, repo_id), f"repository {repo_id!r}"):
+            check_repository(repo_id, is_public, flag)
+        else:
+            create_repository(repo_id, is_public, flag)
+    except HubForbiddenError as error:
+        raise UserError(
+            f"{user} may not write to {repo_id}: give a {flag} of your own, or use a token that may write"
+        ) from error
     return repo_id
 
 
-def publish_final(repo_id: str, run_folder: Path) -> None:
-    """Make main the finished model of a run, in `final/`."""
-    commit_files(repo_id, collect_model(run_folder / "final", run_folder, repo_id), "The finished model")
+def create_repository(repo_id: str, is_public: bool, flag: str) -> None:
+    """Create a model repository, unless its name is a dataset's or a space's."""
+    ask = partial(ask_hub, what=f"repository {repo_id!r}")
+    for kind in ("dataset", "space"):
+        if ask(partial(HfApi().repo_exists, repo_id, repo_type=kind)):
+            raise UserError(f"{repo_id} is a {kind} and no model: give another {flag}")
+    ask(partial(HfApi().create_repo, repo_id, private=not is_public, exist_ok=True))
 
 
-def publish_earlier(repo_id: str, folders: Iterable[Path], run_folder: Path) -> None:
-    """Tag the models in folders called `step_NNNNNNN`, and leave main, which has a newer one, where it is."""
+def check_repository(repo_id: str, is_public: bool, flag: str) -> None:
+    """Check that a repository may be written to and holds nothing else than our models; make it public if asked to."""
+    ask = partial(ask_hub, what=f"repository {repo_id!r}")
+    ask(partial(HfApi().auth_check, repo_id, write=True))
+    found = ask(partial(HfApi().model_info, repo_id))
+    files = {file.rfilename for file in found.siblings or ()}
+    if files - HARMLESS and MODEL_CODE not in files:
+        raise UserError(f"{repo_id} does not look like a model from this package: give another {flag}")
+    if is_public and found.private:
+        ask(partial(HfApi().update_repo_settings, repo_id, private=False))
+
+
+def publish_final(repo_id: str, run_folder: RunFolder) -> None:
+    """Put the finished model of a run on main."""
+    commit_files(repo_id, collect_model(run_folder.final, run_folder, repo_id), "The finished model")
+
+
+def publish_earlier(repo_id: str, folders: Iterable[Path], run_folder: RunFolder) -> None:
+    """Tag the models in folders called `step_NNNNNNN`, and leave main, which has a newer one, unchanged."""
     api = HfApi()
-    # Tags keep the commits once the branch is gone; one that an earlier attempt left is gone on with.
+    # Tags keep the commits once the branch is deleted; a branch that an interrupted upload left is continued.
     api.create_branch(repo_id, branch=EARLIER, exist_ok=True)
     for folder in folders:
         publish_checkpoint(repo_id, folder, run_folder, EARLIER)
     api.delete_branch(repo_id, branch=EARLIER)
 
 
-def publish_checkpoint(repo_id: str, folder: Path, run_folder: Path, branch: str = MAIN) -> None:
-    """Make a branch the model in `step_NNNNNNN`, a folder, and tag it; nothing where the tag has these weights."""
+def publish_checkpoint(repo_id: str, folder: Path, run_folder: RunFolder, branch: str = MAIN) -> None:
+    """Commit the model in a folder called `step_NNNNNNN` to a branch and tag it, unless the tag has these weights."""
     step = read_step(folder)
     tag = f"step-{step:07d}"
     api = HfApi()
@@ -132,26 +134,23 @@ def publish_checkpoint(repo_id: str, folder: Path, run_folder: Path, branch: str
     api.create_tag(repo_id, tag=tag, revision=commit)
 
 
-def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None = None) -> dict[str, Path | bytes]:
-    """Return what goes to the Hub of a model folder by its path there: its files, in published form, card and curves.
+def collect_model(
+    folder: Path, run_folder: RunFolder, repo_id: str, step: int | None = None
+) -> dict[str, Path | bytes]:
+    """Return the published form of a model folder, by path in the repository: its files, the card and the curves.
 
     Args:
-        step: of a checkpoint, which the card then speaks of; `None` for the finished model.
+        step: of a checkpoint, which the card then describes; `None` for the finished model.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in paths}
-    for name in list(files):
-        # What a desktop or an editor leaves in a folder, or a person hides there, is not to be published.
-        is_hidden = any(part.startswith(".") for part in name.split("/")) and not name.startswith(f"{EVAL_RESULTS}/")
-        if is_hidden or name.startswith(f"{TRAINING_STATE}/"):
-            del files[name]
-    if (run_folder / CURVES).is_file():
-        files[CURVES] = (run_folder / CURVES).read_bytes()  # a run draws them anew while they are sent
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files: dict[str, Path | bytes] = {name.as_posix(): path for name, path in paths.items() if _is_published(name)}
+    if run_folder.curves.is_file():
+        files[CURVES] = run_folder.curves.read_bytes()  # a run draws them anew while they are sent
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "gpt2":
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()
-    data_dir = RunFolder(run_folder).read_config().data_dir
-    # What a card says of data that are gone by now could not be said again.
+    data_dir = run_folder.read_config().data_dir
+    # A new card would lose what the present one says of data that are gone by now.
     if step is None and CARD in files and not Path(data_dir).is_dir():
         print(format_line(f"the model card stays as it is, since its data, {data_dir}, are not here"), file=sys.stderr)
     else:
@@ -160,72 +159,32 @@ def collect_model(folder: Path, run_folder: Path, repo_id: str, step: int | None
     return files
 
 
+def _is_published(name: Path) -> bool:
+    """Return whether a file goes to the Hub: not the training state, nor what a desktop, an editor or a user hides."""
+    is_hidden = any(part.startswith(".") for part in name.parts)
+    return name.parts[0] == EVAL_RESULTS or not (is_hidden or name.parts[0] == TRAINING_STATE)
+
+
 def commit_files(repo_id: str, files: Files, message: str, branch: str = MAIN) -> str:
-    """Give a branch these files in one commit of what differs, if anything does, and return the commit with them."""
+    """Commit the files that differ from a branch's, if any, and return the commit that has all of them."""
     api = HfApi()
-    there = api.list_repo_files(repo_id, revision=branch)
-    old = [name for name in there if any(fnmatch.fnmatch(name, each) for each in REPLACED)]
+    present = api.list_repo_files(repo_id, revision=branch)
+    replaced = [name for name in present if any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)]
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-    # One by one: several large files at once would be sent by threads that Python waits for when it is told to stop.
+    # One by one: several large files at once are sent by threads, which delay the exit of a run that is stopped.
     for addition in additions:
         api.preupload_lfs_files(repo_id, [addition], num_threads=1, revision=branch)
-    deletions = [CommitOperationDelete(name) for name in old if name not in files]
+    deletions = [CommitOperationDelete(name) for name in replaced if name not in files]
     return api.create_commit(repo_id, [*deletions, *additions], commit_message=message, revision=branch).oid
 
 
 def explain_failure(error: BaseException) -> str:
-    """Say in a line why something could not be published."""
+    """Return in one line why something could not be published."""
     if isinstance(error, UserError | HubUnreachableError):
         return str(error)
     return describe_hub_failure(error) or f"{type(error).__name__}: {error}"
 
 
 def name_address(repo_id: str) -> str:
-    """Return where a repository is to be looked at."""
+    """Return the web address of a repository."""
     return f"{constants.ENDPOINT}/{repo_id}"
-
-
-@dataclass
-class UploadSettings:
-    """What of a run goes where."""
-
-    repo_id: str | None = setting(None, "the repository, as user/name or a name of yours; not given: the run's name")
-    public: bool = setting(False, "let everybody see it")
-    checkpoints: bool = setting(False, "also upload the models in checkpoints/, each with a tag such as step-0000250")
-
-
-@reports_user_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Upload a finished run to the Hugging Face Hub: python -m modeling_gpt2_repro.publishing.hub runs/NAME [flags]"""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    run_folder = Path(expand_home(arguments.pop(0))) if arguments and not arguments[0].startswith("-") else None
-    if run_folder is None and not {"-h", "--help"} & set(arguments):
-        raise UserError(
-            "give a run folder first: python -m modeling_gpt2_repro.publishing.hub runs/NAME --repo_id ..."
-        )
-    settings = parse_arguments(UploadSettings, arguments, description=main.__doc__)
-    if not (run_folder / "config.yaml").is_file():
-        raise UserError(f"{run_folder} is not the folder of a run: it has no config.yaml")
-    if not (run_folder / "final").is_dir():
-        raise UserError(f"{run_folder} has no final/: give the folder of a finished run")
-    silence_libraries()
-    try:
-        repo_id = open_repository(
-            settings.repo_id or Path(os.path.abspath(run_folder)).name, settings.public, "--repo_id"
-        )
-        publish_final(repo_id, run_folder)
-        if settings.checkpoints:
-            publish_earlier(repo_id, list_models(run_folder / "checkpoints"), run_folder)
-    except UserError:
-        raise
-    except Exception as error:
-        if not isinstance(error, HubUnreachableError) and describe_hub_failure(error) is None:
-            raise
-        message = f"the upload broke off: {explain_failure(error)}. The same command goes on from there"
-        raise UserError(message) from error
-    print(f"{run_folder} is at {name_address(repo_id)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

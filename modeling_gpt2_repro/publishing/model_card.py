@@ -1,28 +1,35 @@
-"""The model card of a run, written from its files."""
+"""The model card of a run: the template beside this file, filled in from the run's files."""
 
-import contextlib
 import html
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import open_atomically
-from modeling_gpt2_repro.data.shards import Manifest, load_manifest
+from modeling_gpt2_repro.data.shards import Manifest
 from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
-from modeling_gpt2_repro.plots.run_figure import CURVES
-from modeling_gpt2_repro.publishing.eval_results import build_eval_results, render_eval_results
+from modeling_gpt2_repro.plots.references import read_manifest
 from modeling_gpt2_repro.publishing.reproduction import list_commands, read_versions, shorten
-from modeling_gpt2_repro.publishing.scores import choose_validation_split_scores, list_scores, read_training_scores
+from modeling_gpt2_repro.publishing.scores import (
+    Score,
+    build_eval_results,
+    choose_validation_split_scores,
+    format_score,
+    list_scores,
+    read_training_scores,
+    render_eval_results,
+)
+from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.console import format_duration
 from modeling_gpt2_repro.training.metrics import (
+    Metrics,
     find_last_validation,
     format_validation,
     merge_metrics,
@@ -30,137 +37,90 @@ from modeling_gpt2_repro.training.metrics import (
 )
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
-CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md")
+NOT_RECORDED = "not recorded"
+CARD, CURVES = "README.md", RunFolder("").curves.name
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-LIMITS = """\
-This is a base model: it continues text and follows no instructions, and nothing was done to make its words true, safe
-or fair. It states falsehoods fluently. It has learned what its training text says, with its errors, its stereotypes
-about people and the names that stand in it, and may repeat passages of it. It knows nothing of what was written later,
-hardly any language but those of its training text, and no more context than the tokens given above. Do not let it
-decide about people, and have somebody read what it writes before others rely on it."""
+Rows = list[tuple[str, str]]
 
 
-def write_model_card(folder: Path, run_folder: Path) -> None:
+def write_model_card(folder: Path, run_folder: RunFolder) -> None:
     """Write the card of the finished model into its folder, with the curves that it shows and the scores by file."""
-    if (run_folder / CURVES).is_file():
-        (folder / CURVES).write_bytes((run_folder / CURVES).read_bytes())
+    if run_folder.curves.is_file():
+        shutil.copyfile(run_folder.curves, folder / CURVES)
     for name, text in describe_model(folder, run_folder).items():
         (folder / name).parent.mkdir(exist_ok=True)
         with open_atomically(folder / name) as stream:
             stream.write(text)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a model and its run.
-
-    Attributes:
-        folder: of the model.
-        manifest: of the data, where they are still there.
-        repo_id: where the model goes, if to the Hub.
-        step: of a checkpoint, in whose card nothing later is told; `None` for the finished model.
-        lines: of the run's metrics up to the model.
-        last: what they say of the model.
-        training_scores: HellaSwag's by protocol, measured in training.
-        own_scores: those that eval_hellaswag.py measured of the finished model.
-        scores: which of them are on the whole of the validation set, by protocol.
-    """
-
-    folder: Path
-    run_folder: Path
-    settings: dict[str, Any]
-    manifest: Manifest | None
-    repo_id: str | None
-    step: int | None
-    lines: list[dict[str, float]]
-    last: dict[str, float]
-    training_scores: dict[str, dict[str, Any]]
-    own_scores: list[dict[str, Any]]
-    scores: dict[str, dict[str, Any]]
-
-
 def describe_model(
-    folder: Path, run_folder: Path, *, repo_id: str | None = None, step: int | None = None
+    folder: Path, run_folder: RunFolder, *, repo_id: str | None = None, step: int | None = None
 ) -> dict[str, str]:
-    """Return what tells of a model by its path in the model's folder: the card, and the scores in files of their own.
+    """Return a model's card and the files of its scores, by their path in the model's folder.
 
-    A model is worth its card also when the record of its run, or its data, are gone: it then says less.
+    The card says less where the record of the run, or its data, are gone.
 
     Args:
-        folder, repo_id, step: as in `Facts`.
+        folder: of the model.
+        repo_id: the repository that the model goes to, if any.
+        step: of a checkpoint, whose card contains nothing later; `None` for the finished model.
 
     Raises:
         UserError: the run's settings are missing or damaged.
     """
-    settings = asdict(RunFolder(run_folder).read_config())
-    manifest = None
-    with contextlib.suppress(UserError):
-        manifest = load_manifest(settings["data_dir"])
-    lines = RunFolder(run_folder).read_metrics(step)
-    last = merge_metrics(lines, step)
-    training_scores = read_training_scores(last)
-    own_scores = list_scores(run_folder, repo_id) if step is None else []
-    scores = choose_validation_split_scores(training_scores, own_scores, settings)
-    facts = Facts(
-        folder, run_folder, settings, manifest, repo_id, step, lines, last, training_scores, own_scores, scores
+    config, lines = run_folder.read_config(), run_folder.read_metrics(step)
+    manifest, last = read_manifest(config), merge_metrics(lines, step)
+    in_training = read_training_scores(last)
+    afterwards = list_scores(run_folder, repo_id) if step is None else []
+    scores = choose_validation_split_scores(in_training, afterwards, config)
+    name = repo_id.rpartition("/")[2] if repo_id else config.run_name
+    results = [*list_losses(config, lines, last), *list_score_rows(config, in_training, afterwards)]
+    versions = read_versions(run_folder)
+    card = TEMPLATE.read_text(encoding="utf-8").format(
+        metadata=build_metadata(name, config, manifest, last, scores).to_yaml(),
+        name=name,
+        origin="random weights" if config.init_from == "scratch" else f"`{shorten(config.init_from)}`",
+        progress=describe_progress(last, step),
+        curves=f"\n![Curves of the run]({CURVES})\n" if run_folder.curves.is_file() else "",
+        results=format_table(results) or "Nothing was measured.",
+        data=format_table(list_data(config, manifest)),
+        n_parameters=count_parameters(folder),
+        shape=read_shape(folder),
+        config=config,
+        **describe_training(config, lines, last),
+        prompt=quote_text(repr(config.sample_prompt)),
+        samples=quote_samples(run_folder, last) or "None were drawn.",
+        folder=json.dumps(repo_id) if repo_id else '"."  # this folder, or its Hub id',
+        commands=list_commands(config, manifest),
+        versions=", ".join(f"{package} {number}" for package, number in versions.items()),
     )
-    return {CARD: render_model_card(facts), **render_eval_results(scores)}
+    return {CARD: card, **render_eval_results(scores)}
 
 
-def render_model_card(facts: Facts) -> str:
-    """Return a card: the Hub's metadata, then what was trained on what, with which result, and how to use it."""
-    settings, run_folder, repo_id = facts.settings, facts.run_folder, facts.repo_id
-    name = repo_id.rpartition("/")[2] if repo_id else settings["run_name"]
-    parts = [
-        f"---\n{build_metadata(name, facts).to_yaml()}\n---\n",
-        f"# {name}\n",
-        _describe_origin(facts),
-        f"![Curves of the run]({CURVES})\n" if (run_folder / CURVES).is_file() else "",
-        "## Results\n",
-        format_table(_list_results(facts)) or "Nothing was measured.\n",
-        "## Data\n",
-        format_table(_list_data(facts)),
-        "## Model\n",
-        format_table(_list_architecture(facts.folder)),
-        "## Training\n",
-        format_table(_list_training(facts)),
-        "## Samples\n",
-        f"Continuations of {quote_text(repr(settings['sample_prompt']))}, not chosen among others:\n",
-        _quote_samples(facts) or "None were drawn.\n",
-        "## Use\n",
-        _describe_use(repo_id),
-        "## Limits and biases\n",
-        f"{LIMITS}\n",
-        "## Reproduce\n",
-        f"```bash\n{list_commands(settings, facts.manifest)}\n```\n",
-        "With "
-        + ", ".join(f"{package} {number}" for package, number in read_versions(run_folder).items())
-        + ". The same step sees the same tokens on any number of devices.\n",
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def build_metadata(name: str, facts: Facts) -> ModelCardData:
+def build_metadata(
+    name: str, config: TrainingConfig, manifest: Manifest | None, last: Metrics, scores: Mapping[str, Score]
+) -> ModelCardData:
     """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
-    settings, manifest, last = facts.settings, facts.manifest, facts.last
     source = manifest.source if manifest else {}
     is_on_hub = all(isinstance(source.get(name), str) for name in ("id", "revision"))
     data = {
         "dataset_type": source["id"] if is_on_hub else "text",
-        "dataset_name": describe_source(manifest) if manifest else Path(settings["data_dir"]).name,
+        "dataset_name": describe_source(manifest) if manifest else Path(config.data_dir).name,
         "dataset_config": source.get("config"),
         "dataset_revision": source.get("revision"),
         "dataset_split": "validation",
     }
+    kinds = {
+        "val/loss": ("loss", "validation loss (nats a token)"),
+        "val/bpb": ("bits_per_byte", "validation bits a UTF-8 byte"),
+    }
     measured = [
         EvalResult("text-generation", metric_type=kind, metric_name=label, metric_value=last[metric], **data)
-        for metric, kind, label in (
-            ("val/loss", "loss", "validation loss (nats a token)"),
-            ("val/bpb", "bits_per_byte", "validation bits a UTF-8 byte"),
-        )
+        for metric, (kind, label) in kinds.items()
         if metric in last
     ]
-    base = settings["init_from"]
+    base = config.init_from
     is_base_on_hub = base != "scratch" and HUB_ID.fullmatch(base) and not Path(base).exists()
     return ModelCardData(
         model_name=name,
@@ -169,7 +129,7 @@ def build_metadata(name: str, facts: Facts) -> ModelCardData:
         tags=["gpt2", "gpt2-repro"],
         datasets=[source["id"]] if is_on_hub else None,
         base_model=base if is_base_on_hub else None,
-        eval_results=[*measured, *build_eval_results(facts.scores)] or None,
+        eval_results=[*measured, *build_eval_results(scores)] or None,
     )
 
 
@@ -181,145 +141,103 @@ def describe_source(manifest: Manifest) -> str:
     return ", ".join(shorten(str(value)) for value in source.values() if value is not None)
 
 
-def format_table(rows: Iterable[tuple[str, str]]) -> str:
-    """Lay out rows of a name and a value; nothing where there are none."""
-    lines = [f"| {name} | {value} |\n" for name, value in rows]
-    return "| | |\n|---|---|\n" + "".join(lines) if lines else ""
+def describe_progress(last: Metrics, step: int | None) -> str:
+    """Return a paragraph on the updates that a model has had; empty if they are not recorded."""
+    if step is not None:
+        return f"\n**This is the model after {step:,} updates of a run that went on.**\n"
+    return f"\nThe run ended after {last['step']:,} updates.\n" if last else ""
 
 
-def quote_text(text: str) -> str:
-    """Return text as one line that a Markdown page shows as it is, whatever it holds."""
-    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def _describe_origin(facts: Facts) -> str:
-    init_from = facts.settings["init_from"]
-    origin = "random weights" if init_from == "scratch" else f"`{shorten(init_from)}`"
-    text = f"A GPT-2 model trained from {origin} by the GPT-2 reproduction `modeling_gpt2_repro`.\n"
-    if facts.step is not None:
-        text += f"\n**This is the model after {facts.step:,} updates of a run that went on.**\n"
-    elif facts.last:
-        text += f"\nThe run ended after {facts.last['step']:,} updates.\n"
-    return text
-
-
-def _list_results(facts: Facts) -> list[tuple[str, str]]:
-    settings, last, validation = facts.settings, facts.last, find_last_validation(facts.lines)
-    rows = []
+def list_losses(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> Rows:
+    """Return rows on the train and the validation loss."""
+    rows, validation = [], find_last_validation(lines)
     if "train/loss" in last:
         rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats a token"))
     if validation is not None:
         when = "" if validation["step"] == last["step"] else f" of an earlier model, at step {validation['step']:,}"
         rows.append((f"validation loss{when}", format_validation(validation)))
-        rows.append(("validation tokens", f"the first {settings['eval_tokens']:,} of the split, at most"))
-    for protocol, score in facts.training_scores.items():
-        items = name_items(settings["hellaswag_file"], settings["hellaswag_limit"])
-        name = f"{items}: acc_norm, protocol `{protocol}`, in training"
-        rows.append((name, _describe_score(score, "acc_norm")))
-    for score in facts.own_scores:
-        for metric in ("acc_norm", "acc"):
-            rows.append((f"{score['data']}: {metric}, protocol `{score['protocol']}`", _describe_score(score, metric)))
+        rows.append(("validation tokens", f"the first {config.eval_tokens:,} of the split, at most"))
     return rows
 
 
-def _describe_score(score: dict[str, Any], metric: str) -> str:
-    stderr, n = score.get(f"{metric}_stderr"), score.get("n")
-    error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
-    dtype = f", in {score['dtype']}" if score.get("dtype") else ""
-    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + dtype
+def list_score_rows(config: TrainingConfig, in_training: Mapping[str, Score], afterwards: Iterable[Score]) -> Rows:
+    """Return rows on the HellaSwag scores of the run, then on those that eval_hellaswag.py measured."""
+    items = name_items(config.hellaswag_file, config.hellaswag_limit)
+    of_run = [
+        (f"{items}: acc_norm, protocol `{protocol}`, in training", format_score(score, "acc_norm"))
+        for protocol, score in in_training.items()
+    ]
+    own = [
+        (f"{score['data']}: {metric}, protocol `{score['protocol']}`", format_score(score, metric))
+        for score in afterwards
+        for metric in ("acc_norm", "acc")
+    ]
+    return of_run + own
 
 
-def _list_data(facts: Facts) -> list[tuple[str, str]]:
-    manifest = facts.manifest
+def list_data(config: TrainingConfig, manifest: Manifest | None) -> Rows:
+    """Return rows on the data."""
     if manifest is None:
-        return [("source", f"`{Path(facts.settings['data_dir']).name}`, a folder without a manifest")]
-    train, val = manifest.train, manifest.val
-    order = f"shuffled by document, seed {manifest.seed}" if manifest.shuffled else "as in the source"
+        return [("source", f"`{Path(config.data_dir).name}`, a folder without a manifest")]
+    train, val, tokenizer = manifest.train, manifest.val, f"`{shorten(manifest.tokenizer)}`"
+    if manifest.tokenizer.startswith((".", "/", "~")):
+        tokenizer = f"saved here with the model, from {tokenizer}"
     return [
         ("source", describe_source(manifest)),
         ("training split", f"{train.tokens:,} tokens, {train.documents:,} documents, {train.bytes:,} bytes of text"),
         ("validation split", f"{val.tokens:,} tokens, {val.documents:,} documents, the front of the source"),
-        ("order", order),
-        ("tokenizer", f"{_name_tokenizer(manifest.tokenizer)}, {manifest.vocab_size:,} ids"),
+        ("order", f"shuffled by document, seed {manifest.seed}" if manifest.shuffled else "as in the source"),
+        ("tokenizer", f"{tokenizer}, {manifest.vocab_size:,} ids"),
     ]
 
 
-def _name_tokenizer(name: str) -> str:
-    return f"saved here with the model, from `{shorten(name)}`" if name.startswith((".", "/", "~")) else f"`{name}`"
-
-
-def _list_architecture(folder: Path) -> list[tuple[str, str]]:
-    rows = []
-    n_parameters = sum(map(_count_parameters, folder.glob("*.safetensors")))
-    if n_parameters:
-        rows.append(("parameters", f"{n_parameters:,}, the tied embedding counted once"))
+def read_shape(folder: Path) -> Mapping[str, str]:
+    """Return the numbers in a model's configuration, by name."""
     config = read_json_object(folder / "config.json")
-    for name, title in (
-        ("n_layer", "blocks"),
-        ("n_head", "attention heads"),
-        ("n_embd", "width"),
-        ("n_positions", "context (tokens)"),
-        ("vocab_size", "vocabulary"),
-    ):
-        if isinstance(config.get(name), int):
-            rows.append((title, f"{config[name]:,}"))
-    return [*rows, ("format", "GPT-2's own tensor names and layout, float32")]
+    numbers = {name: f"{value:,}" for name, value in config.items() if isinstance(value, int)}
+    return defaultdict(lambda: NOT_RECORDED, numbers)
 
 
-def _count_parameters(path: Path) -> int:
-    with safe_open(path, framework="np") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+def count_parameters(folder: Path) -> str:
+    """Count the parameters in a model's weights."""
+    n_parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            n_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return f"{n_parameters:,}, the tied embedding counted once" if n_parameters else NOT_RECORDED
 
 
-def _list_training(facts: Facts) -> list[tuple[str, str]]:
-    settings, last = facts.settings, facts.last
-    rows = [
-        ("updates", f"{last['step']:,} of {settings['tokens_per_step']:,} tokens" if last else "not recorded"),
-        ("sequence length", f"{settings['sequence_length']:,}"),
-        ("optimizer", f"AdamW, betas {settings['beta1']:g} and {settings['beta2']:g}"),
-        ("weight decay", f"{settings['weight_decay']:g}, of every tensor of two dimensions"),
-        ("gradient clipping", f"norm {settings['grad_clip']:g}"),
-        (
-            "learning rate",
-            f"{settings['learning_rate']:g}, {settings['lr_schedule']} after {settings['warmup_tokens']:,} tokens of "
-            f"linear warm-up, to {settings['min_lr_ratio']:g} of the peak",
-        ),
-        ("dropout", f"{settings['dropout']:g}"),
-        ("precision", _describe_precision(settings["mixed_precision"])),
-        ("seed", str(settings["seed"])),
-    ]
+def describe_training(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> dict[str, str]:
+    """Return the facts on the training that are not settings, by their names in the template."""
+    autocast = f"{config.mixed_precision} autocast where the device has it, weights and optimizer in float32"
+    facts = {
+        "updates": f"{last['step']:,} of {config.tokens_per_step:,} tokens" if last else NOT_RECORDED,
+        "tokens_seen": NOT_RECORDED,
+        "precision": "float32" if config.mixed_precision == "no" else autocast,
+        "time": NOT_RECORDED,
+    }
     if "train/tokens" in last and "train/epoch" in last:
-        rows.insert(1, ("tokens seen", f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"))
-    rates = [line["train/tokens_per_second"] for line in facts.lines if line.get("train/tokens_per_second", 0) > 0]
+        facts["tokens_seen"] = f"{last['train/tokens']:,.0f} ({last['train/epoch']:.3f} epochs)"
+    rates = [line["train/tokens_per_second"] for line in lines if line.get("train/tokens_per_second", 0) > 0]
     if rates:
-        seconds = sum(settings["tokens_per_step"] / rate for rate in rates)
-        rows.append(("time", f"{format_duration(seconds)} of updates, evaluations not counted"))
-    return rows
+        seconds = sum(config.tokens_per_step / rate for rate in rates)
+        facts["time"] = f"{format_duration(seconds)} of updates, evaluations not counted"
+    return facts
 
 
-def _describe_precision(mixed_precision: str) -> str:
-    if mixed_precision == "no":
-        return "float32"
-    return f"{mixed_precision} autocast where the device has it, weights and optimizer in float32"
+def format_table(rows: Rows) -> str:
+    """Lay out rows of a name and a value; nothing where there are none."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) if rows else ""
 
 
-def _quote_samples(facts: Facts) -> str:
-    end = facts.last.get("step", math.inf)
-    lines = [line for line in RunFolder(facts.run_folder).read_samples() if line["step"] <= end]
-    newest = max((line["step"] for line in lines), default=None)
-    return "".join(f"> {quote_text(str(line.get('text')))}\n\n" for line in lines if line["step"] == newest)
+def quote_samples(run_folder: RunFolder, last: Metrics) -> str:
+    """Return the newest samples up to a model's step, each as a paragraph."""
+    end = last.get("step", math.inf)
+    samples = [sample for sample in run_folder.read_samples() if sample["step"] <= end]
+    newest = max((sample["step"] for sample in samples), default=None)
+    return "\n\n".join(f"> {quote_text(str(each.get('text')))}" for each in samples if each["step"] == newest)
 
 
-def _describe_use(repo_id: str | None) -> str:
-    folder = json.dumps(repo_id) if repo_id else '"."  # this folder, or its Hub id'
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"folder = {folder}\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        'ids = tokenizer("Hello, I\'m a language model,", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))\n```\n\n"
-        "This opens as transformers' own `GPT2LMHeadModel`; with `trust_remote_code=True` it opens as the class it "
-        'was trained with, from the two code files beside the weights. `revision="step-0000250"` opens the model '
-        "after so many updates, where the repository has that tag.\n"
-    )
+def quote_text(text: str) -> str:
+    """Return text as one line, escaped so that Markdown shows it literally."""
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

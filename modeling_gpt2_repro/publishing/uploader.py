@@ -1,7 +1,7 @@
 """Publishing beside the training: a thread that uploads checkpoints from the disk, and the finished model at the end.
 
-A checkpoint waits as hard links in `RUN/hub_upload/step_NNNNNNN`, so that it may be pruned meanwhile, and leaves when
-it is on the Hub. What waits when a run is stopped or killed is there when it goes on.
+A checkpoint waits as hard links in the run folder's `hub_upload`, so that the original may be pruned meanwhile, and is
+deleted there once it is on the Hub. What waits when a run is stopped or killed is uploaded when it is resumed.
 """
 
 import os
@@ -29,37 +29,35 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
-class Publisher:
-    """Uploads what a run writes. No step waits for it, and nothing that goes wrong in it ends the run.
+class Uploader:
+    """Uploads the models of a run. No step waits for it, and no failure of it ends the run.
 
-    The first failure is told at once; with each further checkpoint, and at the end, all that waits is tried again.
+    The first failure is reported at once; with each further checkpoint, and at the end, all that waits is tried again.
 
     Args:
-        is_enabled: no other process of the run publishes; a disabled publisher does nothing.
-        say: told of what was published, and of what failed.
+        is_enabled: a disabled uploader does nothing; only one process of a run uploads.
+        say: called with a line on what was published, and on what failed.
     """
 
-    def __init__(self, run_folder: Path, config: TrainingConfig, is_enabled: bool, say: Callable[[str], None]):
-        self.run_folder, self.config, self.is_enabled, self.say = run_folder, config, is_enabled, say
-        self.waiting = RunFolder(run_folder).uploads
+    def __init__(self, folder: RunFolder, config: TrainingConfig, is_enabled: bool, say: Callable[[str], None]):
+        self._folder, self._config, self._is_enabled, self._say = folder, config, is_enabled, say
         self._repo_id: str | None = None
         self._has_warned = False
         self._is_finishing = False
         self._is_due = threading.Event()
         # A daemon, so that a run that is asked to stop does not wait for an upload.
-        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
 
     def check(self, is_resumed: bool) -> None:
-        """Open the repository, to hear of a mistake before the first step.
+        """Open the repository, so that a mistake shows before the first step.
 
         Raises:
-            UserError: a run that begins could not publish; one that is resumed goes on where the Hub is just
-                unreachable.
+            UserError: a new run could not publish. A resumed one continues where the Hub is merely unreachable.
         """
-        if not self.is_enabled:
+        if not self._is_enabled:
             return
         try:
-            self.say(f"hub         {name_address(self._open())}")
+            self._say(f"hub         {name_address(self._open())}")
         except HubUnreachableError as error:
             if not is_resumed:
                 raise UserError(
@@ -69,30 +67,30 @@ class Publisher:
             self._warn(error)
 
     def start(self, first_step: int | None) -> None:
-        """Begin to upload, first of all what an earlier attempt left waiting; `None` for a run that begins anew."""
-        if not self.is_enabled:
+        """Begin to upload, first what an earlier attempt left waiting; `None` for a run that starts over."""
+        if not self._is_enabled:
             return
-        for folder in list_models(self.waiting):
-            if first_step is None or read_step(folder) > first_step:
-                remove_folder(folder)
-        for leftover in self.waiting.glob(f"step_*{TEMPORARY_SUFFIX}"):
+        for model in list_models(self._folder.hub_upload):
+            if first_step is None or read_step(model) > first_step:
+                remove_folder(model)
+        for leftover in self._folder.hub_upload.glob(f"step_*{TEMPORARY_SUFFIX}"):
             clear_leftovers(leftover.with_suffix(""))
         self._is_due.set()
         self._thread.start()
 
     def submit(self, checkpoint: Path) -> None:
-        """Take a checkpoint to be uploaded; returns at once."""
-        if not self.is_enabled:
+        """Queue a checkpoint to be uploaded; returns at once."""
+        if not self._is_enabled:
             return
         try:
-            link_model(checkpoint, self.waiting / checkpoint.name)
+            link_model(checkpoint, self._folder.hub_upload / checkpoint.name)
         except OSError as error:
-            self.say(f"{checkpoint.name} will not be published: {error}")
+            self._say(f"{checkpoint.name} will not be published: {error}")
         self._is_due.set()
 
     def finish(self) -> None:
-        """Upload what still waits and the finished model; returns when that is done, or has failed and is told."""
-        if not self.is_enabled:
+        """Upload the checkpoints that wait and the finished model; returns when done, or reported as failed."""
+        if not self._is_enabled:
             return
         self._is_finishing = True
         self._is_due.set()
@@ -100,57 +98,57 @@ class Publisher:
             self._thread.join()
         try:
             repo_id = self._upload_waiting()
-            publish_final(repo_id, self.run_folder)
-            shutil.rmtree(self.waiting, ignore_errors=True)
+            publish_final(repo_id, self._folder)
+            shutil.rmtree(self._folder.hub_upload, ignore_errors=True)
         except Exception as error:
-            self.say(
+            self._say(
                 f"the run is finished and not published: {explain_failure(error)}. The same command, or "
                 f"{self._describe_command()}, tries again"
             )
         else:
-            self.say(f"published   {name_address(repo_id)}")
+            self._say(f"published   {name_address(repo_id)}")
 
     def _describe_command(self) -> str:
-        argv = ["python", "-m", "modeling_gpt2_repro.publishing.hub", str(self.run_folder)]
-        argv += ["--repo_id", self.config.hub_model_id] if self.config.hub_model_id else []
-        return shlex.join([*argv, *(["--public"] if self.config.hub_public else [])])
+        argv = ["python", "-m", "modeling_gpt2_repro", "publish", str(self._folder)]
+        argv += ["--repo_id", self._config.hub_model_id] if self._config.hub_model_id else []
+        return shlex.join([*argv, *(["--public"] if self._config.hub_public else [])])
 
     def _open(self) -> str:
         if self._repo_id is None:
             hub_logging.set_verbosity_error()
             disable_progress_bars()
-            name = self.config.hub_model_id or self.config.run_name
-            self._repo_id = open_repository(name, self.config.hub_public, "--hub_model_id")
+            name = self._config.hub_model_id or self._config.run_name
+            self._repo_id = open_repository(name, self._config.hub_public, "--hub_model_id")
         return self._repo_id
 
     def _work(self) -> None:
-        is_last = False
-        while not is_last:
+        while True:
             self._is_due.wait()
             self._is_due.clear()
-            is_last = self._is_finishing
+            if self._is_finishing:
+                return
             try:
                 self._upload_waiting()
-            except Exception as error:  # whatever the network, the Hub or a library comes up with
+            except Exception as error:  # of the network, the Hub or any library between
                 self._warn(error)
 
     def _upload_waiting(self) -> str:
-        """Upload what waits, oldest first, and return where to."""
+        """Upload the checkpoints that wait, oldest first, and return the repository."""
         repo_id = self._open()
-        for folder in list_models(self.waiting):
-            publish_checkpoint(repo_id, folder, self.run_folder)
-            self.say(f"step {read_step(folder)} is published")
-            remove_folder(folder)
+        for model in list_models(self._folder.hub_upload):
+            publish_checkpoint(repo_id, model, self._folder)
+            self._say(f"step {read_step(model)} is published")
+            remove_folder(model)
         return repo_id
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
-            self.say(f"publishing failed, training goes on and it is tried again: {explain_failure(error)}")
+            self._say(f"publishing failed, training continues and it is tried again: {explain_failure(error)}")
         self._has_warned = True
 
 
 def link_model(checkpoint: Path, target: Path) -> None:
-    """Make `target` another name of a checkpoint's files but its training state; a copy where there are no links."""
+    """Link a checkpoint's files, except its training state, into `target`; copy them where there are no links."""
     with create_folder_atomically(target) as temporary:
         shutil.copytree(
             checkpoint,

@@ -11,7 +11,6 @@ from modeling_gpt2_repro.model.loading import explained_loading, load_model
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.config import TrainingConfig
 
-DEFAULT_SIZE = "124M"
 SHAPE = ("n_layer", "n_head", "n_embd")
 
 
@@ -45,11 +44,11 @@ def resolve_shape(config: TrainingConfig) -> dict[str, int]:
     Raises:
         UserError: an unknown `model_size`.
     """
-    size = config.model_size or (DEFAULT_SIZE if config.init_from == "scratch" else None)
+    size = config.model_size or ("124M" if config.init_from == "scratch" else None)
     if size is not None and size not in MODEL_SIZES:
         raise UserError(f"unknown --model_size {size}: use one of {', '.join(MODEL_SIZES)}")
-    wanted = {name: getattr(config, name) for name in SHAPE}
-    return MODEL_SIZES.get(size, {}) | {name: value for name, value in wanted.items() if value is not None}
+    given = {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
+    return MODEL_SIZES.get(size, {}) | given
 
 
 def load_shape(source: str) -> dict[str, int]:
@@ -68,10 +67,8 @@ def build_skeleton(config: TrainingConfig, vocab_size: int) -> GPT2ReproForCausa
     Raises:
         UserError: the shape is impossible, or `init_from` has no configuration.
     """
-    if config.init_from == "scratch":
-        model_config = _build_config(config, vocab_size, eos_token_id=None)
-    else:
-        model_config = _load_config(config.init_from)
+    is_fresh = config.init_from == "scratch"
+    model_config = _build_config(config, vocab_size, None) if is_fresh else _load_config(config.init_from)
     with torch.device("meta"):
         return GPT2ReproForCausalLM(model_config)
 
@@ -95,7 +92,7 @@ def _check_memory(model_config: GPT2ReproConfig) -> None:
     n_embd, n_rows = model_config.n_embd, model_config.vocab_size + model_config.n_positions
     matrices = 12 * model_config.n_layer * n_embd**2 + n_rows * n_embd
     memory = measure_total_memory()
-    if memory is not None and 4 * matrices > memory:
+    if 4 * matrices > memory:
         raise UserError(
             f"a model of {matrices:,} parameters takes {4 * matrices / 1e9:,.1f} GB, and this machine has "
             f"{memory / 1e9:,.1f} GB: use a smaller --model_size, --n_layer, --n_embd or --sequence_length"

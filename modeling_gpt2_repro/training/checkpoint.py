@@ -123,7 +123,7 @@ def save_checkpoint(
 
 
 def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
-    """Delete all checkpoints but the newest `keep` (0: none is deleted), and none that has not a newer whole one.
+    """Delete all checkpoints but the newest `keep` (0: delete none), never the last one that is whole.
 
     Of those at a multiple of `keep_weights_every` steps (0: of none) the model stays, without its training state.
     """

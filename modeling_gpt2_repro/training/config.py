@@ -24,8 +24,9 @@ SMOKE_STEPS = 10
 class TrainingConfig(Config):
     """Every knob of `train.py`. The defaults reproduce GPT-2 124M on 10 B tokens of FineWeb-Edu.
 
-    Upper bounds catch typing errors before the machine has to. What is not `resumable` is the experiment: it decides
-    the weights. The shape of the model is part of it too, but may be given in several ways (see `resolve_shape`).
+    Upper bounds catch typing errors before the machine has to. An `experiment` decides the weights and may not change
+    when a run is resumed; a `setting` may. The shape of the model, the length of the run and what its data are decide
+    the weights too, but may be given in several ways: `start.choose_start` adds them, resolved.
     """
 
     data_dir: str = setting(

@@ -1,20 +1,27 @@
 """`train.py --eval_only`: evaluate any model as a run evaluates its own, and keep the result as a baseline."""
 
+import math
 import sys
 from pathlib import Path
 
 from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size
+from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size, is_out_of_memory
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
 from modeling_gpt2_repro.data.text_bytes import NOTE
+from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
 from modeling_gpt2_repro.evaluation import baseline as baselines
-from modeling_gpt2_repro.evaluation.evaluator import Evaluator, load_evaluator
-from modeling_gpt2_repro.evaluation.validation import ValidationResult, measure_loss
+from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
+from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
+from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
+from modeling_gpt2_repro.model.loading import load_causal_lm
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.inputs import Inputs, open_inputs
+
+FLAG = "--init_from"  # gives the model, and is named in error messages
 
 
 def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -29,14 +36,15 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
     inputs = open_inputs(config, accelerator)
     path = Path(config.data_dir) / BASELINES_NAME
     baselines.read_baselines(path)  # a damaged file ends the command now, and not when the result is added to it
-    evaluator = load_evaluator(config.init_from, accelerator, flag="--init_from")
-    evaluator.check_fits(config.data_dir, inputs.tokenizer, config.sequence_length)
+    model, tokenizer = load_causal_lm(config.init_from, device=accelerator.device, flag=FLAG)
+    check_fits(model, tokenizer, inputs, config)
 
     precision, validation, hellaswag = accelerator.mixed_precision, None, None
     if inputs.val_set is not None:
-        validation = baselines.record_validation(measure_validation(evaluator, inputs, config), precision)
+        validation = baselines.record_validation(measure_validation(model, inputs, config, accelerator), precision)
     if inputs.hellaswag is not None:
-        (score,) = evaluator.evaluate_hellaswag(inputs.hellaswag, ["original"])
+        with accelerator.autocast():
+            score = evaluate_hellaswag(model, inputs.hellaswag.encode("original"), accelerator=accelerator)
         hellaswag = baselines.record_hellaswag(score, config.hellaswag_file, config.hellaswag_limit, precision)
     if accelerator.is_main_process:
         baseline = baselines.Baseline(
@@ -52,20 +60,59 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
         keep(baseline, path)
 
 
-def measure_validation(evaluator: Evaluator, inputs: Inputs, config: TrainingConfig) -> ValidationResult:
-    """Compute the loss on the tokens that a run with this configuration is validated on."""
-    accelerator = evaluator.accelerator
+def check_fits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, config: TrainingConfig
+) -> None:
+    """Check that a model and its tokenizer can read the windows of a run with this configuration.
+
+    Raises:
+        UserError: the data's tokenizer is another one, or the model has too few embeddings or positions.
+    """
+    has_fast_form = isinstance(tokenizer, PreTrainedTokenizerFast)
+    if not has_fast_form or fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(inputs.tokenizer):
+        raise UserError(
+            f"{FLAG} {config.init_from} has another tokenizer than {config.data_dir}, whose token ids it would "
+            "misread: prepare data with prepare_data.py --tokenizer for it"
+        )
+    check_token_ids(model, len(tokenizer) - 1, config.init_from, FLAG)
+    check_sequence_length(model, config.sequence_length, config.init_from)
+
+
+def measure_validation(
+    model: PreTrainedModel, inputs: Inputs, config: TrainingConfig, accelerator: Accelerator
+) -> ValidationResult:
+    """Compute the loss on the tokens that a run with this configuration is validated on.
+
+    Each process halves its batch size by itself where memory runs out, because no number depends on it.
+
+    Raises:
+        UserError: not even one window fits, or the loss is not finite.
+    """
     if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
         print(NOTE, flush=True)
+    n_windows, n_bytes = config.eval_tokens // config.sequence_length, inputs.eval_bytes.count
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
-    return measure_loss(
-        evaluator.model,
-        inputs.val_set,
-        config.eval_tokens // config.sequence_length,
-        largest_batch_size=largest if config.micro_batch_size == "auto" else int(config.micro_batch_size),
-        n_bytes=inputs.eval_bytes.count,
-        accelerator=accelerator,
-    )
+    batch_size = largest if config.micro_batch_size == "auto" else int(config.micro_batch_size)
+    while True:
+        try:
+            result = evaluate_loss(
+                model, inputs.val_set, n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
+            )
+            break
+        except Exception as error:  # out of memory has many types (see `is_out_of_memory`)
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise UserError(
+                    "not even one sequence fits in the device's memory: use a shorter --sequence_length"
+                ) from error
+        batch_size //= 2
+    if not math.isfinite(result.loss):
+        raise UserError(
+            "the model's validation loss is not finite: its weights are broken, or its precision is too low "
+            "(try --mixed_precision no)"
+        )
+    return result
 
 
 def keep(baseline: baselines.Baseline, path: Path) -> None:

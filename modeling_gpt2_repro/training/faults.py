@@ -1,4 +1,4 @@
-"""What can go wrong in the middle of a run, said so that it can be put right."""
+"""Failures in the middle of a run, as errors that tell how to fix them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The numbers of a run, one JSON object a line, and what they say of one model."""
+"""Reading `metrics.jsonl`, one JSON object a line; the numbers are made in `train.py`: `update` and `evaluate`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,23 +7,21 @@ from typing import Any
 
 # Numbers from here on have no place on an axis, and no run has them.
 LARGEST_METRIC = 1e100
-# How the names of metrics begin that are measured of one model now and then.
-MEASURED = ("val/", "hellaswag")
+# How the names of metrics begin that every update has; the others are measured of one model now and then.
+EVERY_STEP = "train/"
 
 Metrics = dict[str, float]
 
 
-def read_json_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file that have a step, from byte `start`; none if there is no file.
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a JSON-lines file that have a step; none if there is no file.
 
     Lines that a crash or a damaged disk left broken are skipped.
     """
     if not path.exists():
         return []
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        text = stream.read().decode("utf-8", errors="replace")
-    objects = (_parse_object(line) for line in text.split("\n"))
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    objects = (_parse_object(line) for line in lines)
     return [content for content in objects if isinstance(content.get("step"), int)]
 
 
@@ -42,15 +40,15 @@ def _parse_object(text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_metrics(path: Path, start: int = 0) -> list[Metrics]:
-    """Read the lines of `metrics.jsonl` from byte `start`, each its step and other numbers; the rest is skipped."""
+def read_metrics(path: Path) -> list[Metrics]:
+    """Read the lines of `metrics.jsonl`, each its step and other numbers; the rest is skipped."""
     lines = [
         {
             name: value
             for name, value in line.items()
             if type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
         }
-        for line in read_json_lines(path, start)
+        for line in read_json_lines(path)
     ]
     return [line for line in lines if line.get("step", -1) >= 0]
 
@@ -58,8 +56,7 @@ def read_metrics(path: Path, start: int = 0) -> list[Metrics]:
 def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
     """Return what is recorded of the model after `step` updates (`None`: of the last model), and the step.
 
-    A metric that every step has counts with its last value. What is measured of one model now and then is not true of
-    the next one, so of these only the values at this very step count.
+    Metrics of every update have their last value. Those of evaluations are given only if measured at this very step.
     """
     if not lines:
         return {}
@@ -67,7 +64,7 @@ def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
     merged: Metrics = {}
     for line in lines:
         is_of_model = line["step"] == step
-        merged |= {name: value for name, value in line.items() if is_of_model or not name.startswith(MEASURED)}
+        merged |= {name: value for name, value in line.items() if is_of_model or name.startswith(EVERY_STEP)}
     return merged | {"step": step}
 
 

@@ -1,4 +1,7 @@
-"""The optimizer, built in one place."""
+"""The optimizer of a run. Another one would be built here, and chosen in `run.build_model_and_optimizer`.
+
+Its state takes room elsewhere: on disk (`preflight.OPTIMIZER_BYTES`) and in memory (`memory.STATIC_BYTES`).
+"""
 
 import torch
 from torch import nn

@@ -59,18 +59,18 @@ class Plan:
     hellaswag_tokens: int
 
     def is_due(self, every: int, step: int) -> bool:
-        """Tell whether what happens every `every` steps (0: never), and at the end, happens after `step` updates."""
+        """Return whether an action of every `every` steps (0: never) is due at `step`; at the last step it is."""
         return every > 0 and (step % every == 0 or step == self.last_step)
 
     def is_eval_step(self, step: int) -> bool:
-        """Tell whether the model after `step` updates is validated, scored or sampled."""
+        """Return whether the model after `step` updates is validated, scored or sampled."""
         config = self.config
         return any(
             self.is_due(each, step) for each in (config.eval_every, config.hellaswag_every, config.sample_every)
         )
 
     def count_due(self, every: int) -> int:
-        """Return how often that happens in the rest of the whole run, its start included."""
+        """Count how often such an action is due in the rest of the run, the start included."""
         if every == 0:
             return 0
         return self.max_steps // every - self.first_step // every + 1 + (self.max_steps % every > 0)

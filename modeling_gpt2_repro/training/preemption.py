@@ -1,4 +1,9 @@
-"""Being asked to stop: by a signal, or by a launcher that has died."""
+"""Preemption: a run that is asked to stop saves a checkpoint and exits with code 75.
+
+A stop signal (`core.stop_signals`), or the death of the launcher, is noted while the loop of `train.py` runs. The loop
+asks once a step, in all processes together, then saves, and `status.json` says `preempted`. Before and after the loop
+a signal ends the process with 128 plus its number.
+"""
 
 import contextlib
 import os
@@ -13,7 +18,7 @@ from accelerate import Accelerator
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of BSD's sysexits.h: try again later
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # what a shell says of who was stopped and leaves nothing to go on from
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # of a run that leaves nothing to resume, as shells have it
 # A batch system that signals every process, and a launcher that passes the signal on, are one request.
 SECONDS_OF_ONE_REQUEST = 5.0
 # Which of the signals, sent again, end a run that is about to save. The system may repeat others, as SIGXCPU.
@@ -22,12 +27,12 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate l
 
 
 class Preemption:
-    """Takes the stop signals of a process. A context.
+    """Context manager that handles the stop signals of this process.
 
-    A signal raises `KeyboardInterrupt` or `Terminated`, but inside `deferred` it is noted, for the loop to ask for at
-    each step. An insistent one that comes again `SECONDS_OF_ONE_REQUEST` later raises there too, and after that the
-    next signal ends the process at once. A worker of a launcher also takes the launcher's death for a request: a lone
-    one gets no signal then, and would run on unseen. Made at the start of the process, to know the launcher.
+    A signal raises `KeyboardInterrupt` or `Terminated`; inside `deferred` it is noted instead. A second SIGINT or
+    SIGTERM, at least `SECONDS_OF_ONE_REQUEST` after the first, raises there too, and the next one ends the process at
+    once. A worker of a launcher also takes the launcher's death for a request: a lone one gets no signal then, and
+    would keep running unseen. Create it at the start of the process, to know the launcher.
     """
 
     def __init__(self):

@@ -44,7 +44,7 @@ class RunFolder:
         best: the model of the lowest validation loss; `best_metrics` in it has the loss and the step.
         final: the finished model.
         tensorboard: the event files of that tracker.
-        uploads: checkpoints that wait for the Hub.
+        hub_upload: checkpoints that wait for the Hub.
     """
 
     def __init__(self, path: str | Path):
@@ -61,7 +61,7 @@ class RunFolder:
         self.best_metrics = self.best / "metrics.json"
         self.final = self.path / "final"
         self.tensorboard = self.path / "tensorboard"
-        self.uploads = self.path / "hub_upload"
+        self.hub_upload = self.path / "hub_upload"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -98,7 +98,7 @@ class RunFolder:
         return read_json_lines(self.samples)
 
     def read_status(self) -> dict[str, Any]:
-        """Read how the run stands; empty where nothing says it."""
+        """Read the status of the run; empty if there is none."""
         return read_json_object(self.status)
 
     def read_best_loss(self, step: int) -> float | None:
@@ -114,7 +114,7 @@ class RunFolder:
         return status["step"] if is_finished and isinstance(status.get("step"), int) else 0
 
     def prepare(self) -> None:
-        """Make the folders that links of the run's files lead into."""
+        """Create the folders that the links of the run's files lead into."""
         for path in self.files:
             make_way(path)
         if self.checkpoints.is_symlink():  # or one that leads nowhere would count as having lost what was there
@@ -133,7 +133,7 @@ class RunFolder:
                 remove_folder(path)
 
     def go_back(self, step: int) -> None:
-        """Forget what was recorded and saved of later updates than `step`."""
+        """Delete what was recorded and saved of updates after `step`."""
         for path in (self.metrics, self.samples):
             if path.exists():
                 kept = [line for line in read_json_lines(path) if line["step"] <= step]
@@ -147,18 +147,18 @@ class RunFolder:
                 remove_folder(model)
 
     def undo_replacements(self) -> None:
-        """Give back what had the name of a folder whose replacement a kill cut short."""
+        """Restore `final/` and `best/` if a kill interrupted their replacement."""
         for path in (self.final, self.best):
             restore_folder(path)
 
     def clear_leftovers(self, config: TrainingConfig) -> None:
-        """Do what a run that was killed, or had a bad disk, left undone."""
+        """Finish what a run that was killed, or had a full disk, left undone."""
         for path in (self.final, self.best):
             clear_leftovers(path)
         prune_checkpoints(self.checkpoints, config.keep_checkpoints, config.keep_weights_every)
 
     def sync(self) -> None:
-        """Make the records durable, before something is that begins where they end."""
+        """Make the records durable before a checkpoint is written that continues from them."""
         for path in (self.metrics, self.samples):
             if path.exists():
                 sync_file(path)
@@ -199,5 +199,5 @@ class RunFolder:
 
 
 def has_content(path: Path) -> bool:
-    """Tell whether something would be lost with a path. Links to other disks are laid to empty places before a run."""
+    """Return whether a path holds anything; an empty place, which users link before the first run, does not count."""
     return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0

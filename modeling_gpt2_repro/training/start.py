@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, at its own newest checkpoint, or at another run's; and whether it may."""
+"""Where a run starts: at step 0, at its own newest checkpoint or at another run's, and what may differ on resume."""
 
 from dataclasses import dataclass
 from pathlib import Path

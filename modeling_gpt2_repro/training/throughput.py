@@ -1,4 +1,4 @@
-"""How fast a run trains, and how near that is to what its device can do."""
+"""Training speed: where the time goes, and the peak rate of the device that MFU is measured against."""
 
 import contextlib
 import re
@@ -43,7 +43,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device could do at most: `flops` a second, and `source`, where the number is from."""
+    """The peak rate of a device: `flops`, in FLOP/s, and the `source` of the number."""
 
     flops: float
     source: str

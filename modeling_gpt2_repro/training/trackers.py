@@ -1,147 +1,137 @@
-"""Trackers: programs that show a run elsewhere. Each is accelerate's own, told where to write and never to ask."""
+"""Trackers: programs that show a run elsewhere. Each wraps accelerate's tracker."""
 
-import configparser
 import contextlib
 import importlib.util
-import netrc
 import os
-import ssl
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from functools import partial
+from typing import Any
 
 import yaml
-from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.core.files import make_folder
+from modeling_gpt2_repro.training import wandb_settings
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
-# Where `wandb login` keeps a key for its own service, by the release.
-WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
-# In which it talks to a server.
-WANDB_ONLINE_MODES = ("online", "run", "shared")
-# How long a server may take to answer at all, to begin a run, and at the end to take in what it has not yet, before
-# the rest is left to `wandb sync`. wandb itself waits 90 seconds for the beginning, and for ever at the end.
-ANSWER_SECONDS = 5
+# How long wandb may take to start a run, and at the end to upload the rest before it is left to `wandb sync`. Its own
+# limits are 90 seconds and none.
 WANDB_SECONDS = {"init_timeout": 10.0, "finish_timeout": 300.0}
 
 
-class Tracker(Protocol):
-    """What a run's record is fed to; any method may raise whatever its library comes up with."""
+class Tracker(ABC):
+    """What a run's record is sent to. Any method may raise whatever its library raises."""
 
     name: str
+    _tracker: GeneralTracker
 
+    def __init__(self, folder: RunFolder, config: TrainingConfig, run_id: str):
+        self._folder, self._config, self._run_id = folder, config, run_id
+
+    @abstractmethod
     def start(self, first_step: int) -> str | None:
-        """Begin after `first_step` updates; where it can, forget what an earlier process told of later ones.
+        """Begin after `first_step` updates; forget later steps of an earlier process, if the tracker can.
 
         Returns:
-            What is not as it was asked for, in a line.
+            A line on what is not as requested.
         """
 
+    @abstractmethod
     def restart(self) -> None:
-        """Begin anew after a failure, with what was told before."""
+        """Begin again after a failure, keeping what was logged before."""
+
+    @abstractmethod
+    def log_samples(self, step: int, texts: list[str]) -> None:
+        """Log all texts that the model wrote after `step` updates."""
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Take numbers of the model after `step` updates."""
-
-    def log_samples(self, step: int, texts: list[str]) -> None:
-        """Take all texts that the model wrote after `step` updates."""
+        """Log numbers of the model after `step` updates."""
+        self._tracker.log(metrics, step)
 
     def finish(self) -> None:
         """Write out what is left."""
+        self._tracker.finish()
 
 
-class Wandb:
+class Wandb(Tracker):
     """Weights & Biases: the curves, the settings, and all samples in one table.
 
-    Without a key, or where its server does not answer or its settings do not work, it runs offline, for `wandb sync`
-    to upload. A resumed run is the same one there, by its id and name; steps that it makes again after a crash wandb
-    has already, and keeps. Its own environment variables come before what we would say by ourselves.
+    Without a key, or if the server does not answer or the settings do not work, the run is offline, for `wandb sync`
+    to upload. A resumed run keeps its id and name there; wandb keeps the first values of steps that are repeated after
+    a crash. wandb's own environment variables override the defaults given here.
     """
 
     name = "wandb"
 
     def __init__(self, folder: RunFolder, config: TrainingConfig, run_id: str):
-        self._folder, self._config, self._run_id = folder.path, config, run_id
+        super().__init__(folder, config, run_id)
         self._rows = [[line["step"], str(line.get("text"))] for line in folder.read_samples()]
 
     def start(self, first_step: int) -> str | None:
-        make_folder(self._folder / self.name)  # where a link may lead, which wandb does not make
-        _leave_unwritable_folders(self._folder)
+        make_folder(self._folder.path / self.name)  # wandb does not create what a link leads to
+        wandb_settings.replace_unwritable_folders(self._folder.path)
         problem = self._open()
         self._tracker.store_init_configuration(asdict(self._config))
-        # Its overview has the last value of every metric; which protocol a score is of belongs beside it.
+        # wandb's overview shows the last value of every metric; the protocol of a score belongs beside it.
         self._tracker.tracker.summary["hellaswag/protocol"] = "original"
         if problem is None:
             return None
         return f"wandb runs offline, for wandb sync {self._tracker.tracker.settings.sync_dir} to upload: {problem}"
 
     def _open(self) -> Exception | None:
-        """Begin a run as it is asked for, else offline, and return why not as asked."""
-        import wandb
+        """Start a run as requested, or else offline; return why it is not as requested."""
+        import wandb  # takes a second, which runs without it need not wait for
 
+        attempts = (
+            (contextlib.nullcontext, wandb_settings.choose_mode),
+            (contextlib.nullcontext, lambda: "offline"),
+            (wandb_settings.without_variables, lambda: "offline"),  # some have values that wandb refuses in any mode
+        )
         problems: list[Exception] = []
-        # The last way is for variables whose values wandb refuses in any mode.
-        for choose_mode, hides in ((_choose_wandb_mode, False), (lambda: "offline", False), (lambda: "offline", True)):
-            with _without_wandb_variables() if hides else contextlib.nullcontext():
-                try:
+        for environment, choose_mode in attempts:
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # of a service that may be dead, or takes the run's id for one in use
+            try:
+                with environment():
                     self._tracker = WandBTracker(**self._choose_arguments(), mode=choose_mode())
                     self._tracker.start()
-                    return problems[0] if problems else None
-                except Exception as error:
-                    problems.append(error)
-                    with contextlib.suppress(Exception):
-                        wandb.teardown()  # or it says of the id that it is in use
+                return problems[0] if problems else None
+            except Exception as error:
+                problems.append(error)
         raise problems[0]
 
     def _choose_arguments(self) -> dict[str, Any]:
-        import wandb
-
-        def is_theirs(variable: str) -> bool:
-            return bool(os.environ.get(f"WANDB_{variable}"))
-
-        project, is_default = self._config.wandb_project, self._config.wandb_project == TrainingConfig.wandb_project
-        arguments = {
-            "NAME": ("name", self._config.run_name),
-            "DIR": ("dir", str(self._folder)),
-            "RUN_ID": ("id", self._run_id),
-            "RESUME": ("resume", "allow"),
+        """Return the arguments of accelerate's tracker and `wandb.init` that no variable of wandb's overrides."""
+        project = self._config.wandb_project
+        if project == TrainingConfig.wandb_project:
+            project = os.environ.get("WANDB_PROJECT") or project
+        defaults = {
+            "name": self._config.run_name,
+            "dir": str(self._folder.path),
+            "resume": "allow",
+            "run_id": self._run_id,
+            **WANDB_SECONDS,
         }
-        known = getattr(wandb.Settings, "model_fields", ("init_timeout",))
-        return {
-            "run_name": os.environ["WANDB_PROJECT"] if is_default and is_theirs("PROJECT") else project,
-            "settings": {k: v for k, v in WANDB_SECONDS.items() if k in known and not is_theirs(k.upper())},
-            **dict(argument for variable, argument in arguments.items() if not is_theirs(variable)),
-        }
+        settings = {name: value for name, value in defaults.items() if not os.environ.get(f"WANDB_{name.upper()}")}
+        arguments = {name: settings.pop(name) for name in ("name", "dir", "resume") if name in settings}
+        return {"run_name": project, "settings": settings, **arguments}
 
     def restart(self) -> None:
-        import wandb  # a second that runs without it need not wait for
-
-        for end in (self.finish, wandb.teardown):  # of a service that may be dead
-            with contextlib.suppress(Exception):
-                end()
+        with contextlib.suppress(Exception):  # its service may be dead
+            self.finish()
         self.start(0)
-
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        self._tracker.log(metrics, step)
 
     def log_samples(self, step: int, texts: list[str]) -> None:
         rows = self._rows + [[step, text] for text in texts]
         self._tracker.log_table("samples", columns=["step", "text"], data=rows, step=step)
         self._rows = rows
 
-    def finish(self) -> None:
-        self._tracker.finish()
 
-
-class TensorBoard:
+class TensorBoard(Tracker):
     """TensorBoard's event files in the run folder's `tensorboard/`: the curves, the settings and the samples as text.
 
     `tensorboard --logdir runs` then shows all runs of a folder.
@@ -149,11 +139,8 @@ class TensorBoard:
 
     name = "tensorboard"
 
-    def __init__(self, folder: RunFolder, config: TrainingConfig):
-        self._folder, self._config = folder.tensorboard, config
-
     def start(self, first_step: int) -> None:
-        # Only where every process begins like this does TensorBoard take the second one for a resumed run.
+        # TensorBoard takes the second process for a resumed run only if every process starts like this.
         self._open(purge_step=first_step + 1)
         self._tracker.log({"config": _quote(yaml.safe_dump(asdict(self._config), sort_keys=False))}, first_step)
 
@@ -161,151 +148,93 @@ class TensorBoard:
         self._open()
 
     def _open(self, **options: int) -> None:
-        make_folder(self._folder)  # where a link may lead, which TensorBoard does not make
-        self._tracker = TensorBoardTracker(self._folder.name, self._folder.parent, **options)
+        folder = self._folder.tensorboard
+        make_folder(folder)  # TensorBoard does not create what a link leads to
+        self._tracker = TensorBoardTracker(folder.name, folder.parent, **options)
         self._tracker.start()
-
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        self._tracker.log(metrics, step)
 
     def log_samples(self, step: int, texts: list[str]) -> None:
         self._tracker.log({"samples": "\n\n---\n\n".join(map(_quote, texts))}, step)
 
-    def finish(self) -> None:
-        self._tracker.finish()
-
 
 def _quote(text: str) -> str:
-    """Indent a text, so that TensorBoard shows it as it is and does not take it for Markdown."""
+    """Indent a text, so that TensorBoard shows it verbatim instead of as Markdown."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def choose_trackers(requested: str) -> list[str]:
-    """Return the names of the trackers that `--report_to` asks for; `auto` is wandb where it could log in.
+class Feed:
+    """Sends a tracker what is recorded.
 
-    What wandb's own switches disable is left out.
+    An error of the tracker's library or network is reported once and stops nothing. No later step waits for that
+    tracker; at the end it is restarted and sent what it missed.
+
+    Args:
+        warn: receives the reports.
+    """
+
+    def __init__(self, tracker: Tracker, first_step: int, warn: Callable[[str], None]):
+        self._tracker, self._warn = tracker, warn
+        self._has_failed = False
+        self._missed: list[Callable[[], None]] = []
+        with self._tolerated_failure("failed, training goes on without it"):
+            if note := tracker.start(first_step):
+                warn(format_line(note))
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Log numbers of the model after `step` updates."""
+        self._send(partial(self._tracker.log_metrics, step, metrics))
+
+    def log_samples(self, step: int, texts: list[str]) -> None:
+        """Log all texts that the model wrote after `step` updates."""
+        self._send(partial(self._tracker.log_samples, step, texts))
+
+    def _send(self, message: Callable[[], None]) -> None:
+        if not self._has_failed:
+            with self._tolerated_failure("failed, training goes on without it"):
+                message()
+        if self._has_failed:
+            self._missed.append(message)
+
+    def close(self) -> None:
+        """Let the tracker finish; if it has failed, send it what it missed first."""
+        if not self._has_failed:
+            with self._tolerated_failure("failed at its end"):
+                self._tracker.finish()
+            return
+        with self._tolerated_failure("failed again, and lacks what metrics.jsonl has"):
+            self._tracker.restart()
+            for message in self._missed:
+                message()
+            self._tracker.finish()
+            self._warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
+
+    @contextlib.contextmanager
+    def _tolerated_failure(self, consequence: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._has_failed = True
+            reason = format_line(f"{type(error).__name__}: {error}")
+            self._warn(f"the tracker {self._tracker.name} {consequence}: {reason}")
+
+
+TRACKER_CLASSES = {each.name: each for each in (Wandb, TensorBoard)}
+
+
+def choose_trackers(requested: str) -> list[str]:
+    """Return the names of the trackers that `--report_to` asks for; `auto` is wandb if it could log in.
+
+    wandb is left out if its own switches disable it.
 
     Raises:
-        UserError: one of them is not installed.
+        UserError: a tracker is not installed.
     """
-    if requested in ("auto", "none"):
-        requested = "wandb" if requested == "auto" and has_wandb_key() else ""
-    names = [name for name in requested.split(",") if name and not (name == "wandb" and is_wandb_disabled())]
+    if requested == "auto":
+        requested = "wandb" if wandb_settings.has_key() else "none"
+    names = [name for name in TRACKERS if name in requested.split(",")]
+    if "wandb" in names and wandb_settings.is_disabled():
+        names.remove("wandb")
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name} needs the package of that name: pip install {name}")
-    return [name for name in TRACKERS if name in names]
-
-
-def build_tracker(name: str, folder: RunFolder, config: TrainingConfig, run_id: str) -> Tracker:
-    """Build a tracker of the run in `folder`; it is not started."""
-    return Wandb(folder, config, run_id) if name == "wandb" else TensorBoard(folder, config)
-
-
-def has_wandb_key() -> bool:
-    """Tell whether wandb could log in without asking."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    url = urlsplit(read_wandb_setting("base_url"))
-    hosts = {url.netloc, url.hostname} if url.netloc else WANDB_HOSTS
-    try:
-        path = os.environ.get("NETRC") or next(
-            filter(os.path.exists, map(os.path.expanduser, ("~/.netrc", "~/_netrc")))
-        )
-        return not hosts.isdisjoint(known := netrc.netrc(os.path.expanduser(path)).hosts) or "default" in known
-    except (OSError, StopIteration, netrc.NetrcParseError, ValueError):
-        return bool(read_wandb_setting("api_key"))
-
-
-def is_wandb_disabled() -> bool:
-    """Tell whether wandb is switched off, by its own mode or by the variable that transformers knows."""
-    is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
-    return is_off or read_wandb_setting("mode").lower() == "disabled"
-
-
-def read_wandb_setting(name: str) -> str:
-    """Return a setting from wandb's environment variable, or the files that `wandb offline` and its like write."""
-    if value := os.environ.get(f"WANDB_{name.upper()}"):
-        return value
-    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
-    parser = configparser.ConfigParser(interpolation=None)
-    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):  # wandb, too, goes on without
-        parser.read([Path(folder, "settings"), Path(os.environ.get("WANDB_DIR") or ".", "wandb", "settings")], "utf-8")
-    return parser.get("default", name, fallback="")
-
-
-def _choose_wandb_mode() -> str:
-    """Return the mode that wandb's settings ask for, or offline where it could only ask for a key.
-
-    Raises:
-        OSError: the server does not answer.
-    """
-    import wandb
-
-    if mode := os.environ.get("WANDB_MODE"):
-        os.environ["WANDB_MODE"] = mode.lower()
-    else:
-        os.environ.pop("WANDB_MODE", None)  # an empty one wandb refuses
-    settings = wandb.setup().settings
-    if settings.mode not in WANDB_ONLINE_MODES:
-        return settings.mode
-    if not has_wandb_key():
-        return "offline"
-    ask_server(settings.base_url)
-    return settings.mode
-
-
-def ask_server(url: str) -> None:
-    """Return once the server at `url` has answered anything that it takes for an answer.
-
-    In a thread, because a name service that is silent knows no time limit.
-
-    Raises:
-        OSError: it has not, within `ANSWER_SECONDS`, or is out of order.
-    """
-    problem: list[OSError] = [TimeoutError(f"{url} does not answer")]
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
-        except urllib.error.HTTPError as error:
-            if error.code >= 500:
-                problem[0] = ConnectionError(f"{url} answers {error.code}")
-                return
-        except Exception as error:  # of an address, or of what no web server says, urllib raises anything
-            # A certificate that only Python does not know is an answer.
-            if not isinstance(getattr(error, "reason", error), ssl.SSLError):
-                problem[0] = ConnectionError(f"{url} does not answer ({getattr(error, 'reason', error)})")
-                return
-        problem.clear()
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if problem:
-        raise problem[0]
-
-
-def _leave_unwritable_folders(run_folder: Path) -> None:
-    """Let wandb write to the run folder where it could not write elsewhere, as in a container without a home."""
-    data_folder = os.environ.get("WANDB_DATA_DIR") or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    if not _is_writable(data_folder):
-        os.environ["WANDB_DATA_DIR"] = str(run_folder.absolute() / "wandb")
-    if not _is_writable(os.environ.get("WANDB_DIR", ".")):
-        os.environ.pop("WANDB_DIR", None)
-
-
-def _is_writable(folder: str) -> bool:
-    path = Path(os.path.expanduser(folder))
-    with contextlib.suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
-    return os.access(path, os.W_OK)
-
-
-@contextlib.contextmanager
-def _without_wandb_variables() -> Iterator[None]:
-    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("WANDB_")}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
+    return names

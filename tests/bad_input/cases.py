@@ -36,6 +36,7 @@ import train
 from modeling_gpt2_repro.core.errors import reports_user_errors
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.plots.run_figure import draw_curves
+from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
 
 # A case takes a tenth of a second; what takes this long would never end.
@@ -70,7 +71,7 @@ def cases(count: int) -> Callable:
 @reports_user_errors
 def draw(argv: Sequence[str] | None = None) -> int:
     """Draw a run's curves as a script would."""
-    draw_curves(argv[0])
+    draw_curves(RunFolder(argv[0]))
     return 0
 
 
@@ -125,7 +126,7 @@ def write_originals(folder: Path) -> None:
         changes = {"data_dir": "data", "output_dir": ".", "hellaswag_every": 1, "hellaswag_file": "items.jsonl"}
         changes |= {"sequence_length": 64, "tokens_per_step": 128, "eval_tokens": 64, "warmup_tokens": 128}
         assert train.main(to_flags(TINY | changes)) == 0
-        draw_curves("run")
+        draw_curves(RunFolder("run"))
         assert eval_hellaswag.main(to_flags({"model": "run/final", "data_file": "items.jsonl"})) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -242,7 +243,7 @@ def hash_tree(folder: Path) -> dict[str, str]:
 def quick_machine() -> Iterator[None]:
     """Leave out what takes a second and does not depend on the input: timing the machine, and drawing in a run."""
     with (
-        mock.patch("modeling_gpt2_repro.training.setup.choose_peak", lambda *_: Peak(1e9, "a test")),
+        mock.patch("modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")),
         mock.patch("train.CurveDrawer", mock.MagicMock()),
     ):
         yield

@@ -11,9 +11,8 @@ from test_run_folders import LONGER
 import eval_hellaswag
 import prepare_data
 import train
-from modeling_gpt2_repro.commands import summary
+from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.core.errors import format_line
-from modeling_gpt2_repro.evaluation import samples
 
 PLAN = TINY | {"plan": True}
 LONG_NAME = "a" * 300
@@ -41,6 +40,7 @@ FLAGS = [
     (train, PLAN | {"plan_tokens_per_second": "nan"}, "--plan_tokens_per_second has to be 1 or more"),
     (train, TINY | {"seed": 2**63 - 1, "max_steps": 1}, None),
     (eval_hellaswag, EVALUATE | {"batch_tokens": 0}, "--batch_tokens has to be 1 or more, not 0"),
+    (eval_hellaswag, EVALUATE | {"limit": 0}, "--limit has to be 1 or more, not 0"),
     # A run that ends in weights that are no numbers, or in no update at all.
     (train, TINY | {"learning_rate": 1e308, "max_steps": 1}, "the model's probabilities are not finite|is not finite"),
     (train, TINY | {"skip_steps": "1:2"}, "--skip_steps passes over every update from 1 to 2"),
@@ -136,7 +136,7 @@ def test_records_of_a_run_that_goes_on(name, content):
         (run / name).write_text(content)
         assert answer(train.main, to_flags(TINY | LONGER), case).code == 0
         assert (run / "final" / "README.md").exists()
-        answer(summary.main, ["runs/run"], case)
+        answer(run_command, ["summary", "runs/run"], case)
         answer(draw, ["runs/run"], case)  # nothing is left to draw where no line was a record
 
 
@@ -144,7 +144,7 @@ def test_records_of_a_run_that_goes_on(name, content):
 def test_samples(settings):
     with open_case("model") as case:
         base = {"model": "../given/model", "prompt": "a", "n_tokens": 8}
-        assert "has to be 1 or more" in answer(samples.main, to_flags(base | settings), case).err
+        assert "has to be 1 or more" in answer(run_command, ["sample", *to_flags(base | settings)], case).err
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"])

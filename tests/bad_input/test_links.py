@@ -18,10 +18,7 @@ from tiny_models import build_model
 import eval_hellaswag
 import prepare_data
 import train
-from modeling_gpt2_repro.commands import summary
-from modeling_gpt2_repro.evaluation import samples
-from modeling_gpt2_repro.model import convert_nanogpt
-from modeling_gpt2_repro.plots import run_figure
+from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.training.metrics import read_metrics
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
@@ -252,32 +249,36 @@ def test_a_data_folder(place, operation, kind, disk):
         assert prepare_data.main(to_flags(PREPARE | {"verify": True})) == 0
 
 
+def convert(argv: list[str]) -> int:
+    return run_command(["convert", *argv])
+
+
 @pytest.mark.parametrize(
-    ("script", "flag", "given"),
+    ("main", "flag", "given"),
     [
-        (eval_hellaswag, "output", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
-        (eval_hellaswag, "per_example", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
-        (convert_nanogpt, "output_dir", {"checkpoint": "../given/ckpt.pt", "tokenizer": "../given/tokenizer"}),
-        (prepare_data, "output_dir", PREPARE),
+        (eval_hellaswag.main, "output", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
+        (eval_hellaswag.main, "per_example", {"model": "../given/model", "data_file": "../given/items.jsonl"}),
+        (convert, "output_dir", {"checkpoint": "../given/ckpt.pt", "tokenizer": "../given/tokenizer"}),
+        (prepare_data.main, "output_dir", PREPARE),
     ],
 )
-def test_a_result(script, flag, given, disk):
+def test_a_result(main, flag, given, disk):
     with open_case("corpus", "tokenizer", "model", "items.jsonl") as case:
         torch.save(build_model(n_embd=64, n_head=1, vocab_size=257).state_dict(), case.given / "ckpt.pt")
         is_folder = flag == "output_dir"
         for number, kind in enumerate(KINDS):
             path = case.folder / "cwd" / f"result{number}{'' if is_folder else '.json'}"
             target = put_link(path, kind, case, disk)
-            if script is convert_nanogpt and target.exists():
+            if main is convert and target.exists():
                 target.rmdir()  # it has to be new
-            ended = answer(script.main, to_flags(given | {flag: path}), case)
+            ended = answer(main, to_flags(given | {flag: path}), case)
             assert ended.code == 0, ended.err
             check_links({path: target})
             assert any(target.iterdir()) if is_folder else target.read_text()
         for name, leads_to in {"a": "a", "b": "/dev/null/there", "c": "../given/items.jsonl/there"}.items():
             path = case.folder / "cwd" / name
             path.symlink_to(leads_to)
-            ended = answer(script.main, to_flags(given | {flag: path}), case)
+            ended = answer(main, to_flags(given | {flag: path}), case)
             assert ended.code == 2 and str(path) in ended.err
 
 
@@ -300,9 +301,9 @@ def test_no_command_makes_a_folder_called_tilde(monkeypatch):
             (train.main, to_flags(training)),
             (train.main, to_flags(training | {"resume": "~/runs/run/checkpoints/step_0000001", "run_name": "fork"})),
             (eval_hellaswag.main, to_flags(evaluation | {"per_example": "~/answers.jsonl"})),
-            (run_figure.main, ["~/runs/run", "~/runs/fork", "--output=~/curves.png"]),
-            (summary.main, ["~/runs/run"]),
-            (samples.main, to_flags({"model": "~/runs/run/final", "prompt": "~", "n_tokens": 4})),
+            (run_command, ["plots", "~/runs/run", "~/runs/fork", "--output=~/curves.png"]),
+            (run_command, ["summary", "~/runs/run"]),
+            (run_command, ["sample", *to_flags({"model": "~/runs/run/final", "prompt": "~", "n_tokens": 4})]),
         ):
             given = answer(main, argv, case)
             assert given.code == 0, given.err

@@ -15,17 +15,12 @@ from conftest import REPOSITORY
 from fork_server import serve_forks
 from test_flags import EVALUATE, PREPARE
 
+from modeling_gpt2_repro import __main__ as commands
+
 PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for name in ("", "bad_input"))])
-HELPFUL = (
-    "train",
-    "prepare_data",
-    "eval_hellaswag",
-    "modeling_gpt2_repro.model.convert_nanogpt",
-    "modeling_gpt2_repro.evaluation.samples",
-    "modeling_gpt2_repro.plots.run_figure",
-    "modeling_gpt2_repro.publishing.hub",
-)
-MODULES = (*HELPFUL, "cases")
+COMMANDS = "modeling_gpt2_repro.__main__"
+MODULES = ("train", "prepare_data", "eval_hellaswag", COMMANDS, "cases")
+HELPFUL = {module: (module, []) for module in MODULES[:4]} | {name: (COMMANDS, [name]) for name in commands.COMMANDS}
 # Then a file that its owner may not read is refused to root as well: linux/capability.h, without the first three.
 NO_PRIVILEGES = """
 import ctypes
@@ -53,14 +48,17 @@ def forks():
         yield server
 
 
-def run(forks, case, module: str, settings: dict, hindrance: str = NO_PRIVILEGES) -> SimpleNamespace:
-    """Run a command in a case's `cwd`; the promise of one line without a traceback holds in any case."""
+def run(forks, case, program: str, settings: dict, hindrance: str = NO_PRIVILEGES) -> SimpleNamespace:
+    """Run a script, or a command of the package, in a case's `cwd`, and check that it ends in one line at most."""
     script = f"os.chdir({str(case.folder / 'cwd')!r})\n{hindrance}\n{RUN}"
-    given = forks.run(module, to_flags(settings), case.folder, script=script)
+    module, argv = HELPFUL.get(program, (program, []))
+    given = forks.run(module, [*argv, *to_flags(settings)], case.folder, script=script)
     assert "Traceback" not in given.err, given.err
     assert given.code in (0, 2), given.err
     if given.code == 2:
-        assert given.err.count("error: ") == 1 and given.err.splitlines()[-1].startswith(module.rpartition(".")[2])
+        assert given.err.count("error: ") == 1 and given.err.splitlines()[-1].startswith(
+            module.removesuffix(".__main__")
+        )
         assert not any(lie in given.err for lie in ("damaged", "overwrite", "again with", "not a whole")), given.err
     return given
 
@@ -80,7 +78,7 @@ READ = {
     "a parquet file": ("prepare_data", PREPARE | {"files": "../given/corpus/e.parquet"}, "corpus/e.parquet"),
     "a compressed file": ("prepare_data", PREPARE | {"files": "../given/corpus/f.jsonl.zst"}, "corpus/f.jsonl.zst"),
     "a checkpoint of nanoGPT": (
-        "modeling_gpt2_repro.model.convert_nanogpt",
+        "convert",
         {"checkpoint": "../given/corpus/a.jsonl", "output_dir": "out", "tokenizer": "none"},
         "corpus/a.jsonl",
     ),
@@ -121,11 +119,12 @@ def test_shards_may_be_more_than_open_files(forks):
         assert given.code == 0, given.err
 
 
-@pytest.mark.parametrize("module", HELPFUL)
-def test_help_does_without_docstrings(forks, tmp_path, module):
+@pytest.mark.parametrize("program", HELPFUL)
+def test_help_does_without_docstrings(forks, tmp_path, program):
     """As under `python -OO`, which removes them."""
     script = f"module.__doc__ = module.main.__doc__ = None\n{RUN}"
-    given = forks.run(module, ["--help"], tmp_path, script=script)
+    module, argv = HELPFUL[program]
+    given = forks.run(module, [*argv, "--help"], tmp_path, script=script)
     assert (given.code, given.err) == (0, "") and "usage" in given.out
 
 
@@ -133,6 +132,7 @@ FAILING = {
     "train.py": {"TQDM_MININTERVAL": "often"},
     "prepare_data.py": {"HF_HUB_DOWNLOAD_TIMEOUT": "long"},
     "eval_hellaswag.py": {"TQDM_NCOLS": "wide"},
+    "-mmodeling_gpt2_repro": {"TQDM_MAXINTERVAL": "rarely"},
     "-mmodeling_gpt2_repro.evaluation.sampling": {"TQDM_MINITERS": "few"},
 }
 
@@ -154,7 +154,8 @@ def test_pictures_are_the_same_whatever_matplotlib_is_told(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "modeling_gpt2_repro.plots.run_figure",
+        "modeling_gpt2_repro",
+        "plots",
         build_originals() / "run",
         "--output=a.png",
     ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, put_in_place
 
 import train
-from modeling_gpt2_repro.commands import summary
+from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.core.files import compute_checksum
 
 # With which the original run was made.
@@ -42,12 +42,12 @@ def report(case, draws: bool) -> None:
     if draws:
         answer(draw, [str(case.given / "run")], case, CURVES)
     else:
-        answer(summary.main, ["../given/run"], case)
+        answer(run_command, ["summary", "../given/run"], case)
 
 
 def test_a_whole_run_is_reported():
     with open_case("run") as case:
-        assert answer(summary.main, ["../given/run"], case).code == 0
+        assert answer(run_command, ["summary", "../given/run"], case).code == 0
         assert answer(draw, ["../given/run"], case, CURVES).code == 0
 
 

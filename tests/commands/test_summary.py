@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from modeling_gpt2_repro.commands.summary import main
+from modeling_gpt2_repro.__main__ import main
 from modeling_gpt2_repro.core.arguments import write_config
 from modeling_gpt2_repro.training.config import TrainingConfig
 
@@ -33,15 +33,14 @@ def test_summary_says_what_was_reached_and_where_it_is(run_folder, capsys):
     facts = {"model": str(run_folder / "final"), "data": "y", "dtype": "float32", "original": scores}
     (run_folder / "hellaswag_items.json").write_text(json.dumps(facts))
     (run_folder / "hellaswag_gpt2.json").write_text(json.dumps(facts | {"model": "gpt2"}))
-    assert main([str(run_folder)]) == 0
+    assert main(["summary", str(run_folder)]) == 0
     text, error = capsys.readouterr()
     (line,) = error.splitlines()
-    assert (
-        line.endswith("hellaswag_gpt2.json is passed over: it is of the model gpt2") and "hellaswag_gpt2" not in text
-    )
+    assert line.endswith("hellaswag_gpt2.json is skipped: it is of the model gpt2") and "hellaswag_gpt2" not in text
     assert "2 steps, 1,048,576 tokens" in text
     assert "8.2500 nats a token, 3.5000 bits a byte" in text
-    assert "hellaswag_items, protocol original: acc_norm 0.5000 +- 0.1000, acc 0.2500, 26 items, in float32" in text
+    assert "hellaswag_items, protocol original: acc_norm 0.5000 ± 0.1000 (standard error), 26 items, in " in text
+    assert "in float32, acc 0.2500" in text
     assert "'last words'" in text
     assert str(run_folder / "metrics.jsonl") in text
 
@@ -49,11 +48,11 @@ def test_summary_says_what_was_reached_and_where_it_is(run_folder, capsys):
 def test_a_loss_of_an_earlier_model_is_shown_with_its_step(run_folder, capsys):
     with open(run_folder / "metrics.jsonl", "a") as stream:
         stream.write(json.dumps({"step": 3, "train/loss": 7.0}) + "\n")
-    assert main([str(run_folder)]) == 0
+    assert main(["summary", str(run_folder)]) == 0
     assert "3.5000 bits a byte, at step 2" in capsys.readouterr().out
 
 
 def test_folders_without_metrics_are_refused(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+    assert main(["summary", str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
-    assert main([]) == 2
+    assert main(["summary"]) == 2

@@ -9,12 +9,14 @@ from typing import Literal
 import pytest
 
 from eval_hellaswag import HellaSwagConfig
+from modeling_gpt2_repro.commands.convert import ConvertConfig
+from modeling_gpt2_repro.commands.plots import PlotsConfig
+from modeling_gpt2_repro.commands.publish import PublishConfig
+from modeling_gpt2_repro.commands.sample import SampleConfig
+from modeling_gpt2_repro.commands.summary import SummaryConfig
 from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting, write_config
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.evaluation.samples import SamplingConfig
-from modeling_gpt2_repro.model.convert_nanogpt import NanoGPTConfig
-from modeling_gpt2_repro.publishing.hub import UploadSettings
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
@@ -124,7 +126,8 @@ def test_a_home_that_nobody_knows_is_told(monkeypatch):
         parse("--inputs", "a", "~/x")
 
 
-SCRIPTS = [TrainingConfig, PrepareConfig, HellaSwagConfig, NanoGPTConfig, SamplingConfig, UploadSettings]
+COMMANDS = [ConvertConfig, PlotsConfig, PublishConfig, SampleConfig, SummaryConfig]
+SCRIPTS = [TrainingConfig, PrepareConfig, HellaSwagConfig, *COMMANDS]
 NO_PATHS = {"run_name", "hub_model_id", "repo_id", "wandb_project", "document_separator", "text_column", "revision"}
 NO_PATHS |= {"prompt", "sample_prompt", "report_to", "model_size", "micro_batch_size", "skip_steps", "split", "task"}
 NO_PATHS |= {"dataset_config_name"}
@@ -209,8 +212,9 @@ class Positional(Config):
 
 def test_paths_may_be_given_without_a_flag(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = parse_arguments(Positional, ["a", "~/b", "--hours"], description="")
-    assert given == Positional(runs=["a", f"{tmp_path}/b"], hours=True)
+    wanted = Positional(runs=["a", f"{tmp_path}/b"], hours=True)
+    for argv in (["a", "~/b", "--hours"], ["--hours", "a", "~/b"], ["--hours", "yes", "a", "~/b"]):
+        assert parse_arguments(Positional, argv, description="") == wanted
     with pytest.raises(UserError, match="RUN"):
         parse_arguments(Positional, ["--hours"], description="")
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""What is printed ends no program: in no encoding, and whoever has stopped reading."""
+"""Printing never ends a program, in any encoding, and whether or not anybody reads."""
 
 import json
 import os
@@ -15,25 +15,25 @@ from small_runs import N_STEPS, flags, read_losses, run_training
 from modeling_gpt2_repro.core.streams import prepare_streams
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 
-SAMPLING, SUMMARY = "modeling_gpt2_repro.evaluation.samples", "modeling_gpt2_repro.commands.summary"
+COMMANDS = "modeling_gpt2_repro.__main__"
 NAME = "ŝipo 日本 ▁"
 PROMPT = "日本 naïve \U0001f600"
 QUICK = {
-    **{
-        "n_layer": 1,
-        "n_embd": 8,
-        "sequence_length": 256,
-        "tokens_per_step": 256,
-        "eval_every": 0,
-        "hellaswag_every": 0,
-    },
-    **{"sample_every": 6, "sample_prompt": PROMPT, "sample_tokens": 40},
+    "n_layer": 1,
+    "n_embd": 8,
+    "sequence_length": 256,
+    "tokens_per_step": 256,
+    "eval_every": 0,
+    "hellaswag_every": 0,
+    "sample_every": 6,
+    "sample_prompt": PROMPT,
+    "sample_tokens": 40,
 }
 
 
 @pytest.fixture(scope="module")
 def server():
-    modules = ["train", "prepare_data", "eval_hellaswag", SAMPLING, SUMMARY, "standard_streams"]
+    modules = ["train", "prepare_data", "eval_hellaswag", COMMANDS, "standard_streams"]
     path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
     with serve_forks(modules, {**os.environ, "PYTHONPATH": path}) as server:
         yield server
@@ -73,8 +73,8 @@ def list_scripts(finished_run: Path, given: Path, folder: Path) -> dict[str, tup
             "eval_hellaswag",
             [f"--model={model}", f"--data_file={SAMPLE_FILE}", "--limit=2", "--protocol=original"],
         ),
-        "sampling": (SAMPLING, [f"--model={model}", f"--prompt={PROMPT}", "--n_samples=1"]),
-        "summary": (SUMMARY, [finished_run]),
+        "sampling": (COMMANDS, ["sample", f"--model={model}", f"--prompt={PROMPT}", "--n_samples=1"]),
+        "summary": (COMMANDS, ["summary", finished_run]),
     }
 
 
@@ -121,7 +121,7 @@ def test_a_run_needs_nobody_who_reads(data, tmp_path, run_script, kind):
 
 @pytest.mark.parametrize("kind, code", [("pipe", 141), ("full", 2), ("closed", 0)])
 def test_a_command_ends_as_others_do_where_nobody_reads(finished_run, run_script, kind, code):
-    result = run_script(f"give_nobody({kind!r})", SUMMARY, [finished_run])
+    result = run_script(f"give_nobody({kind!r})", COMMANDS, ["summary", finished_run])
     assert result.code == code
     assert "Traceback" not in result.err and result.err.count("\n") == (code == 2), result.err
 

@@ -29,10 +29,10 @@ SETTINGS = {
 # that draws beside the run, whose pictures the run draws once more at its end.
 QUICKER = """
 import matplotlib.figure
-import modeling_gpt2_repro.training.setup
+import modeling_gpt2_repro.training.run
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.training.throughput import Peak
-modeling_gpt2_repro.training.setup.choose_peak = lambda *_: Peak(1e12, "not measured")
+modeling_gpt2_repro.training.run.choose_peak = lambda *_: Peak(1e12, "not measured")
 CurveDrawer.request = lambda self: None
 matplotlib.figure.Figure.savefig = lambda self, stream, **_: stream.write(bytes(100_000))
 """

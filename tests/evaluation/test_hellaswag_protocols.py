@@ -11,8 +11,6 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, HellaSwag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import (
     HellaSwagQuestions,
     encode_hellaswag,
-    encode_lm_eval,
-    encode_original,
     render_lm_eval,
     render_original,
 )
@@ -34,7 +32,7 @@ def test_original_reads_the_raw_context_and_counts_tokens(tokenizer):
     item = make_item(ctx_a="[header] Two  blanks [title] x", ctx_b="", endings=("[step] a", "b  c", "d", "e"))
     context, continuations = render_original(item)
     assert (context, continuations[0]) == ("[header] Two  blanks [title] x", " [step] a")
-    encoded = encode_original([item], tokenizer)[0]
+    encoded = encode_hellaswag([item], tokenizer, "original").items[0]
     assert tokenizer.decode(encoded.context_ids) == context
     assert [tokenizer.decode(ids) for ids in encoded.ending_ids] == continuations
     assert encoded.ending_lengths == tuple(len(ids) for ids in encoded.ending_ids)
@@ -86,7 +84,7 @@ LM_EVAL_CASES = {
 @pytest.mark.parametrize(("item", "context", "continuations", "lengths"), LM_EVAL_CASES.values(), ids=LM_EVAL_CASES)
 def test_lm_eval_cleans_and_encodes_as_the_harness(tokenizer, item, context, continuations, lengths):
     assert render_lm_eval(item) == (context, continuations)
-    encoded = encode_lm_eval([item], tokenizer)[0]
+    encoded = encode_hellaswag([item], tokenizer, "lm_eval").items[0]
     assert encoded.ending_lengths == lengths
     assert encoded.context_ids == tokenizer(context)["input_ids"]
     for ids, continuation in zip(encoded.ending_ids, continuations, strict=True):
@@ -108,7 +106,8 @@ def test_lm_eval_encodes_context_and_ending_together():
     context, continuations = render_lm_eval(item)
     assert len(context) % 2 == 1
     whole_ids = tokenizer([context + continuations[0]])["input_ids"][0]
-    assert encode_lm_eval([item], tokenizer)[0].ending_ids[0] == whole_ids[(len(context) + 1) // 2 :]
+    encoded = encode_hellaswag([item], tokenizer, "lm_eval").items[0]
+    assert encoded.ending_ids[0] == whole_ids[(len(context) + 1) // 2 :]
 
 
 @pytest.mark.parametrize("protocol", ["original", "lm_eval"])

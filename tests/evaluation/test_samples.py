@@ -6,8 +6,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation.samples import generate_samples, main
-from modeling_gpt2_repro.model.folder import save_published_model
+from modeling_gpt2_repro.evaluation.samples import generate_samples
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -63,16 +62,3 @@ def test_prompts_that_leave_no_room_are_refused(model, tokenizer):
         generate_samples(model, tokenizer, PROMPT, n_tokens=8)
     with pytest.raises(UserError, match="longer than the model's 24 positions"):
         generate_samples(model, tokenizer, PROMPT, n_tokens=25)
-
-
-def test_command_prints_samples_of_a_folder(model, tokenizer, tmp_path, capsys):
-    save_published_model(tmp_path, model, tokenizer)
-    assert main([f"--model={tmp_path}", f"--prompt={PROMPT}", "--n_samples=2", "--n_tokens=12"]) == 0
-    assert capsys.readouterr().out.count(f"> {PROMPT}") == 2
-    assert main([]) == 2
-    assert main(["--model=missing/model"]) == 2
-    assert "--model missing/model" in capsys.readouterr().err
-    small = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=100))
-    save_published_model(tmp_path, small, tokenizer)
-    assert main([f"--model={tmp_path}", f"--prompt={PROMPT}"]) == 2
-    assert "has embeddings for 100 token ids" in capsys.readouterr().err

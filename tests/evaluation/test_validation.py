@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import build_pair, build_stock_model, draw_ids, silence_blocks
+from tiny_models import build_pair, draw_ids, silence_blocks
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation.validation import evaluate_loss, measure_loss
+from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 
 N_BYTES = 123
 
@@ -104,48 +103,3 @@ def test_logits_near_minus_100_keep_the_loss_of_float64_under_bf16(is_ours):
     assert -120 < logits.mean() < -80
     exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     assert result.loss == pytest.approx(exact, abs=1e-4)
-
-
-class CrowdedModel(torch.nn.Module):
-    """A model on a device whose memory takes `n_rows` sequences at once."""
-
-    def __init__(self, n_rows: int):
-        super().__init__()
-        self.model, self.n_rows, self.batch_sizes = build_stock_model(), n_rows, []
-
-    def forward(self, input_ids, **kwargs):
-        self.batch_sizes.append(len(input_ids))
-        if len(input_ids) > self.n_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.model(input_ids=input_ids, **kwargs)
-
-
-def measure(model, largest_batch_size=8):
-    return measure_loss(
-        model,
-        list(draw_ids(batch=8)),
-        8,
-        largest_batch_size=largest_batch_size,
-        n_bytes=100,
-        accelerator=Accelerator(),
-    )
-
-
-def test_fewer_sequences_are_taken_at_once_where_memory_runs_out():
-    torch.manual_seed(0)
-    model = CrowdedModel(n_rows=3)
-    result = measure(model)
-    assert model.batch_sizes == [8, 4, 2, 2, 2, 2]
-    model.n_rows = 8
-    assert result.loss == pytest.approx(measure(model).loss, rel=1e-6)
-    model.n_rows = 0
-    with pytest.raises(UserError, match="not even one sequence fits"):
-        measure(model)
-
-
-def test_a_loss_that_is_no_number_is_refused():
-    model = build_stock_model()
-    with torch.no_grad():
-        model.transformer.ln_f.weight[0] = torch.nan
-    with pytest.raises(UserError, match="loss is not finite"):
-        measure(model)

@@ -17,8 +17,9 @@ from nanogpt_files import SHAPE, Reference, assert_same_function, draw_ids, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from modeling_gpt2_repro.__main__ import main
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.convert_nanogpt import convert_state_dict, load_nanogpt, main
+from modeling_gpt2_repro.model.convert_nanogpt import convert_state_dict, load_nanogpt
 from modeling_gpt2_repro.model.loading import load_causal_lm
 from modeling_gpt2_repro.training.building import load_shape
 
@@ -294,11 +295,11 @@ def test_a_checkpoint_in_place_of_a_model_folder_is_told_how_to_become_one(tmp_p
         try:
             assert load(str(path)) == 2
         except UserError as error:
-            assert "modeling_gpt2_repro.model.convert_nanogpt --checkpoint" in str(error)
+            assert "modeling_gpt2_repro convert --checkpoint" in str(error)
 
 
 def run_command(*arguments):
-    command = [sys.executable, "-m", "modeling_gpt2_repro.model.convert_nanogpt", *map(str, arguments)]
+    command = [sys.executable, "-m", "modeling_gpt2_repro", "convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -320,7 +321,15 @@ def test_command_writes_a_folder_that_stock_transformers_opens(tmp_path, tokeniz
 def test_command_without_a_tokenizer(tmp_path, capsys):
     reference, output = Reference(vocab_size=65, gelu="gelu_new"), tmp_path / "model"
     torch.save(reference.state_dict(), tmp_path / "weights.pt")
-    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--output_dir", str(output), "--tokenizer", "none"]
+    arguments = [
+        "convert",
+        "--checkpoint",
+        str(tmp_path / "weights.pt"),
+        "--output_dir",
+        str(output),
+        "--tokenizer",
+        "none",
+    ]
     arguments += ["--n_head", "2", "--activation_function", "gelu_new"]
     assert main(arguments) == 0
     assert "activation_function: gelu_new" in capsys.readouterr().out
@@ -339,6 +348,6 @@ def test_command_without_a_tokenizer(tmp_path, capsys):
 
 def test_command_leaves_nothing_behind_when_it_refuses(tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_text("not a checkpoint")
-    assert main(["--checkpoint", str(tmp_path / "ckpt.pt"), "--output_dir", str(tmp_path / "model")]) == 2
+    assert main(["convert", "--checkpoint", str(tmp_path / "ckpt.pt"), "--output_dir", str(tmp_path / "model")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from nanogpt_files import Reference, assert_same_function, save_nanogpt
 
+from modeling_gpt2_repro.__main__ import main
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.convert_nanogpt import load_nanogpt, main
+from modeling_gpt2_repro.model.convert_nanogpt import load_nanogpt
 
 
 def test_numpy_s_old_module_name_and_a_scalar_of_it(tmp_path):
@@ -57,7 +58,12 @@ def write_old_tar(path):
 )
 def test_what_else_lies_under_the_name_of_a_checkpoint_is_said(tmp_path, write, complaint, capfd):
     write(tmp_path / "ckpt.pt")
-    assert main([f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}", "--tokenizer=none"]) == 2
+    assert (
+        main(
+            ["convert", f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}", "--tokenizer=none"]
+        )
+        == 2
+    )
     (line,) = capfd.readouterr().err.splitlines()
     assert "ckpt.pt" in line and re.search(complaint, line), line
 

@@ -102,7 +102,7 @@ def test_what_holds_no_numbers_is_refused_in_a_line(run_folder, content):
 @pytest.mark.parametrize("content", ["", "hello\n", "1 train\n", "epoch 1 loss 3.5\n"])
 def test_a_text_that_is_no_log_is_refused(tmp_path, content):
     (tmp_path / "log.txt").write_text(content)
-    with pytest.raises(UserError, match="no log of the original script"):
+    with pytest.raises(UserError, match="not a log of the original script"):
         load_curves(tmp_path / "log.txt")
 
 

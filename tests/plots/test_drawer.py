@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,6 +14,7 @@ from written_runs import build_lines, write_run
 
 from modeling_gpt2_repro.plots import drawer
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 PATIENCE_SECONDS = 120
 
@@ -27,20 +26,27 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def find_drawers(run_folder: Path, parent: int | None = None) -> list[psutil.Process]:
-    """Return the children of a process, this one unless told otherwise, that draw a run's curves."""
+def find_drawers(folder: RunFolder, parent: int | None = None) -> list[psutil.Process]:
+    """Return the children of a process (`None`: of this one) that draw a run's curves."""
 
     def is_drawer(child: psutil.Process) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
-            return child.cmdline()[-1:] == [str(run_folder)]
+            return child.cmdline()[-1:] == [str(folder)]
         return False
 
     return list(filter(is_drawer, psutil.Process(parent).children()))
 
 
+def find_drawer(folder: RunFolder, parent: int | None = None) -> psutil.Process:
+    """Return the one process that draws, once the system knows its command."""
+    wait_for(lambda: find_drawers(folder, parent))
+    (process,) = find_drawers(folder, parent)
+    return process
+
+
 @pytest.fixture
-def run_folder(tmp_path) -> Path:
-    return write_run(tmp_path / "run", build_lines(20))
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(write_run(tmp_path / "run", build_lines(20)))
 
 
 @pytest.fixture
@@ -48,92 +54,107 @@ def warnings() -> list[str]:
     return []
 
 
-def test_a_picture_comes_while_the_run_goes_on_and_another_at_its_end(run_folder, warnings):
-    picture = run_folder / "curves.png"
-    with CurveDrawer(run_folder, warnings.append) as curves:
+def test_pictures_come_while_the_run_goes_on_and_another_at_its_end(folder, warnings):
+    with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
-        wait_for(picture.exists)
-        first = picture.read_bytes()
-        (process,) = find_drawers(run_folder)
-        process.send_signal(signal.SIGTERM)  # as a batch system that asks all processes of the run to stop
-        write_run(run_folder, build_lines(40))
-        curves.request()
-        wait_for(lambda: picture.read_bytes() != first)
-        assert find_drawers(run_folder) == [process]  # one for all pictures
-        write_run(run_folder, build_lines(60))
-        second = picture.read_bytes()
-    assert picture.read_bytes() not in (first, second)
+        wait_for(folder.curves.exists)
+        first = folder.curves.read_bytes()
+        write_run(folder.path, build_lines(40))
+        wait_for(lambda: curves.request() or folder.curves.read_bytes() != first)
+        second = folder.curves.read_bytes()
+        write_run(folder.path, build_lines(60))
+        wait_for(lambda: curves.request() or find_drawers(folder))
+        process = find_drawer(folder)
+    assert folder.curves.read_bytes() not in (first, second)
     assert not process.is_running() and warnings == []
 
 
-def test_a_request_does_not_wait_for_the_process_that_draws(run_folder, warnings):
-    with CurveDrawer(run_folder, warnings.append) as curves:
+def test_a_request_does_not_wait_for_the_process_that_draws(folder, warnings):
+    with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
-        (process,) = find_drawers(run_folder)
+        process = find_drawer(folder)
         process.suspend()  # draws as slowly as can be
-        for _ in range(100_000):  # more than a pipe holds
+        for _ in range(1000):
             curves.request()
-    assert (run_folder / "curves.png").exists() and warnings == []
+        assert find_drawers(folder) == [process]  # one at a time
+    assert folder.curves.exists() and not process.is_running() and warnings == []
 
 
-def test_a_picture_that_fails_is_said_once(run_folder, warnings):
-    (run_folder / "curves.png").mkdir()
-    with CurveDrawer(run_folder, warnings.append) as curves:
+def test_a_picture_that_fails_is_said_once(folder, warnings):
+    folder.curves.mkdir()
+    with CurveDrawer(folder, warnings.append) as curves:
         wait_for(lambda: curves.request() or warnings)
         curves.request()
     (warning,) = warnings
-    assert warning.startswith("curves.png was not drawn, training goes on: UserError: cannot write")
+    assert warning.startswith("curves.png was not drawn, training continues: cannot write ")
 
 
-def test_a_process_that_dies_is_said_once_and_started_anew(run_folder, warnings):
-    picture = run_folder / "curves.png"
-    with CurveDrawer(run_folder, warnings.append) as curves:
+def test_a_process_that_is_killed_is_said_once_and_started_anew(folder, warnings):
+    with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
         for _ in range(2):
-            (process,) = find_drawers(run_folder)
+            process = find_drawer(folder)
             process.kill()
-            wait_for(lambda dead=process: curves.request() or set(find_drawers(run_folder)) - {dead})
-        picture.unlink(missing_ok=True)
+            wait_for(lambda dead=process: curves.request() or set(find_drawers(folder)) - {dead})
+        folder.curves.unlink(missing_ok=True)
+        wait_for(lambda: curves.request() or folder.curves.exists())
+    assert warnings == ["curves.png was not drawn, training continues: the process that draws it was killed"]
+
+
+def test_a_batch_system_may_stop_the_process_that_draws(folder, warnings):
+    """It asks all processes of a run to stop; the run itself then draws the last picture."""
+    with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
-        wait_for(picture.exists)
-    assert warnings == ["curves.png was not drawn, training goes on: the process that draws it had ended"]
+        process = find_drawer(folder)
+        process.terminate()
+        wait_for(lambda: curves.request() or set(find_drawers(folder)) - {process})
+    assert folder.curves.exists() and warnings == []
 
 
-def test_a_run_that_fails_has_its_curves_and_one_that_is_interrupted_ends(run_folder, warnings):
-    with pytest.raises(ValueError), CurveDrawer(run_folder, warnings.append):
+def test_a_run_that_fails_has_its_curves_and_one_that_is_interrupted_ends(folder, warnings):
+    with pytest.raises(ValueError), CurveDrawer(folder, warnings.append):
         raise ValueError
-    assert (run_folder / "curves.png").exists()
-    (run_folder / "curves.png").unlink()
-    with pytest.raises(KeyboardInterrupt), CurveDrawer(run_folder, warnings.append):
+    assert folder.curves.exists()
+    folder.curves.unlink()
+    with pytest.raises(KeyboardInterrupt), CurveDrawer(folder, warnings.append):
         raise KeyboardInterrupt
-    assert not (run_folder / "curves.png").exists()
+    assert not folder.curves.exists()
 
 
-def test_only_one_process_of_a_run_draws(run_folder, warnings):
-    with CurveDrawer(run_folder, warnings.append, enabled=False) as curves:
+def test_only_one_process_of_a_run_draws(folder, warnings):
+    with CurveDrawer(folder, warnings.append, enabled=False) as curves:
         curves.request()
-        assert find_drawers(run_folder) == []
-    assert not (run_folder / "curves.png").exists()
+        assert find_drawers(folder) == []
+    assert not folder.curves.exists()
 
 
-def test_it_ends_with_a_run_that_is_killed(run_folder):
+def test_it_ends_with_a_run_that_is_killed(folder):
     program = (
-        "import sys, time\nfrom pathlib import Path\n"
-        "from modeling_gpt2_repro.plots.drawer import CurveDrawer\n"
-        "with CurveDrawer(Path(sys.argv[1]), print) as curves:\n    curves.request()\n    time.sleep(600)"
+        "import sys, time\n"
+        "from modeling_gpt2_repro.plots.drawer import CurveDrawer, RunFolder\n"
+        "with CurveDrawer(RunFolder(sys.argv[1]), print) as curves:\n    curves.request()\n    time.sleep(600)"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.Popen([sys.executable, "-c", program, str(run_folder)], env=environment)
-    wait_for((run_folder / "curves.png").exists)
-    (process,) = find_drawers(run_folder, run.pid)
-    assert process.nice() == drawer.NICENESS
+    run = subprocess.Popen([sys.executable, "-c", program, str(folder)], env=environment)
+    process = find_drawer(folder, run.pid)
+    wait_for(lambda: process.nice() == drawer.NICENESS)
     run.kill()
     run.wait()
     process.wait(PATIENCE_SECONDS)
 
 
-def test_a_run_without_numbers_is_not_drawn_and_not_complained_of(tmp_path, warnings):
-    with CurveDrawer(tmp_path, warnings.append) as curves:
+def test_a_run_may_be_called_like_a_flag(tmp_path, monkeypatch, warnings):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(write_run(tmp_path / "--hours", build_lines(5)).name)
+    with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
-        assert find_drawers(tmp_path) == []
+        wait_for(folder.curves.exists)
+    assert warnings == []
+
+
+def test_a_run_without_numbers_is_not_drawn_and_not_complained_of(tmp_path, warnings):
+    folder = RunFolder(tmp_path)
+    with CurveDrawer(folder, warnings.append) as curves:
+        curves.request()
+        assert find_drawers(folder) == []
     assert warnings == [] and list(tmp_path.iterdir()) == []

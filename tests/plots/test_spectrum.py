@@ -6,7 +6,6 @@ from conftest import SHARED_DATA
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.plots.curves import Curves, Series, load_curves
-from modeling_gpt2_repro.plots.run_figure import main
 from modeling_gpt2_repro.plots.spectrum import build_spectrum_figure, compute_spectrum
 
 REFERENCE_LOG = SHARED_DATA / "reference_runs" / "build_nanogpt_fork_10b.log.txt"
@@ -73,10 +72,3 @@ def test_the_original_order_of_documents_shows_in_its_loss():
     peaks = compute_spectrum(load_curves(REFERENCE_LOG).get("train/loss")).list_peaks()
     assert [round(period) for period, _ in peaks[:2]] == [47, 35]
     assert peaks[0][1] > 300
-
-
-@NEEDS_LOG
-def test_the_command_draws_the_spectrum_and_names_the_periods(tmp_path, capsys):
-    assert main([str(REFERENCE_LOG), "--spectrum", f"--output={tmp_path / 'spectrum.png'}"]) == 0
-    assert "the train loss has periods of 46.5 steps" in capsys.readouterr().out
-    assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")

@@ -18,12 +18,12 @@ from loopback_hub import LoopbackHub, User
 from safetensors.torch import load
 from small_runs import flags, list_launch_command, read_losses, run_training
 
+from modeling_gpt2_repro.__main__ import main
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION, SAMPLE_FILE
 from modeling_gpt2_repro.model.folder import save_published_model
-from modeling_gpt2_repro.publishing.hub import main as publish
 
 ME, READER, STRANGER = "hf_me0123456789", "hf_reader0123456789", "hf_stranger0123456789"
-HUB = "modeling_gpt2_repro.publishing.hub"
+COMMANDS = "modeling_gpt2_repro.__main__"
 TINY = "models/me/tiny"
 TAGS = {"step-0000006", "step-0000012"}
 # Without what only costs time here.
@@ -73,7 +73,7 @@ def environment(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(environment):
-    with serve_forks(["train", "eval_hellaswag", HUB], environment) as server:
+    with serve_forks(["train", "eval_hellaswag", COMMANDS], environment) as server:
         yield server
 
 
@@ -97,7 +97,7 @@ def finished_run(shards, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def published(finished_run, server, tmp_path_factory) -> Path:
     """The run, which is on the Hub as me/tiny with all its checkpoints."""
-    result = server.run(HUB, [finished_run, "--checkpoints"], tmp_path_factory.mktemp("out"))
+    result = server.run(COMMANDS, ["publish", finished_run, "--checkpoints"], tmp_path_factory.mktemp("out"))
     assert result.code == 0, result.err
     return finished_run
 
@@ -111,7 +111,7 @@ def check_same_weights(ours, theirs) -> None:
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def check_is_one_line(result, reason, program="hub.py"):
+def check_is_one_line(result, reason, program="modeling_gpt2_repro"):
     assert result.code == 2, result.err
     (line,) = result.err.splitlines()
     assert line.startswith(f"{program}: error: ") and reason in line, line
@@ -196,26 +196,26 @@ def test_hellaswag_is_downloaded_and_scored_on_a_repository(run, tmp_path):
 def test_what_is_there_is_not_sent_again(hub, published, run, tmp_path):
     repository = hub.repositories[TINY]
     before = dict(repository.references)
-    assert run(HUB, published, "--repo_id", "me/tiny", "--checkpoints").code == 0
+    assert run(COMMANDS, "publish", published, "--repo_id", "me/tiny", "--checkpoints").code == 0
     assert hub.count_requests("", "PUT") == hub.count_requests("/commit/") == hub.count_requests("/tag/") == 0
     assert repository.references == before
 
     changed = tmp_path / "tiny"
     shutil.copytree(published, changed)
     (changed / "curves.png").write_bytes(b"another picture")
-    assert run(HUB, changed).code == 0
+    assert run(COMMANDS, "publish", changed).code == 0
     assert hub.count_requests("/lfs/", "PUT") == 1
     assert hub.get_file(TINY, "curves.png") == b"another picture"
     assert repository.references["step-0000006"] == before["step-0000006"]
-    assert run(HUB, published).code == 0  # as it was, for the others
+    assert run(COMMANDS, "publish", published).code == 0  # as it was, for the others
 
 
 @pytest.mark.slow
 def test_tag_moves_with_another_run_of_the_name(hub, published, run, tmp_path, shards):
-    assert run(HUB, published, "--repo_id", "me/moved", "--checkpoints").code == 0
+    assert run(COMMANDS, "publish", published, "--repo_id", "me/moved", "--checkpoints").code == 0
     other = run_training(shards, tmp_path, "tiny", seed=1, **QUICK)
     hub.repositories["models/me/moved"].objects["x"] = b""  # what is stored stays
-    assert run(HUB, other, "--repo_id", "me/moved", "--checkpoints").code == 0
+    assert run(COMMANDS, "publish", other, "--repo_id", "me/moved", "--checkpoints").code == 0
     step_6 = other / "checkpoints" / "step_0000006"
     check_same_weights(hub.get_file("models/me/moved", "model.safetensors", "step-0000006"), step_6)
     check_same_weights(hub.get_file("models/me/moved", "model.safetensors"), other / "final")
@@ -227,11 +227,11 @@ def test_what_the_next_model_lacks_goes_and_what_is_not_ours_stays(hub, publishe
     (changed / "final" / ".eval_results").mkdir()
     (changed / "final" / ".eval_results" / "x.yaml").write_text("x")
     (changed / "final" / ".secret").write_text("x")
-    assert run(HUB, changed, "--repo_id", "me/parts").code == 0
+    assert run(COMMANDS, "publish", changed, "--repo_id", "me/parts").code == 0
     hub.commit("models/me/parts", {"LICENSE": b"mine", "model-00001-of-00002.safetensors": b"old"})
     assert ".eval_results/x.yaml" in (tree := hub.repositories["models/me/parts"].commits[hub_head(hub, "me/parts")])
     assert ".secret" not in tree
-    assert run(HUB, published, "--repo_id", "me/parts").code == 0
+    assert run(COMMANDS, "publish", published, "--repo_id", "me/parts").code == 0
     tree = set(hub.repositories["models/me/parts"].commits[hub_head(hub, "me/parts")])
     assert "LICENSE" in tree
     assert not tree & {".eval_results/x.yaml", "model-00001-of-00002.safetensors"}
@@ -244,25 +244,25 @@ def hub_head(hub, repo_id: str) -> str:
 @pytest.mark.parametrize("failure", ["reset", "500", "gone"])
 def test_upload_that_broke_off_goes_on(hub, finished_run, run, failure):
     hub.fail("/lfs/", failure)
-    check_is_one_line(run(HUB, finished_run, "--repo_id", "me/broken"), "the upload broke off: ")
+    check_is_one_line(run(COMMANDS, "publish", finished_run, "--repo_id", "me/broken"), "the upload broke off: ")
     repository = hub.repositories["models/me/broken"]
     assert set(repository.commits[repository.resolve("main")]) == {".gitattributes"}  # a model is there whole or not
     hub.start()
     hub.heal()
-    assert run(HUB, finished_run, "--repo_id", "me/broken").code == 0
+    assert run(COMMANDS, "publish", finished_run, "--repo_id", "me/broken").code == 0
     check_same_weights(hub.get_file("models/me/broken", "model.safetensors"), finished_run / "final")
 
 
 def test_checkpoints_that_come_later_leave_main_where_it_is(hub, finished_run, run):
     """Also where their upload breaks off, after the first of them."""
     argv = finished_run, "--repo_id", "me/later"
-    assert run(HUB, *argv).code == 0
+    assert run(COMMANDS, "publish", *argv).code == 0
     repository, finished = hub.repositories["models/me/later"], hub_head(hub, "me/later")
     hub.fail("/tag/", "500")
-    check_is_one_line(run(HUB, *argv, "--checkpoints"), "the upload broke off: ")
+    check_is_one_line(run(COMMANDS, "publish", *argv, "--checkpoints"), "the upload broke off: ")
     assert hub_head(hub, "me/later") == finished and not repository.tags
     hub.heal()
-    assert run(HUB, *argv, "--checkpoints").code == 0
+    assert run(COMMANDS, "publish", *argv, "--checkpoints").code == 0
     assert hub_head(hub, "me/later") == finished and set(repository.references) == {"main", *TAGS}
     for tag in TAGS:
         folder = finished_run / "checkpoints" / tag.replace("-", "_")
@@ -272,13 +272,13 @@ def test_checkpoints_that_come_later_leave_main_where_it_is(hub, finished_run, r
 @pytest.mark.parametrize("failure", ["500", "reset", "slow"])
 def test_hub_that_hiccups_is_asked_again(hub, finished_run, run, failure):
     hub.fail("/lfs/", failure, times=2)
-    assert run(HUB, finished_run, "--repo_id", "team/tiny").code == 0
+    assert run(COMMANDS, "publish", finished_run, "--repo_id", "team/tiny").code == 0
     check_same_weights(hub.get_file("models/team/tiny", "model.safetensors"), finished_run / "final")
 
 
 def test_repository_is_public_only_when_asked(hub, finished_run, run):
     for flag, is_private in (([], True), (["--public"], False), ([], False)):
-        assert run(HUB, finished_run, "--repo_id", "me/seen", *flag).code == 0
+        assert run(COMMANDS, "publish", finished_run, "--repo_id", "me/seen", *flag).code == 0
         assert hub.repositories["models/me/seen"].private is is_private
 
 
@@ -289,7 +289,7 @@ MISTAKES = {
     "foreign namespace": (["--repo_id=stranger/new"], ME, "me may not write to stranger/new: give a --repo_id of"),
     "foreign repository": (["--repo_id=stranger/public"], ME, "me may not write to stranger/public"),
     "dataset": (["--repo_id=me/corpus"], ME, "me/corpus is a dataset and no model: give another --repo_id"),
-    "another model": (["--repo_id=bert"], ME, "me/bert holds something else"),
+    "another model": (["--repo_id=bert"], ME, "me/bert does not look like a model from this package"),
     "name": (["--repo_id=me/a/b"], ME, "no name on the Hub: check the name"),
 }
 
@@ -298,22 +298,21 @@ MISTAKES = {
 def test_mistake_is_one_line_and_leaves_nothing(hub, finished_run, run, case):
     argv, token, reason = MISTAKES[case]
     before = {key: dict(repository.references) for key, repository in hub.repositories.items()}
-    check_is_one_line(run(HUB, finished_run, *argv, token=token), reason)
+    check_is_one_line(run(COMMANDS, "publish", finished_run, *argv, token=token), reason)
     assert {key: dict(repository.references) for key, repository in hub.repositories.items()} == before
 
 
 def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, run, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
-    check_is_one_line(run(HUB), "give a run folder first")
-    check_is_one_line(run(HUB, tmp_path / "begun"), "is not the folder of a run")
+    check_is_one_line(run(COMMANDS, "publish"), "the following arguments are required: RUN")
+    check_is_one_line(run(COMMANDS, "publish", tmp_path / "begun"), "is not the folder of a run")
     shutil.copy(finished_run / "config.yaml", tmp_path / "begun")
-    check_is_one_line(run(HUB, tmp_path / "begun"), "has no final/: give the folder of a finished run")
+    check_is_one_line(run(COMMANDS, "publish", tmp_path / "begun"), "has no final/: give the folder of a finished run")
     hub.stop()
-    check_is_one_line(run(HUB, finished_run), "the upload broke off: ")
-    assert publish([str(finished_run)]) == 2  # in this process, which has no Hub
-    assert "HF_HUB_OFFLINE says that there is none" in capsys.readouterr().err
-    assert publish(["--checkpoints", str(finished_run)]) == 2
-    assert "give a run folder first" in capsys.readouterr().err
+    check_is_one_line(run(COMMANDS, "publish", finished_run), "the upload broke off: ")
+    for argv in ([finished_run], ["--checkpoints", finished_run]):
+        assert main(["publish", *map(str, argv)]) == 2  # in this process, which has no Hub
+        assert "HF_HUB_OFFLINE says that there is none" in capsys.readouterr().err
 
 
 # Beside the training
@@ -396,7 +395,7 @@ def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
     hub.fail("/commit/", "500", times=1)
     result = run("train", *flags(shards, tmp_path, "mended", push_to_hub=True, **QUICK))
     assert result.code == 0, result.err
-    assert result.out.count("publishing failed, training goes on and it is tried again: the Hub answers 500") == 1
+    assert result.out.count("publishing failed, training continues and it is tried again: the Hub answers 500") == 1
     assert hub.repositories["models/me/mended"].tags == TAGS
 
 
@@ -443,7 +442,7 @@ def test_resumed_run_goes_on_without_the_hub(hub, run, shards, tmp_path):
     hub.stop()
     result = run("train", *flags(shards, tmp_path, "late", push_to_hub=True, **{**argv, "max_steps": 12}))
     assert result.code == 0, result.err
-    assert result.out.count("publishing failed, training goes on") == 1
+    assert result.out.count("publishing failed, training continues") == 1
     assert len(read_losses(tmp_path / "late")) == 12
 
 

@@ -17,6 +17,7 @@ from modeling_gpt2_repro.model.folder import identify_weights
 from modeling_gpt2_repro.publishing.hub import collect_model
 from modeling_gpt2_repro.publishing.model_card import CARD, describe_model, quote_text, write_model_card
 from modeling_gpt2_repro.training.config import TrainingConfig
+from modeling_gpt2_repro.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def write_scores(run_folder, name="hellaswag.json", **changes):
 
 
 def render_card(folder, run_folder, **arguments) -> str:
-    return describe_model(folder, run_folder, **arguments)[CARD]
+    return describe_model(folder, RunFolder(run_folder), **arguments)[CARD]
 
 
 def read_table(text: str) -> dict[str, str]:
@@ -81,7 +82,7 @@ def read_table(text: str) -> dict[str, str]:
 
 def test_card_tells_data_model_training_and_results(run_folder):
     write_scores(run_folder)
-    write_model_card(run_folder / "final", run_folder)
+    write_model_card(run_folder / "final", RunFolder(run_folder))
     assert (run_folder / "final" / "curves.png").read_bytes() == b"a picture"
     text = (run_folder / "final" / "README.md").read_text()
     table = read_table(text)
@@ -167,12 +168,12 @@ def read_index(text: str) -> dict[str, float]:
 def test_scores_on_the_whole_validation_set_are_hellaswags(run_folder):
     """In the index and in files of their own; of other items, the table alone speaks."""
     write_scores(run_folder)
-    write_model_card(run_folder / "final", run_folder)
+    write_model_card(run_folder / "final", RunFolder(run_folder))
     assert read_index((run_folder / "final" / "README.md").read_text()) == {}
     assert not (run_folder / "final" / ".eval_results").exists()
 
     write_scores(run_folder, is_validation_split=True)
-    write_model_card(run_folder / "final", run_folder)
+    write_model_card(run_folder / "final", RunFolder(run_folder))
     expected = {(protocol, "acc"): 0.25 for protocol in ("original", "lm_eval")}
     expected |= {(protocol, "acc_norm"): 0.5 for protocol in ("original", "lm_eval")}
     assert read_index((run_folder / "final" / "README.md").read_text()) == expected
@@ -261,7 +262,7 @@ def test_numbers_of_an_earlier_model_are_not_the_models(run_folder, step):
         {"step": 3, "train/loss": 6.0, "train/tokens": 1572864},
     ]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = describe_model(run_folder / "final", run_folder, step=step)
+    texts = describe_model(run_folder / "final", RunFolder(run_folder), step=step)
     assert [*texts] == [CARD] and "model-index" not in texts[CARD] and "acc_norm" not in texts[CARD]
     table = read_table(texts[CARD])
     assert (
@@ -285,7 +286,7 @@ def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
         "odd": "it is damaged, or holds no scores",
         "old": f"it is older than {run_folder / 'final'}",
     }.items():
-        assert lines.pop(0) == f"{run_folder / f'hellaswag_{name}.json'} is passed over: {reason}"
+        assert lines.pop(0) == f"{run_folder / f'hellaswag_{name}.json'} is skipped: {reason}"
     assert not lines
 
 
@@ -301,7 +302,7 @@ def test_scores_are_known_by_the_weights_wherever_the_run_lies(run_folder, tmp_p
     assert not capsys.readouterr().err
     write_scores(copy, weights=weights[::-1])
     assert "lm_eval" not in render_card(copy / "final", copy)
-    assert "hellaswag.json is passed over: it is of other weights than those in" in capsys.readouterr().err
+    assert "hellaswag.json is skipped: it is of other weights than those in" in capsys.readouterr().err
 
 
 def test_scores_in_float32_come_before_those_in_less(run_folder):
@@ -309,7 +310,7 @@ def test_scores_in_float32_come_before_those_in_less(run_folder):
     write_scores(run_folder, "hellaswag_a.json", dtype="float32", is_validation_split=True, lm_eval=scores)
     scores = {"acc": 0.26, "acc_norm": 0.51, "n": 10042}
     write_scores(run_folder, "hellaswag_b.json", dtype="bfloat16", is_validation_split=True, lm_eval=scores)
-    texts = describe_model(run_folder / "final", run_folder)
+    texts = describe_model(run_folder / "final", RunFolder(run_folder))
     assert "0.5100, 10,042 items, in bfloat16" in texts[CARD] and "0.5000, 10,042 items, in float32" in texts[CARD]
     (result,) = (
         result
@@ -343,11 +344,11 @@ def test_a_card_that_cannot_be_written_anew_stays_and_is_told_of(run_folder, tmp
     config = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64}
     (run_folder / "final" / "config.json").write_text(json.dumps(config))
     (run_folder / "final" / CARD).write_text("as it was")
-    files = collect_model(run_folder / "final", run_folder, "me/run")
+    files = collect_model(run_folder / "final", RunFolder(run_folder), "me/run")
     assert b"me/run" in files[CARD] and not capsys.readouterr().err
     settings = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(settings | {"data_dir": str(tmp_path / "gone")}))
-    files = collect_model(run_folder / "final", run_folder, "me/run")
+    files = collect_model(run_folder / "final", RunFolder(run_folder), "me/run")
     assert files[CARD].read_text() == "as it was"
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"the model card stays as it is, since its data, {tmp_path / 'gone'}, are not here"

@@ -6,18 +6,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPOSITORY
+from tiny_models import build_stock_model, draw_ids
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import prepare_data
 import train
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
 from modeling_gpt2_repro.evaluation import baseline as baseline_module
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
+from modeling_gpt2_repro.training.eval_only import measure_validation
 
 MEASURED = {
     "sequence_length": 32,
@@ -221,3 +226,45 @@ def test_a_damaged_file_of_baselines_is_named_before_the_work(gpt2, data, capsys
     assert printed == ""
     assert f"{data / BASELINES_NAME} is damaged" in errors.splitlines()[-1]
     assert (data / BASELINES_NAME).read_text() == "[{"
+
+
+class CrowdedModel(torch.nn.Module):
+    """A model on a device whose memory takes `n_rows` sequences at once."""
+
+    def __init__(self, n_rows: int):
+        super().__init__()
+        self.model, self.n_rows, self.batch_sizes = build_stock_model(), n_rows, []
+
+    def forward(self, input_ids, **kwargs):
+        self.batch_sizes.append(len(input_ids))
+        if len(input_ids) > self.n_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.model(input_ids=input_ids, **kwargs)
+
+
+def measure(model):
+    windows = list(draw_ids(batch=8))
+    inputs = SimpleNamespace(val_set=windows, eval_bytes=SimpleNamespace(is_exact=True, count=100))
+    n_tokens = len(windows[0]) - 1
+    config = SimpleNamespace(eval_tokens=8 * n_tokens, sequence_length=n_tokens, micro_batch_size="8")
+    return measure_validation(model, inputs, config, Accelerator())
+
+
+def test_fewer_sequences_are_taken_at_once_where_memory_runs_out():
+    torch.manual_seed(0)
+    model = CrowdedModel(n_rows=3)
+    result = measure(model)
+    assert model.batch_sizes == [8, 4, 2, 2, 2, 2]
+    model.n_rows = 8
+    assert result.loss == pytest.approx(measure(model).loss, rel=1e-6)
+    model.n_rows = 0
+    with pytest.raises(UserError, match="not even one sequence fits"):
+        measure(model)
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    model = build_stock_model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = torch.nan
+    with pytest.raises(UserError, match="loss is not finite"):
+        measure(model)

@@ -39,6 +39,6 @@ def test_lines_that_a_crash_left_broken_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1.5, "b": "x", "c": NaN, "d": 1e200}\n{"step": 2\n[3]\n{"step": -1}\n\n{"st')
     assert read_metrics(path) == [{"step": 1, "a": 1.5}]
-    assert read_metrics(path, start=len(path.read_bytes())) == read_metrics(tmp_path / "none") == []
+    assert read_metrics(tmp_path / "none") == []
     (tmp_path / "status.json").write_text('{"text": "\\ud800"}')
     assert read_json_object(tmp_path / "status.json") == read_json_object(path) == {}

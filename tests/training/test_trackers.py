@@ -22,13 +22,14 @@ from small_runs import flags, read_series
 from tracker_files import PATIENCE_SECONDS, read_tensorboard, read_wandb_run
 
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.training import trackers
+from modeling_gpt2_repro.training import wandb_settings
 from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.metrics import read_json_lines
 from modeling_gpt2_repro.training.record import RunRecord
 from modeling_gpt2_repro.training.run_folder import RunFolder
-from modeling_gpt2_repro.training.trackers import choose_trackers, has_wandb_key
+from modeling_gpt2_repro.training.trackers import choose_trackers
+from modeling_gpt2_repro.training.wandb_settings import has_key
 
 
 @pytest.fixture(autouse=True)
@@ -212,10 +213,10 @@ def test_nobody_needs_a_home(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not has_wandb_key()
+    assert not has_key()
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
-    assert has_wandb_key()
+    assert has_key()
 
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -275,7 +276,7 @@ def record_run(tmp_path) -> tuple[Warnings, list[dict], float]:
     "trouble", ["refused", "500", "401", "silent", "bad key", "bad mode", "bad address", "bad id", "bad resume"]
 )
 def test_trouble_with_wandb_ends_as_an_offline_run_that_lacks_nothing(trouble, serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(wandb_settings, "ANSWER_SECONDS", 1)
     environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"} | {
         "refused": {},
         "500": {"WANDB_BASE_URL": serve(500) + "/"},
@@ -372,11 +373,11 @@ def test_keys_that_wandb_login_keeps(lines, base_url, expected, place, tmp_path,
     if base_url is not None:  # as `wandb login --host` writes it
         (tmp_path / "home" / ".config" / "wandb").mkdir(parents=True)
         (tmp_path / "home" / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = {base_url}\n")
-    assert has_wandb_key() is expected
+    assert has_key() is expected
 
 
 def test_a_name_service_that_is_silent_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(trackers, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_settings, "ANSWER_SECONDS", 0.2)
     over = threading.Event()
 
     def wait(*_, **__):
@@ -385,8 +386,8 @@ def test_a_name_service_that_is_silent_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", wait)
     with pytest.raises(TimeoutError, match="does not answer"):
-        trackers.ask_server("https://wandb.example.org")
+        wandb_settings.ask_server("https://wandb.example.org")
     over.set()
     monkeypatch.undo()
     with pytest.raises(ConnectionError, match="does not answer"):
-        trackers.ask_server("nonsense")
+        wandb_settings.ask_server("nonsense")

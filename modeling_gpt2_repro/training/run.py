@@ -1,4 +1,4 @@
-"""A training run, set up in steps: model and optimizer, plan, device, record. `train.py` runs it."""
+"""A run, built in steps: model and optimizer, plan, device, record. `train.py` has the loop that works with it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_gpt2_repro.core.devices import describe_device, name_hardware, reset_peak_memory
+from modeling_gpt2_repro.data.order import WindowOrder
 from modeling_gpt2_repro.data.text_bytes import NOTE
 from modeling_gpt2_repro.evaluation.samples import encode_prompt
 from modeling_gpt2_repro.model.limits import get_max_positions
@@ -23,6 +24,7 @@ from modeling_gpt2_repro.training.plan import Plan, build_plan
 from modeling_gpt2_repro.training.preflight import check_disk, check_duration, measure_folder
 from modeling_gpt2_repro.training.record import RunRecord
 from modeling_gpt2_repro.training.schedule import Schedule
+from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.start import Start
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 
@@ -32,6 +34,7 @@ class Run:
     """What the loop works with.
 
     Attributes:
+        order: which windows each update consumes.
         model: the plain module, which is evaluated, sampled and saved.
         loss_model: wraps it, compiled and distributed.
         n_overflows: updates in a row, up to the last, that had an infinite gradient.
@@ -42,6 +45,7 @@ class Run:
     start: Start
     plan: Plan
     schedule: Schedule
+    order: WindowOrder
     accelerator: Accelerator
     record: RunRecord
     console: Console
@@ -53,14 +57,22 @@ class Run:
     n_overflows: int = 0
 
     def is_eval_due(self, step: int) -> bool:
-        """Tell whether the model after `step` updates is to be evaluated, and was not before it was saved."""
-        is_evaluated = self.start.state.is_evaluated if self.start.state else self.config.smoke
-        return self.plan.is_eval_step(step) and not (step == self.plan.first_step and is_evaluated)
+        """Return whether the model after `step` updates is to be evaluated.
+
+        The model that a run resumes from was, before it was saved, as a rule; a trial skips its first evaluation.
+        """
+        skips_first = self.start.state.is_evaluated if self.start.state else self.config.smoke
+        return self.plan.is_eval_step(step) and not (step == self.plan.first_step and skips_first)
 
     def is_save_due(self, step: int, stop: bool) -> bool:
-        """Tell whether the model after `step` updates is to be saved; a trial that is asked to stop leaves nothing."""
-        is_wanted = not self.config.smoke if stop else self.plan.is_due(self.config.save_every, step)
-        return is_wanted and step > self.plan.first_step
+        """Return whether the model after `step` updates is to be saved; a trial that is stopped leaves nothing."""
+        if step == self.plan.first_step or (stop and self.config.smoke):
+            return False
+        return stop or self.plan.is_due(self.config.save_every, step)
+
+    def is_skipped(self, step: int) -> bool:
+        """Return whether the update after `step` others is passed over."""
+        return is_skipped(step + 1, self.start.skips)
 
     def describe_state(self, step: int, is_evaluated: bool) -> TrainingState:
         """Describe where the run stands after `step` updates, for a checkpoint."""
@@ -85,10 +97,10 @@ def build_run(
 ) -> Run:
     """Build everything that the loop needs, and describe what it will do.
 
-    What would fail at the end of the night is checked on the way; the run folder is touched last.
+    Checks for late failures, such as a full disk, run here, before the first step; the record is opened last.
 
     Raises:
-        UserError: something that the run could not end well with.
+        UserError: a check failed: model, batch, memory, disk or duration.
     """
     model, memory, optimizer = build_model_and_optimizer(config, inputs, start, accelerator)
     plan = build_plan(config, inputs, start, model, accelerator)
@@ -113,6 +125,7 @@ def build_run(
         start=start,
         plan=plan,
         schedule=config.build_schedule(start.max_steps),
+        order=WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(inputs.train_set.is_shuffled)),
         accelerator=accelerator,
         record=record,
         console=console,
@@ -129,7 +142,7 @@ def build_model_and_optimizer(
     """Build the model, with the weights to start from, on its device, and its optimizer without any state.
 
     Returns:
-        Both, and between them what a step takes of a GPU's memory.
+        `(model, memory, optimizer)`; `memory` estimates what a step takes of a GPU.
 
     Raises:
         UserError: there is no such model, or it does not fit the settings, the samples, the items or the device.
@@ -137,9 +150,10 @@ def build_model_and_optimizer(
     model = build_model(str(start.checkpoint or config.init_from), config, inputs.tokenizer)
     memory = describe_step_memory(config, model, accelerator.mixed_precision)
     model = place_on_device(model, memory, accelerator).train()
-    if config.sample_every:  # to learn of a prompt that does not fit now, and not at the first sample
+    # A prompt or an ending that does not fit should fail now, and not at the first sample or the last score.
+    if config.sample_every:
         encode_prompt(model, inputs.tokenizer, config.sample_prompt, config.sample_tokens)
-    if inputs.hellaswag:  # nor of an ending at the last score
+    if inputs.hellaswag:
         inputs.hellaswag.check_fits(get_max_positions(model))
     model.loss_chunk_tokens = config.loss_chunk_tokens
     if config.gradient_checkpointing:

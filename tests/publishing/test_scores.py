@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
-from modeling_gpt2_repro.publishing.eval_results import build_eval_results, render_eval_results
+from modeling_gpt2_repro.publishing.scores import build_eval_results, render_eval_results
 
 SUMMARIES = {
     "original": {"acc": 0.28589, "acc_stderr": 0.00451, "acc_norm": 0.29549, "acc_norm_stderr": 0.00455, "n": 10_042},

@@ -1,0 +1,63 @@
+"""Checkpoints of other projects, written as model folders."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from modeling_gpt2_repro.core.arguments import Config, setting
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
+from modeling_gpt2_repro.core.locks import FolderLock
+from modeling_gpt2_repro.core.streams import silence_libraries
+from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_tokenizer
+from modeling_gpt2_repro.model.convert_nanogpt import Activation, load_nanogpt
+from modeling_gpt2_repro.model.folder import save_published_model
+
+
+@dataclass
+class ConvertConfig(Config):
+    """Settings of the command."""
+
+    checkpoint: str = setting(
+        MISSING, "a .pt file of nanoGPT or build-nanogpt, a bare state dict, or a .bin file of llm.c", path=True
+    )
+    output_dir: str = setting(MISSING, "model folder to write; must not exist", path=True)
+    tokenizer: str = setting(
+        GPT2_TOKENIZER,
+        "Hub id or folder; embedding rows beyond its ids are dropped; none: keep all rows, and write no tokenizer",
+        path=True,
+    )
+    activation_function: Activation = setting(
+        "auto", "gelu is exact; gelu_new is the tanh form of build-nanogpt, and of nanoGPT before 17 May 2023"
+    )
+    n_head: int | None = setting(None, "attention heads, for a bare state dict (default: n_embd / 64, as in GPT-2)")
+
+
+def run(config: ConvertConfig) -> None:
+    """Convert a checkpoint and print its shape."""
+    silence_libraries()
+    check_place(config.output_dir, is_folder=True)
+    output = follow_links(config.output_dir)
+    check_is_free(output)
+    tokenizer = None if config.tokenizer == "none" else load_tokenizer(config.tokenizer)
+    model = load_nanogpt(
+        config.checkpoint,
+        tokenizer,
+        activation_function=config.activation_function,
+        n_head=config.n_head,
+        report=print,
+    )
+    with FolderLock(output.parent, f".{output.name}.lock", f"another process is writing {output.name} in"):
+        check_is_free(output)
+        with create_folder_atomically(output) as temporary:
+            save_published_model(temporary, model, tokenizer)
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "activation_function"):
+        print(f"{name}: {getattr(model.config, name)}")
+    print(f"parameters: {model.num_parameters():,}")
+    print(f"written: {config.output_dir}")
+
+
+def check_is_free(output: Path) -> None:
+    """Raise a `UserError` if the output folder, or its temporary form, already exists."""
+    for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
+        if path.exists():
+            raise UserError(f"{path} exists already: give another --output_dir, or remove it")

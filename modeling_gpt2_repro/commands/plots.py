@@ -1,0 +1,58 @@
+"""Curves of runs, drawn from their files."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modeling_gpt2_repro.core.arguments import Config, setting
+from modeling_gpt2_repro.plots.curves import LOGGED_TOKENS_PER_STEP, Curves, load_curves
+from modeling_gpt2_repro.plots.figures import save_figure
+from modeling_gpt2_repro.plots.run_figure import build_curves_figure, describe_end
+from modeling_gpt2_repro.plots.spectrum import build_spectrum_figure, describe_spectrum
+from modeling_gpt2_repro.training.run_folder import RunFolder
+
+COMPARISON, SPECTRUM = "comparison.png", "spectrum.png"
+
+
+@dataclass
+class PlotsConfig(Config):
+    """Settings of the command."""
+
+    runs: list[str] = setting(
+        [], "run folders, or logs in the original script's format (log.txt)", path=True, positional=True, metavar="RUN"
+    )
+    hours: bool = setting(False, "draw over hours since the start, not over tokens")
+    spectrum: bool = setting(
+        False, "draw the periods of the train loss instead of the curves: they show data in the order of crawling"
+    )
+    tokens_per_step: int = setting(
+        LOGGED_TOKENS_PER_STEP, "tokens of an optimizer update in logs of the original script, which omit it", least=1
+    )
+    output: str | None = setting(
+        None,
+        f"the picture, .png, .svg or .pdf; default: curves or {SPECTRUM} in the run folder, of several runs "
+        f"{COMPARISON} in the working folder",
+        path=True,
+    )
+
+
+def run(config: PlotsConfig) -> None:
+    """Draw the picture and print what each run reached."""
+    runs = name_apart([load_curves(path, config.tokens_per_step) for path in config.runs], config.runs)
+    first = RunFolder(config.runs[0])
+    if config.spectrum:
+        name, figure, lines = SPECTRUM, build_spectrum_figure(runs), [describe_spectrum(run) for run in runs]
+    else:
+        name = first.curves.name if len(runs) == 1 else COMPARISON
+        figure, lines = build_curves_figure(runs, config.hours), [describe_end(run) for run in runs]
+    folder = first.path if len(runs) == 1 and first.path.is_dir() else Path()
+    path = Path(config.output) if config.output else folder / name
+    save_figure(figure, path)
+    print("\n".join([*lines, f"drawn as {path}"]))
+
+
+def name_apart(runs: Sequence[Curves], paths: Sequence[str]) -> list[Curves]:
+    """Name runs that share a name by their paths."""
+    counts = Counter(run.name for run in runs)
+    return [replace(run, name=path) if counts[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]

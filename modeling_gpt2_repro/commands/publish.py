@@ -1,0 +1,51 @@
+"""A run on the Hugging Face Hub."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_gpt2_repro.core.arguments import Config, setting
+from modeling_gpt2_repro.core.errors import UserError
+from modeling_gpt2_repro.core.hub_client import describe_hub_failure
+from modeling_gpt2_repro.core.streams import silence_libraries
+from modeling_gpt2_repro.publishing.hub import (
+    explain_failure,
+    name_address,
+    open_repository,
+    publish_earlier,
+    publish_final,
+)
+from modeling_gpt2_repro.training.checkpoint import list_models
+from modeling_gpt2_repro.training.run_folder import RunFolder
+
+
+@dataclass
+class PublishConfig(Config):
+    """Settings of the command."""
+
+    folder: str = setting("", "the folder of a finished run", path=True, positional=True, metavar="RUN")
+    repo_id: str | None = setting(None, "the repository, as user/name or a name of yours; default: the run's name")
+    public: bool = setting(False, "let everybody see it")
+    checkpoints: bool = setting(False, "also upload the saved checkpoints, each with a tag such as step-0000250")
+
+
+def run(config: PublishConfig) -> None:
+    """Upload a finished run and print its address."""
+    folder = RunFolder(config.folder)
+    if not folder.config.is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no {folder.config.name}")
+    if not folder.final.is_dir():
+        raise UserError(f"{folder} has no {folder.final.name}/: give the folder of a finished run")
+    silence_libraries()
+    try:
+        name = config.repo_id or Path(os.path.abspath(folder.path)).name
+        repo_id = open_repository(name, config.public, "--repo_id")
+        publish_final(repo_id, folder)
+        if config.checkpoints:
+            publish_earlier(repo_id, list_models(folder.checkpoints), folder)
+    except Exception as error:
+        if isinstance(error, UserError) or describe_hub_failure(error) is None:
+            raise
+        message = f"the upload broke off: {explain_failure(error)}. The same command continues it"
+        raise UserError(message) from error
+    print(f"{folder} is at {name_address(repo_id)}")

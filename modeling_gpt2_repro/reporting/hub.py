@@ -1,0 +1,8 @@
+"""The earlier name of `python -m modeling_gpt2_repro publish`, which README and model cards gave."""
+
+import sys
+
+from modeling_gpt2_repro.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main(["publish", *sys.argv[1:]]))
