@@ -58,7 +58,7 @@ def add_progress(amount: int) -> None:
 
 
 class WorkerPool:
-    """Calls functions in `num_workers` processes, or in this one if that is 1.
+    """Calls functions in `num_workers` processes, or in this one if that is 1 or if they can share no memory.
 
     Args:
         num_workers: processes.
@@ -67,7 +67,12 @@ class WorkerPool:
     """
 
     def __init__(self, num_workers: int, shared: Any, on_wait: Callable[[int], None] = lambda progress: None):
-        self._signals = _build_signals(num_workers)
+        try:
+            self._signals = _build_signals(num_workers)
+        except OSError:  # shared memory lies in /dev/shm, which a container may lack
+            print("no shared memory (/dev/shm) can be had for more processes: a single one does the work", flush=True)
+            num_workers = 1
+            self._signals = _build_signals(1)
         self._num_workers = num_workers
         self._on_wait = on_wait
         self._executor = None
