@@ -280,10 +280,13 @@ class TextTask:
                 yield [stream.read()]
                 return
             parts = re.split(LINE_END, self.document_separator.encode())
-            separator = re.compile(LINE_END.join(map(re.escape, parts)))
+            plain, separator = b"\n".join(parts), re.compile(LINE_END.join(map(re.escape, parts)))
             rest = b""
-            for lines in _group_by_size(stream, len, BATCH_BYTES):
-                *documents, rest = separator.split(rest + b"".join(lines))
+            # At least as much again as is left over, or a text without a separator would be split over and over.
+            while lines := stream.readlines(max(BATCH_BYTES, len(rest))):
+                text = rest + b"".join(lines)
+                # Splitting at bytes is five times as fast as at a pattern.
+                *documents, rest = separator.split(text) if b"\r" in text else text.split(plain)
                 yield documents
             yield [rest]
 
