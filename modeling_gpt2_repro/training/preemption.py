@@ -10,7 +10,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -46,10 +47,8 @@ class Preemption:
         self._restore_handlers = self._handlers.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.__exit__(kind, error, trace)
+    def __exit__(self, *exception: Any) -> None:
+        self._handlers.__exit__(*exception)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
