@@ -22,11 +22,11 @@ class Console:
         self.bar: tqdm | None = None
         self.first_line: float | None = None
 
-    def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+    def say(self, *lines: str) -> None:
+        """Print lines, above the bar where there is one."""
         if self.enabled:
             with outliving_readers():
-                tqdm.write(text)
+                tqdm.write("\n".join(lines))
                 sys.stdout.flush()
 
     def start(self, step: int, max_steps: int) -> None:

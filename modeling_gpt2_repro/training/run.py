@@ -113,14 +113,12 @@ def build_run(
         check_disk(folder, plan.estimate_disk_bytes() - measure_folder(folder))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     console.say(f"run         {record.folder}, tracked by {' and '.join(record.trackers) or 'none'}")
-    for line in describe_run(plan, inputs, start, accelerator, peak):
-        console.say(line)
+    console.say(*describe_run(plan, inputs, start, accelerator, peak))
     fit, optimizer = fit_to_device(plan, memory, start, inputs.train_set, model, optimizer, accelerator, console.say)
     plan = replace(plan, micro_batch_size=fit.micro_batch_size)
     seconds = plan.estimate_seconds(accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
-    for line in describe_work(plan, start, seconds):
-        console.say(line)
+    console.say(*describe_work(plan, start, seconds))
     open_record(config, start, record)
     reset_peak_memory(accelerator.device)
     return Run(
