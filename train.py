@@ -128,11 +128,11 @@ def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
         if step < run.plan.last_step:
             curves.leave_as_they_are()  # a preempted job has seconds left
             return stop_early(run, step)
-    if run.config.smoke:
-        finish_smoke_test(run)
-    else:
-        write_final(run)
-        uploader.finish()  # with the other processes free to go
+    finish = finish_smoke_test if run.config.smoke else write_final
+    if run.accelerator.is_main_process:
+        finish(run)
+    run.accelerator.wait_for_everyone()
+    uploader.finish()  # with the other processes free to go
     return 0
 
 
@@ -302,28 +302,24 @@ def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader
 
 
 def write_final(run: Run) -> None:
-    """Write `final/`: the model as GPT-2, with its tokenizer and a card that describes how it was trained."""
+    """Write `final/`, in the first process: the model as GPT-2, its tokenizer, and a card on how it was trained."""
     run.record.check_claim()
     folder = run.record.folder
-    if run.accelerator.is_main_process:
-        with create_folder_atomically(folder.final) as temporary:
-            save_published_model(temporary, run.model, run.inputs.tokenizer)
-            write_model_card(temporary, folder)
-        run.record.finish(run.plan.max_steps)
-        run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
-    run.accelerator.wait_for_everyone()
+    with create_folder_atomically(folder.final) as temporary:
+        save_published_model(temporary, run.model, run.inputs.tokenizer)
+        write_model_card(temporary, folder)
+    run.record.finish(run.plan.max_steps)
+    run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
 
 
 def finish_smoke_test(run: Run) -> None:
-    """Load the trial's checkpoint again and describe what was measured."""
-    if run.accelerator.is_main_process:
-        saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
-        if not saved:
-            raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
-        checkpoints.check_reload(saved[-1], run.model, run.optimizer)
-        peak_memory = measure_peak_memory(run.accelerator.device)
-        run.console.say(*describe_smoke_test(run.plan, run.clock, run.peak, peak_memory))
-    run.accelerator.wait_for_everyone()
+    """Load the trial's checkpoint again, in the first process, and describe what was measured."""
+    saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
+    if not saved:
+        raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
+    checkpoints.check_reload(saved[-1], run.model, run.optimizer)
+    peak_memory = measure_peak_memory(run.accelerator.device)
+    run.console.say(*describe_smoke_test(run.plan, run.clock, run.peak, peak_memory))
 
 
 if __name__ == "__main__":
