@@ -114,7 +114,8 @@ def draw_losses(axes: Axes, axis: Axis) -> None:
     axes.set_title(f"loss, nats a token{warning}", fontsize=11, loc="left")
     if shown:
         _set_limits(axes, [*shown, *references])
-        first = max(_list_first_losses(axis.runs))
+        losses = [each for run in axis.runs for each in (smooth(run.get("train/loss"))[0], run.get("val/loss"))]
+        first = max(series.values[0] for series in losses if len(series))
         if first > axes.get_ylim()[1]:
             axes.text(0.08, 0.985, f"↑ from {first:.2f}", transform=axes.transAxes, va="top", fontsize=9)
         axes.legend(frameon=False, fontsize=9, loc="upper right")
@@ -135,11 +136,6 @@ def _draw_train_loss(axes: Axes, axis: Axis, run: Curves, prefix: str) -> list[f
     end, over = describe_train_end(train)
     axis.plot(axes, run, mean, label=f"{prefix}train {end:.3f}{over}", **style)
     return shown
-
-
-def _list_first_losses(runs: Sequence[Curves]) -> list[float]:
-    losses = [series for run in runs for series in (smooth(run.get("train/loss"))[0], run.get("val/loss"))]
-    return [series.values[0] for series in losses if len(series)]
 
 
 def draw_scores(axes: Axes, axis: Axis) -> None:
