@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(describe_plan(config)))
         return 0
-    with Preemption() as preemption:
+    with Preemption().handled() as preemption:
         return run_process(config.as_smoke_test() if config.smoke else config, preemption)
 
 

@@ -119,7 +119,9 @@ def build_run(
     seconds = plan.estimate_seconds(accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
     console.say(*describe_work(plan, start, seconds))
-    open_record(config, start, record)
+    # With all the skips, those of the checkpoint too. A tracker knows a run that forks off another as one of its own.
+    recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in start.skips])
+    record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.is_own else None)
     reset_peak_memory(accelerator.device)
     return Run(
         config=config,
@@ -185,10 +187,3 @@ def describe_work(plan: Plan, start: Start, seconds: float) -> Iterator[str]:
     yield f"time        about {format_duration(seconds)} from step {start.step:,}, evaluations included"
     for skip in start.skips:
         yield f"skipped     updates {skip.start:,} to {skip.stop - 1:,}"
-
-
-def open_record(config: TrainingConfig, start: Start, record: RunRecord) -> None:
-    """Open the record where the run starts; `config.yaml` has all the skips, those of the checkpoint too."""
-    recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in start.skips])
-    # A tracker knows a run that forks off another as one of its own.
-    record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.is_own else None)
