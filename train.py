@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
@@ -38,7 +37,6 @@ from modeling_gpt2_repro.core.streams import discard_unwritten
 from modeling_gpt2_repro.data.dataset import prefetch
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.samples import generate_samples
-from modeling_gpt2_repro.evaluation.validation import evaluate_loss
 from modeling_gpt2_repro.model.folder import save_model, save_published_model
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.publishing.model_card import write_model_card
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(describe_plan(config)))
         return 0
-    with Preemption() as preemption:
+    with Preemption().handled() as preemption:
         return run_process(config.as_smoke_test() if config.smoke else config, preemption)
 
 
@@ -130,11 +128,11 @@ def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
         if step < run.plan.last_step:
             curves.leave_as_they_are()  # a preempted job has seconds left
             return stop_early(run, step)
-    if run.config.smoke:
-        finish_smoke_test(run)
-    else:
-        write_final(run)
-        uploader.finish()  # with the other processes free to go
+    finish = finish_smoke_test if run.config.smoke else write_final
+    if run.accelerator.is_main_process:
+        finish(run)
+    run.accelerator.wait_for_everyone()
+    uploader.finish()  # with the other processes free to go
     return 0
 
 
@@ -245,7 +243,8 @@ def evaluate(run: Run, step: int) -> None:
     config, plan, record = run.config, run.plan, run.record
     metrics = {}
     if plan.is_due(config.eval_every, step):
-        metrics |= validate(run)
+        validation = run.inputs.evaluate_loss(run.model, plan.micro_batch_size, run.accelerator)
+        metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
         if config.save_best and metrics["val/loss"] < record.best_val_loss and run.accelerator.is_main_process:
             save_best(run, step, metrics)
     if plan.is_due(config.hellaswag_every, step):
@@ -266,19 +265,6 @@ def evaluate(run: Run, step: int) -> None:
         run.console.say(f"step {step} sample: {texts[0]!r}")
 
 
-def validate(run: Run) -> dict[str, float]:
-    """Return the validation loss, in nats a token, and bits a byte."""
-    validation = evaluate_loss(
-        run.model,
-        run.inputs.val_set,
-        run.config.eval_tokens // run.config.sequence_length,
-        batch_size=run.plan.micro_batch_size,
-        n_bytes=run.inputs.eval_bytes.count,
-        accelerator=run.accelerator,
-    )
-    return {"val/loss": validation.loss, "val/bpb": validation.bpb}
-
-
 def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Write `best/`, in the first process; if the disk refuses, training goes on without."""
     folder = run.record.folder
@@ -294,7 +280,7 @@ def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
 def save(run: Run, step: int, *, is_evaluated: bool, uploader: Uploader) -> bool:
     """Save the model after `step` updates; return in every process whether the disk took it."""
     run.record.check_claim()
-    return compute_once(partial(write_checkpoint, run, step, is_evaluated, uploader), run.accelerator)
+    return compute_once(lambda: write_checkpoint(run, step, is_evaluated, uploader), run.accelerator)
 
 
 def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader) -> bool:
@@ -303,13 +289,9 @@ def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader
     with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
         folder.sync()
         check_disk(folder.checkpoints, estimate_disk_bytes(run.plan.n_parameters, n_saves=1, keep_checkpoints=1))
+        state = run.describe_state(step, is_evaluated)
         checkpoint = checkpoints.save_checkpoint(
-            folder.checkpoints,
-            run.describe_state(step, is_evaluated),
-            run.model,
-            run.inputs.tokenizer,
-            run.optimizer,
-            run.accelerator.scaler,
+            folder.checkpoints, state, run.model, run.inputs.tokenizer, run.optimizer, run.accelerator.scaler
         )
         is_saved = True
         uploader.submit(checkpoint)
@@ -320,29 +302,24 @@ def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader
 
 
 def write_final(run: Run) -> None:
-    """Write `final/`: the model as GPT-2, with its tokenizer and a card that describes how it was trained."""
+    """Write `final/`, in the first process: the model as GPT-2, its tokenizer, and a card on how it was trained."""
     run.record.check_claim()
     folder = run.record.folder
-    if run.accelerator.is_main_process:
-        with create_folder_atomically(folder.final) as temporary:
-            save_published_model(temporary, run.model, run.inputs.tokenizer)
-            write_model_card(temporary, folder)
-        run.record.finish(run.plan.max_steps)
-        run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
-    run.accelerator.wait_for_everyone()
+    with create_folder_atomically(folder.final) as temporary:
+        save_published_model(temporary, run.model, run.inputs.tokenizer)
+        write_model_card(temporary, folder)
+    run.record.finish(run.plan.max_steps)
+    run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
 
 
 def finish_smoke_test(run: Run) -> None:
-    """Load the trial's checkpoint again and describe what was measured."""
-    if run.accelerator.is_main_process:
-        saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
-        if not saved:
-            raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
-        checkpoints.check_reload(saved[-1], run.model, run.optimizer)
-        peak_memory = measure_peak_memory(run.accelerator.device)
-        for line in describe_smoke_test(run.plan, run.clock, run.peak, peak_memory):
-            run.console.say(line)
-    run.accelerator.wait_for_everyone()
+    """Load the trial's checkpoint again, in the first process, and describe what was measured."""
+    saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
+    if not saved:
+        raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
+    checkpoints.check_reload(saved[-1], run.model, run.optimizer)
+    peak_memory = measure_peak_memory(run.accelerator.device)
+    run.console.say(*describe_smoke_test(run.plan, run.clock, run.peak, peak_memory))
 
 
 if __name__ == "__main__":

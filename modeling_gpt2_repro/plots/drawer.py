@@ -1,12 +1,12 @@
 """Drawing a run's curves beside its training, in a process that no step waits for."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from modeling_gpt2_repro.core.errors import UserError, format_line
 from modeling_gpt2_repro.plots.run_figure import draw_curves
@@ -16,10 +16,10 @@ PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 NICENESS = 19  # the training comes first wherever both want the same core
 
 
-class CurveDrawer:
+class CurveDrawer(contextlib.AbstractContextManager):
     """Keeps a run's curves up to date with its metrics.
 
-    A context manager. Inside, `request` returns at once. On exit, also by an exception, the last picture is drawn in
+    Inside the context, `request` returns at once. On exit, also by an exception, the last picture is drawn in
     this process, where no step is left to wait for it. The first picture that fails is reported, and training
     continues.
 
@@ -33,12 +33,7 @@ class CurveDrawer:
         self._process: subprocess.Popen | None = None
         self._has_warned = False
 
-    def __enter__(self) -> "CurveDrawer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process is not None:
             self._process.kill()  # a picture appears whole or not at all
             self._process.communicate()

@@ -31,6 +31,7 @@ SCORES = {
     ORIGINAL_SCORE: {"protocol": "original", "style": {"marker": "o"}},
     LM_EVAL_SCORE: {"protocol": "lm_eval", "style": {"marker": "s", "linestyle": ":", "fillstyle": "none"}},
 }
+FAINT = {"alpha": 0.22, "linewidth": 0.6}  # the values behind their mean
 CHANCE = 0.25
 SMALLEST_SCORE_SPAN = 0.04  # four standard errors on HellaSwag's validation set are as much
 SMALL_PANELS = {
@@ -68,10 +69,6 @@ class Axis:
         """Draw a series as a line; a single point is marked."""
         marker = marker or ("o" if len(series) == 1 else "")
         axes.plot(self.place(run, series.steps), series.values, marker=marker, markersize=markersize, **style)
-
-    def plot_faint(self, axes: Axes, run: Curves, series: Series, colour: str) -> None:
-        """Draw the values behind a mean."""
-        axes.plot(self.place(run, series.steps), series.values, color=colour, alpha=0.22, linewidth=0.6)
 
     def skip_beginning(self, run: Curves, series: Series) -> np.ndarray:
         """Return the values after the picture's first part; all values if hardly any come later."""
@@ -117,7 +114,8 @@ def draw_losses(axes: Axes, axis: Axis) -> None:
     axes.set_title(f"loss, nats a token{warning}", fontsize=11, loc="left")
     if shown:
         _set_limits(axes, [*shown, *references])
-        first = max(_list_first_losses(axis.runs))
+        losses = [each for run in axis.runs for each in (smooth(run.get("train/loss"))[0], run.get("val/loss"))]
+        first = max(series.values[0] for series in losses if len(series))
         if first > axes.get_ylim()[1]:
             axes.text(0.08, 0.985, f"↑ from {first:.2f}", transform=axes.transAxes, va="top", fontsize=9)
         axes.legend(frameon=False, fontsize=9, loc="upper right")
@@ -133,16 +131,11 @@ def _draw_train_loss(axes: Axes, axis: Axis, run: Curves, prefix: str) -> list[f
     if axis.is_comparison:
         style |= {"alpha": 0.55, "linewidth": 1}
     elif width > 1:
-        axis.plot_faint(axes, run, train, TRAIN_COLOUR)
+        axis.plot(axes, run, train, color=TRAIN_COLOUR, **FAINT)
         shown += list(np.percentile(axis.skip_beginning(run, train), TRAIN_LOSS_PERCENTILES))
     end, over = describe_train_end(train)
     axis.plot(axes, run, mean, label=f"{prefix}train {end:.3f}{over}", **style)
     return shown
-
-
-def _list_first_losses(runs: Sequence[Curves]) -> list[float]:
-    losses = [series for run in runs for series in (smooth(run.get("train/loss"))[0], run.get("val/loss"))]
-    return [series.values[0] for series in losses if len(series)]
 
 
 def draw_scores(axes: Axes, axis: Axis) -> None:
@@ -199,7 +192,7 @@ def draw_small_panel(axes: Axes, metric: str, axis: Axis) -> None:
         mean, width = (series, 1) if is_rare or metric == "train/lr" else smooth(series)
         drawn = [mean]
         if width > 1 and not axis.is_comparison:
-            axis.plot_faint(axes, run, series, colour)
+            axis.plot(axes, run, series, color=colour, **FAINT)
             drawn.append(series)
         axis.plot(axes, run, mean, color=colour, linewidth=1.2, marker="o" if is_rare else "")
         for values in (axis.skip_beginning(run, each) for each in drawn):

@@ -92,16 +92,16 @@ def identify_validation(config: TrainingConfig) -> tuple | None:
 
 def is_validated_on_fineweb_edu(config: TrainingConfig) -> bool:
     """Return whether a run's first validation tokens are the original's: the front of FineWeb-Edu's sample."""
-    from modeling_gpt2_repro.data.sources.corpus import (  # brings pandas along, half a second
-        DEFAULT_CONFIGS,
-        FINEWEB_EDU,
-    )
+    from modeling_gpt2_repro.data.sources import corpus  # brings pandas along, half a second
 
     manifest = read_manifest(config)
     if manifest is None:
         return False
     source = manifest.source
-    is_sample = (source.get("id"), source.get("config")) == (FINEWEB_EDU, DEFAULT_CONFIGS[FINEWEB_EDU])
+    is_sample = (source.get("id"), source.get("config")) == (
+        corpus.FINEWEB_EDU,
+        corpus.DEFAULT_CONFIGS[corpus.FINEWEB_EDU],
+    )
     is_gpt2_text = (manifest.vocab_size, manifest.eot_id) == GPT2_VOCABULARY
     # The validation split of every folder with a manifest is the front of its source.
     return is_sample and is_gpt2_text and manifest.val.tokens > FINEWEB_EDU_TOKENS

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.mlab import psd
 
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.plots.curves import Curves, Series
+from modeling_gpt2_repro.plots.curves import Curves
 from modeling_gpt2_repro.plots.figures import RUN_COLOURS, build_figure, default_style, finish_axes, make_drawable
 
 # The first steps are left out: the loss falls too fast there for a period to show.
@@ -46,8 +46,8 @@ class Spectrum:
         return peaks[:NAMED_PEAKS]
 
 
-def compute_spectrum(losses: Series) -> Spectrum:
-    """Compute the power spectrum of a train loss by Welch's method, after its beginning.
+def compute_spectrum(run: Curves) -> Spectrum:
+    """Compute the power spectrum of a run's train loss by Welch's method, after its beginning.
 
     The mean is over segments that overlap by half, each without its linear trend and under a Hann window. Missing
     steps are interpolated.
@@ -55,17 +55,18 @@ def compute_spectrum(losses: Series) -> Spectrum:
     Raises:
         UserError: too few steps to see a period in.
     """
+    losses = run.get("train/loss")
     steps = np.arange(losses.steps[0], losses.steps[-1] + 1) if 0 < len(losses) < 10**7 else np.array([])
     steps = steps[int(len(steps) * BEGINNING_SHARE) :]
     if len(steps) < FEWEST_STEPS:
-        raise UserError(f"periods show in {FEWEST_STEPS} steps and more, not in {len(steps)}")
+        raise UserError(f"{run.name}: periods show in {FEWEST_STEPS} steps and more, not in {len(steps)}")
     values = np.interp(steps, losses.steps, losses.values)
     segment = min(SEGMENT_STEPS, 2 ** int(np.log2(len(values) / FEWEST_SEGMENTS)))
     powers, frequencies = psd(values, NFFT=segment, Fs=1, noverlap=segment // 2, detrend="linear")
     is_seen = frequencies >= max(FEWEST_WAVES / segment, 1 / LONGEST_PERIOD)
     median = np.median(powers[is_seen])
     if not median > 0:
-        raise UserError("the train loss never changes: it has no periods")
+        raise UserError(f"{run.name}: the train loss never changes: it has no periods")
     return Spectrum(1 / frequencies[is_seen], powers[is_seen] / median)
 
 
@@ -78,7 +79,7 @@ def build_spectrum_figure(runs: Sequence[Curves]) -> Figure:
     """
     figure = build_figure(11, 1.2 + 3.4 * len(runs))
     rows = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    spectra = [_compute(run) for run in runs]
+    spectra = [compute_spectrum(run) for run in runs]
     for axes, run, spectrum, colour in zip(rows, runs, spectra, RUN_COLOURS * len(runs), strict=False):
         _draw_spectrum(axes, spectrum, colour)
         title = f"{make_drawable(run.name)}: power of the train loss, its median is 1"
@@ -108,13 +109,8 @@ def describe_spectrum(run: Curves) -> str:
     Raises:
         UserError: the run is too short.
     """
-    peaks = [f"{period:.1f} steps ({power:,.0f} times the median)" for period, power in _compute(run).list_peaks()]
+    peaks = [
+        f"{period:.1f} steps ({power:,.0f} times the median)" for period, power in compute_spectrum(run).list_peaks()
+    ]
     found = f"the train loss has periods of {', '.join(peaks)}" if peaks else "no period stands out of the train loss"
     return f"{run.name}: {found}"
-
-
-def _compute(run: Curves) -> Spectrum:
-    try:
-        return compute_spectrum(run.get("train/loss"))
-    except UserError as error:
-        raise UserError(f"{run.name}: {error}") from error

@@ -150,13 +150,8 @@ class Uploader:
 def link_model(checkpoint: Path, target: Path) -> None:
     """Link a checkpoint's files, except its training state, into `target`; copy them where there are no links."""
     with create_folder_atomically(target) as temporary:
-        shutil.copytree(
-            checkpoint,
-            temporary,
-            copy_function=_link,
-            ignore=shutil.ignore_patterns(TRAINING_STATE),
-            dirs_exist_ok=True,
-        )
+        ignore = shutil.ignore_patterns(TRAINING_STATE)
+        shutil.copytree(checkpoint, temporary, copy_function=_link, ignore=ignore, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:

@@ -5,7 +5,6 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -127,7 +126,7 @@ def _compile(loss_model: nn.Module, compile: str, device: torch.device) -> tuple
 
 def _agree_to_compile(reason: str | None, accelerator: Accelerator) -> None:
     """Raise a `CompilationError` in every process where one of them has a reason not to compile."""
-    for process, other in enumerate(_gather(reason, accelerator)):
+    for process, other in enumerate(gather_object([reason])):
         if other is not None:
             raise CompilationError(f"torch.compile is off{_name_process(process, accelerator)}: {other}")
 
@@ -147,7 +146,7 @@ def _try_sizes(
     loss_model: nn.Module, dataset: Dataset, sizes: Sequence[int], accelerator: Accelerator, advice: str
 ) -> Fit:
     for size in sizes:
-        outcomes = _gather(_try_micro_step(loss_model, dataset, size, accelerator), accelerator)
+        outcomes = gather_object([_try_micro_step(loss_model, dataset, size, accelerator)])
         loss_model.zero_grad(set_to_none=True)
         for process, outcome in enumerate(outcomes):
             if outcome.compiler_error is not None:
@@ -206,10 +205,6 @@ def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, acceler
         seconds = time.perf_counter() - start
     del reserved
     return seconds
-
-
-def _gather(answer: Any, accelerator: Accelerator) -> list[Any]:
-    return gather_object([answer]) if accelerator.num_processes > 1 else [answer]
 
 
 def _name_process(process: int, accelerator: Accelerator) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.core.errors import RefusedError, UserError, raise_if_refused
@@ -65,33 +66,6 @@ class TrainingState:
     micro_batch_size: int | None = None
     hardware: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return dataclasses.asdict(self) | {"skips": [[skip.start, skip.stop] for skip in self.skips]}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "TrainingState":
-        """Read a state.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one.
-        """
-        skips = [range(int(start), int(stop)) for start, stop in content["skips"]]
-        state = cls(
-            int(content["step"]),
-            int(content["tokens"]),
-            dict(content["experiment"]),
-            skips,
-            str(content["tracker_run_id"]),
-            bool(content["is_evaluated"]),
-            # Runs of the first version did not say it.
-            None if content.get("micro_batch_size") is None else int(content["micro_batch_size"]),
-            None if content.get("hardware") is None else str(content["hardware"]),
-        )
-        if state.step < 0:
-            raise ValueError(f"step is {state.step}")
-        return state
-
 
 def save_checkpoint(
     folder: Path,
@@ -114,11 +88,9 @@ def save_checkpoint(
         state_folder.mkdir()
         moving_parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         torch.save(moving_parts, state_folder / OPTIMIZER_NAME)
-        write_json(state_folder / STATE_NAME, state.to_json())
-        write_json(
-            state_folder / CHECKSUMS_NAME,
-            {name: compute_checksum(temporary / name) for name in _list_files(temporary)},
-        )
+        skips = [[skip.start, skip.stop] for skip in state.skips]
+        write_json(state_folder / STATE_NAME, dataclasses.asdict(state) | {"skips": skips})
+        write_json(state_folder / CHECKSUMS_NAME, _compute_checksums(temporary))
     return path
 
 
@@ -185,15 +157,6 @@ def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) 
     return newest
 
 
-def resume_hint(requested: str, folder: Path) -> str:
-    """Describe how to resume a run that ended early, given its `resume_from_checkpoint` and its checkpoint folder."""
-    if not list_checkpoints(folder):
-        return "it has no checkpoint yet, and the same command starts it again"
-    goes_back = requested == "never" or (requested != "auto" and is_own_checkpoint(requested, folder))
-    command = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
-    return f"{command} resumes from its last checkpoint"
-
-
 def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     try:
         found = list_checkpoints(folder)
@@ -233,23 +196,21 @@ def check_whole(checkpoint: Path) -> None:
             "or --init_from to start a new run from its weights"
         )
     try:
-        checksums = dict(json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8")))
-        names = set(checksums)
+        saved = dict(json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise_if_refused(error, checkpoint)
         raise UserError(f"{checkpoint} is damaged: {CHECKSUMS_NAME} cannot be read ({error})") from error
-    # Only files that lie there are opened, whatever the list says.
-    found = set(_list_files(checkpoint)) - {f"{TRAINING_STATE}/{CHECKSUMS_NAME}"}
-    for name in sorted(found ^ names):
-        state = "missing" if name in names else "not one of its files"
-        raise UserError(f"{checkpoint} is damaged: {name} is {state}")
-    for name in sorted(found):
-        try:
-            checksum = compute_checksum(checkpoint / name)
-        except OSError as error:
-            raise_if_refused(error, checkpoint / name)
-            raise
-        if checksum != checksums[name]:
+    try:
+        found = _compute_checksums(checkpoint)  # opens only files that lie there, even if the list names others
+    except OSError as error:
+        raise_if_refused(error, checkpoint)
+        raise
+    for name in sorted(saved.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"{checkpoint} is damaged: {name} is missing")
+        if name not in saved:
+            raise UserError(f"{checkpoint} is damaged: {name} is not one of its files")
+        if found[name] != saved[name]:
             raise UserError(f"{checkpoint} is damaged: {name} is not what was saved")
 
 
@@ -261,7 +222,19 @@ def load_state(checkpoint: Path) -> TrainingState:
     """
     path = checkpoint / TRAINING_STATE / STATE_NAME
     try:
-        return TrainingState.from_json(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if int(content["step"]) < 0:
+            raise ValueError(f"step is {content['step']}")
+        return TrainingState(
+            step=int(content["step"]),
+            tokens=int(content["tokens"]),
+            experiment=dict(content["experiment"]),
+            skips=[range(int(start), int(stop)) for start, stop in content["skips"]],
+            tracker_run_id=str(content["tracker_run_id"]),
+            is_evaluated=bool(content["is_evaluated"]),
+            micro_batch_size=content.get("micro_batch_size"),  # the first version did not record these two
+            hardware=content.get("hardware"),
+        )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise_if_refused(error, path)
         raise UserError(
@@ -309,22 +282,18 @@ def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.opti
     """Check that a checkpoint gives back the weights and the optimizer's state, to the last bit.
 
     Raises:
-        RuntimeError: it does not. No `assert`, because what is checked is the disk, also under `python -O`.
+        AssertionError: it does not; also under `python -O`.
     """
-
-    def check_same(name: str, saved: Any, value: Any) -> None:
-        if not torch.equal(torch.as_tensor(saved), torch.as_tensor(value).cpu()):
-            raise RuntimeError(f"{name} came back from {checkpoint} as something else")
-
-    reloaded = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
-    for name, tensor in model.state_dict().items():
-        check_same(name, reloaded[name], tensor)
-    saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)["optimizer"]["state"]
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            check_same(f"{name} of parameter {index}", saved[index][name], value)
+    reloaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)["optimizer"]
+    is_exact = {"rtol": 0, "atol": 0, "check_device": False}
+    assert_close(reloaded.state_dict(), model.state_dict(), **is_exact)
+    assert_close(saved["state"], optimizer.state_dict()["state"], **is_exact)
 
 
-def _list_files(folder: Path) -> list[str]:
-    found = {*folder.rglob("*"), *(folder / TRAINING_STATE).rglob("*")}  # no glob enters a link, as the second may be
-    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+def _compute_checksums(checkpoint: Path) -> dict[str, str]:
+    """Return the checksums of a checkpoint's files, except `checksums.json`, by their paths in its folder."""
+    state_folder = checkpoint / TRAINING_STATE
+    found = {*checkpoint.rglob("*"), *state_folder.rglob("*")}  # no glob enters a link, as the second may be
+    files = sorted(path for path in found if path.is_file() and path != state_folder / CHECKSUMS_NAME)
+    return {path.relative_to(checkpoint).as_posix(): compute_checksum(path) for path in files}

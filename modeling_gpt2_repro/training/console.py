@@ -19,22 +19,21 @@ class Console:
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
-        self.bar: tqdm | None = None
         self.first_line: float | None = None
 
-    def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+    def say(self, *lines: str) -> None:
+        """Print lines, above the bar where there is one."""
         if self.enabled:
             with outliving_readers():
-                tqdm.write(text)
+                tqdm.write("\n".join(lines))
                 sys.stdout.flush()
 
     def start(self, step: int, max_steps: int) -> None:
         """Begin to show progress from `step` on."""
         self.max_steps = max_steps
-        if self.enabled and sys.stderr.isatty():
-            with outliving_readers():
-                self.bar = tqdm(initial=step, total=max_steps, unit="step", dynamic_ncols=True)
+        is_hidden = not (self.enabled and sys.stderr.isatty())
+        with outliving_readers():
+            self.bar = tqdm(initial=step, total=max_steps, unit="step", dynamic_ncols=True, disable=is_hidden)
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None:
         """Show the numbers of update `step`."""
@@ -43,7 +42,7 @@ class Console:
             f"loss {metrics['train/loss']:.3f}  lr {metrics['train/lr']:.1e}  "
             f"grad norm {metrics['train/grad_norm']:.2f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
         )
-        if self.bar is not None:
+        if not self.bar.disable:
             with outliving_readers():
                 self.bar.set_postfix_str(numbers, refresh=False)
                 self.bar.update()
@@ -59,10 +58,8 @@ class Console:
 
     def close(self) -> None:
         """Take the bar away."""
-        if self.bar is not None:
-            with outliving_readers():
-                self.bar.close()
-            self.bar = None
+        with outliving_readers():
+            self.bar.close()
 
 
 def format_duration(seconds: float) -> str:

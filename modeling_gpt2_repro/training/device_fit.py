@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.core.devices import measure_device_memory, name_hardware
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.dataset import TokenDataset
@@ -32,7 +31,7 @@ def place_on_device(model: GPT2ReproForCausalLM, memory: StepMemory, accelerator
         model = model.to(accelerator.device)
     except torch.OutOfMemoryError:
         available = measure_device_memory(accelerator.device)
-        advice = memory.advise(available, MODEL_SIZES)
+        advice = memory.advise(available)
         message = (
             f"the weights of {model.num_parameters():,} parameters alone do not fit in the memory of device "
             f"{accelerator.process_index}, of which {available / 1e9:.1f} GB are free: "
@@ -81,7 +80,7 @@ def choose_sizes(
     calculated, advice = sizes, ""
     if accelerator.device.type == "cuda":
         available = min(gather_object([measure_device_memory(accelerator.device)]))
-        calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available, MODEL_SIZES)
+        calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available)
     is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
     is_known = all(gather_object([is_known]))  # or processes on other devices would try other sizes
     return (sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated), advice

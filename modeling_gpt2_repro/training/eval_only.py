@@ -15,7 +15,7 @@ from modeling_gpt2_repro.data.text_bytes import NOTE
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
 from modeling_gpt2_repro.evaluation import baseline as baselines
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
-from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
+from modeling_gpt2_repro.evaluation.validation import ValidationResult
 from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
 from modeling_gpt2_repro.model.loading import load_causal_lm
 from modeling_gpt2_repro.training.config import TrainingConfig
@@ -90,14 +90,11 @@ def measure_validation(
     """
     if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
         print(NOTE, flush=True)
-    n_windows, n_bytes = config.eval_tokens // config.sequence_length, inputs.eval_bytes.count
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
     batch_size = largest if config.micro_batch_size == "auto" else int(config.micro_batch_size)
     while True:
         try:
-            result = evaluate_loss(
-                model, inputs.val_set, n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
-            )
+            result = inputs.evaluate_loss(model, batch_size, accelerator)
             break
         except Exception as error:  # out of memory has many types (see `is_out_of_memory`)
             if not is_out_of_memory(error):

@@ -29,9 +29,9 @@ class NonFiniteError(UserError):
         windows: ids of the training windows that it was made of, by which it can be replayed.
     """
 
+    is_everywhere = True  # every process has reduced the same numbers, and stops at the same update
+
     def __init__(self, update: int, loss: float, grad_norm: float, windows: Sequence[int]):
-        # Every process has reduced the same numbers, and stops at the same update.
-        self.is_everywhere = True
         self.details = {"update": update, "windows": [int(window) for window in windows]}
         first, last = min(windows), max(windows)
         where = f"windows {first} to {last}" if last - first + 1 == len(windows) else f"{len(windows)} windows"
@@ -50,8 +50,9 @@ class RepeatedOverflowError(UserError):
         count: of the updates in a row that were not made.
     """
 
+    is_everywhere = True
+
     def __init__(self, update: int, count: int):
-        self.is_everywhere = True
         self.details = {"update": update}
         super().__init__(
             f"the last {count} updates, up to {update}, were not made: their gradients overflow fp16 however little "
@@ -84,13 +85,8 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = next((other for other in sizes if other < size), None)
-        advice = "--gradient_checkpointing True needs less memory, and does not change the experiment"
-        if smaller is not None:
-            advice = (
-                f"resume with --micro_batch_size {smaller}, or with --gradient_checkpointing True: neither changes "
-            )
-            advice += "the experiment"
+        smaller = next((f"--micro_batch_size {other} or " for other in sizes if other < size), "")
+        advice = f"resume with {smaller}--gradient_checkpointing True, which does not change the experiment"
         raise UserError(f"memory ran out with {size} sequence(s) at once: {advice}") from error
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gpt2_repro.data.dataset import TokenDataset
@@ -10,6 +11,7 @@ from modeling_gpt2_repro.data.text_bytes import TextBytes, count_text_bytes
 from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
+from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
 from modeling_gpt2_repro.training.config import TrainingConfig
 
 
@@ -21,7 +23,15 @@ class Inputs:
     train_set: TokenDataset | None
     val_set: TokenDataset | None
     eval_bytes: TextBytes | None
+    n_eval_windows: int
     hellaswag: HellaSwagQuestions | None
+
+    def evaluate_loss(self, model: nn.Module, batch_size: int, accelerator: Accelerator) -> ValidationResult:
+        """Compute the loss of a model on the `n_eval_windows` that the run is validated on."""
+        n_windows, n_bytes = self.n_eval_windows, self.eval_bytes.count
+        return evaluate_loss(
+            model, self.val_set, n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
+        )
 
 
 def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
@@ -31,14 +41,15 @@ def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
         UserError: any of it is missing or damaged, or does not belong together.
     """
     tokenizer = load_data_tokenizer(config.data_dir)
+    n_eval_windows = config.eval_tokens // config.sequence_length
     train_set = val_set = eval_bytes = hellaswag = None
     if not config.eval_only:
         train_set = TokenDataset(config.data_dir, "train", config.sequence_length, len(tokenizer))
     if config.eval_every:
         val_set = TokenDataset(config.data_dir, "val", config.sequence_length, len(tokenizer))
-        eval_bytes = count_text_bytes(val_set, config.eval_tokens // config.sequence_length, tokenizer)
+        eval_bytes = count_text_bytes(val_set, n_eval_windows, tokenizer)
     if config.hellaswag_every:
         with accelerator.main_process_first():
             items = load_hellaswag(config.hellaswag_file, config.hellaswag_limit)
         hellaswag = HellaSwagQuestions(items, tokenizer, accelerator)
-    return Inputs(tokenizer, train_set, val_set, eval_bytes, hellaswag)
+    return Inputs(tokenizer, train_set, val_set, eval_bytes, n_eval_windows, hellaswag)

@@ -4,9 +4,10 @@ The model counts what the compiled step saves for its backward pass, read off th
 CUDA. It only chooses where a trial begins, and what to advise where nothing fits: the trial has the last word.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
 from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.config import TrainingConfig
 
@@ -65,12 +66,12 @@ class StepMemory:
         fitting = [size for size in sizes if self.estimate(size) <= available_bytes]
         return fitting or list(sizes[-1:])
 
-    def advise(self, available_bytes: float, others: Mapping[str, Mapping[str, int]]) -> str:
-        """Name what would fit with one sequence at once: checkpointing, or the largest smaller model of `others`."""
+    def advise(self, available_bytes: float) -> str:
+        """Name what would fit with one sequence at once: checkpointing, or the largest smaller model."""
         options = (
             {} if self.is_checkpointed else {"--gradient_checkpointing True": replace(self, is_checkpointed=True)}
         )
-        for name, shape in sorted(others.items(), key=lambda other: -other[1]["n_embd"]):
+        for name, shape in sorted(MODEL_SIZES.items(), key=lambda size: -size[1]["n_embd"]):
             if shape["n_embd"] < self.n_embd:
                 options[f"--model_size {name}"] = replace(self, n_layer=shape["n_layer"], n_embd=shape["n_embd"])
         needed = {flags: step.estimate(1) for flags, step in options.items()}

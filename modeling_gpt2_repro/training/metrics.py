@@ -42,14 +42,11 @@ def _parse_object(text: str) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[Metrics]:
     """Read the lines of `metrics.jsonl`, each its step and other numbers; the rest is skipped."""
-    lines = [
-        {
-            name: value
-            for name, value in line.items()
-            if type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
-        }
-        for line in read_json_lines(path)
-    ]
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
+
+    lines = [{name: value for name, value in line.items() if is_number(value)} for line in read_json_lines(path)]
     return [line for line in lines if line.get("step", -1) >= 0]
 
 

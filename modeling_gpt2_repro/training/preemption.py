@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate l
 
 
 class Preemption:
-    """Context manager that handles the stop signals of this process.
+    """The stop signals of this process, handled inside the context `handled`.
 
     A signal raises `KeyboardInterrupt` or `Terminated`; inside `deferred` it is noted instead. A second SIGINT or
     SIGTERM, at least `SECONDS_OF_ONE_REQUEST` after the first, raises there too, and the next one ends the process at
@@ -38,18 +38,14 @@ class Preemption:
     def __init__(self):
         self._requests: dict[int, float] = {}  # when each signal came first
         self._is_deferred = self._has_lost_launcher = False
-        self._handlers = handled_stop_signals(self._handle)
         self._restore_handlers: Callable[[], None]
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
-    def __enter__(self) -> "Preemption":
-        self._restore_handlers = self._handlers.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.__exit__(kind, error, trace)
+    @contextlib.contextmanager
+    def handled(self) -> Iterator["Preemption"]:
+        """Handle the signals, and return this object."""
+        with handled_stop_signals(self._handle) as self._restore_handlers:
+            yield self
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -122,14 +122,14 @@ class RunRecord:
         self._append(self.folder.metrics, json.dumps(line) + "\n")
         self._append(self.folder.log, "".join(format_log_lines(line)))
         for feed in self._feeds:
-            feed.log_metrics(step, metrics)
+            feed.send(lambda tracker: tracker.log_metrics(step, metrics))
 
     def log_samples(self, step: int, texts: list[str]) -> None:
         """Record texts that the model wrote after `step` updates."""
         lines = (json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for text in texts)
         self._append(self.folder.samples, "".join(lines))
         for feed in self._feeds:
-            feed.log_samples(step, texts)
+            feed.send(lambda tracker: tracker.log_samples(step, texts))
 
     def set_status(self, status: str, **details: Any) -> None:
         """Write the state of the run, `running` or `preempted` (see also `finish`), to `status.json`.

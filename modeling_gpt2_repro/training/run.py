@@ -13,7 +13,7 @@ from modeling_gpt2_repro.evaluation.samples import encode_prompt
 from modeling_gpt2_repro.model.limits import get_max_positions
 from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.building import build_model
-from modeling_gpt2_repro.training.checkpoint import TrainingState, resume_hint
+from modeling_gpt2_repro.training.checkpoint import TrainingState, is_own_checkpoint, list_checkpoints
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.console import Console, format_duration
 from modeling_gpt2_repro.training.device_fit import fit_to_device, place_on_device
@@ -24,7 +24,6 @@ from modeling_gpt2_repro.training.plan import Plan, build_plan
 from modeling_gpt2_repro.training.preflight import check_disk, check_duration, measure_folder
 from modeling_gpt2_repro.training.record import RunRecord
 from modeling_gpt2_repro.training.schedule import Schedule
-from modeling_gpt2_repro.training.skipping import is_skipped
 from modeling_gpt2_repro.training.start import Start
 from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
 
@@ -72,7 +71,7 @@ class Run:
 
     def is_skipped(self, step: int) -> bool:
         """Return whether the update after `step` others is passed over."""
-        return is_skipped(step + 1, self.start.skips)
+        return any(step + 1 in skip for skip in self.start.skips)
 
     def describe_state(self, step: int, is_evaluated: bool) -> TrainingState:
         """Describe where the run stands after `step` updates, for a checkpoint."""
@@ -89,7 +88,12 @@ class Run:
 
     def resume_hint(self) -> str:
         """Describe how the run is resumed if it ends now."""
-        return resume_hint(self.config.resume_from_checkpoint, self.record.folder.checkpoints)
+        requested, folder = self.config.resume_from_checkpoint, self.record.folder.checkpoints
+        if not list_checkpoints(folder):
+            return "it has no checkpoint yet, and the same command starts it again"
+        goes_back = requested == "never" or (requested != "auto" and is_own_checkpoint(requested, folder))
+        command = "the same command with --resume_from_checkpoint auto" if goes_back else "the same command"
+        return f"{command} resumes from its last checkpoint"
 
 
 def build_run(
@@ -109,15 +113,15 @@ def build_run(
         check_disk(folder, plan.estimate_disk_bytes() - measure_folder(folder))
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     console.say(f"run         {record.folder}, tracked by {' and '.join(record.trackers) or 'none'}")
-    for line in describe_run(plan, inputs, start, accelerator, peak):
-        console.say(line)
+    console.say(*describe_run(plan, inputs, start, accelerator, peak))
     fit, optimizer = fit_to_device(plan, memory, start, inputs.train_set, model, optimizer, accelerator, console.say)
     plan = replace(plan, micro_batch_size=fit.micro_batch_size)
     seconds = plan.estimate_seconds(accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
-    for line in describe_work(plan, start, seconds):
-        console.say(line)
-    open_record(config, start, record)
+    console.say(*describe_work(plan, start, seconds))
+    # With all the skips, those of the checkpoint too. A tracker knows a run that forks off another as one of its own.
+    recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in start.skips])
+    record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.is_own else None)
     reset_peak_memory(accelerator.device)
     return Run(
         config=config,
@@ -183,10 +187,3 @@ def describe_work(plan: Plan, start: Start, seconds: float) -> Iterator[str]:
     yield f"time        about {format_duration(seconds)} from step {start.step:,}, evaluations included"
     for skip in start.skips:
         yield f"skipped     updates {skip.start:,} to {skip.stop - 1:,}"
-
-
-def open_record(config: TrainingConfig, start: Start, record: RunRecord) -> None:
-    """Open the record where the run starts; `config.yaml` has all the skips, those of the checkpoint too."""
-    recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in start.skips])
-    # A tracker knows a run that forks off another as one of its own.
-    record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.is_own else None)

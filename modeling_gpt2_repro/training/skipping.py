@@ -50,8 +50,3 @@ def check_any_made(skips: Iterable[range], first_step: int, max_steps: int) -> N
         left = max(left, skip.stop) if left in skip else left
     if first_step < max_steps < left:
         raise UserError(f"--skip_steps passes over every update from {first_step + 1} to {max_steps}: none is left")
-
-
-def is_skipped(update: int, skips: Iterable[range]) -> bool:
-    """Tell whether update number `update`, counted from 1, is passed over."""
-    return any(update in skip for skip in skips)

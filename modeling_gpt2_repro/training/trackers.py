@@ -6,7 +6,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import yaml
@@ -175,23 +174,16 @@ class Feed:
     def __init__(self, tracker: Tracker, first_step: int, warn: Callable[[str], None]):
         self._tracker, self._warn = tracker, warn
         self._has_failed = False
-        self._missed: list[Callable[[], None]] = []
+        self._missed: list[Callable[[Tracker], None]] = []
         with self._tolerated_failure("failed, training goes on without it"):
             if note := tracker.start(first_step):
                 warn(format_line(note))
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Log numbers of the model after `step` updates."""
-        self._send(partial(self._tracker.log_metrics, step, metrics))
-
-    def log_samples(self, step: int, texts: list[str]) -> None:
-        """Log all texts that the model wrote after `step` updates."""
-        self._send(partial(self._tracker.log_samples, step, texts))
-
-    def _send(self, message: Callable[[], None]) -> None:
+    def send(self, message: Callable[[Tracker], None]) -> None:
+        """Call `message` with the tracker, at the end if the tracker has failed."""
         if not self._has_failed:
             with self._tolerated_failure("failed, training goes on without it"):
-                message()
+                message(self._tracker)
         if self._has_failed:
             self._missed.append(message)
 
@@ -204,7 +196,7 @@ class Feed:
         with self._tolerated_failure("failed again, and lacks what metrics.jsonl has"):
             self._tracker.restart()
             for message in self._missed:
-                message()
+                message(self._tracker)
             self._tracker.finish()
             self._warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
 

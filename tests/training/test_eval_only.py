@@ -20,9 +20,11 @@ import prepare_data
 import train
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
+from modeling_gpt2_repro.data.text_bytes import TextBytes
 from modeling_gpt2_repro.evaluation import baseline as baseline_module
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.training.eval_only import measure_validation
+from modeling_gpt2_repro.training.inputs import Inputs
 
 MEASURED = {
     "sequence_length": 32,
@@ -244,9 +246,15 @@ class CrowdedModel(torch.nn.Module):
 
 def measure(model):
     windows = list(draw_ids(batch=8))
-    inputs = SimpleNamespace(val_set=windows, eval_bytes=SimpleNamespace(is_exact=True, count=100))
-    n_tokens = len(windows[0]) - 1
-    config = SimpleNamespace(eval_tokens=8 * n_tokens, sequence_length=n_tokens, micro_batch_size="8")
+    inputs = Inputs(
+        tokenizer=None,
+        train_set=None,
+        val_set=windows,
+        eval_bytes=TextBytes(100, is_exact=True),
+        n_eval_windows=8,
+        hellaswag=None,
+    )
+    config = SimpleNamespace(sequence_length=len(windows[0]) - 1, micro_batch_size="8")
     return measure_validation(model, inputs, config, Accelerator())
 
 

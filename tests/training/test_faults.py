@@ -24,7 +24,7 @@ def test_a_broken_update_names_its_windows_and_the_way_past():
     assert "8 windows of" in str(NonFiniteError(7, 1.0, float("inf"), np.array([9, 4, 1, 30, 2, 5, 7, 8])))
 
 
-@pytest.mark.parametrize("size, advice", [(8, "--micro_batch_size 4, or"), (1, "less memory, and does not change")])
+@pytest.mark.parametrize("size, advice", [(8, "--micro_batch_size 4 or"), (1, "resume with --gradient_checkpointing")])
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: x")]
 )

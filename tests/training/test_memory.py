@@ -50,8 +50,8 @@ def test_float32_takes_more_and_checkpointing_less():
 
 
 def test_advice_names_what_fits_and_nothing_else():
-    advice = describe("774M").advise(20e9, MODEL_SIZES)
+    advice = describe("774M").advise(20e9)
     assert "--gradient_checkpointing True" in advice and "--model_size 350M" in advice
-    assert "checkpointing" not in describe("1558M").advise(24e9, MODEL_SIZES)
-    assert describe("1558M", is_checkpointed=True).advise(24e9, MODEL_SIZES).startswith("--model_size 774M")
-    assert describe("124M", is_checkpointed=True).advise(1e9, MODEL_SIZES) == ""
+    assert "checkpointing" not in describe("1558M").advise(24e9)
+    assert describe("1558M", is_checkpointed=True).advise(24e9).startswith("--model_size 774M")
+    assert describe("124M", is_checkpointed=True).advise(1e9) == ""
