@@ -87,6 +87,8 @@ def load_curves(path: str | Path, logged_tokens_per_step: int = LOGGED_TOKENS_PE
         UserError: it is neither, or holds no numbers, or the run's settings cannot be read.
     """
     folder = RunFolder(path)
+    if folder.path.name == folder.metrics.name:
+        folder = RunFolder(folder.path.parent)
     if folder.metrics.exists():
         return load_run(folder)
     log = folder.log if folder.path.is_dir() else folder.path
