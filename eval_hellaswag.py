@@ -46,9 +46,7 @@ class HellaSwagConfig(Config):
     limit: int | None = setting(None, "score only the first so many items; None: all", least=1)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
     batch_tokens: int | None = setting(
-        None,
-        "tokens that a forward pass reads at most, padding included; None: as many as free memory holds",
-        least=1,
+        None, "tokens that a forward pass reads at most, padding included; None: as many as free memory holds", least=1
     )
     output: str | None = setting(None, "write the scores to this .json file; None: print only", path=True)
     per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't", path=True)

@@ -37,11 +37,7 @@ from modeling_gpt2_repro.data.sources.corpus import (
     build_hub_corpus,
 )
 from modeling_gpt2_repro.data.sources.local_files import TEXT_SUFFIXES
-from modeling_gpt2_repro.data.tokenizer import (
-    fingerprint_tokenizer,
-    load_tokenizer,
-    load_tokenizer_for,
-)
+from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, load_tokenizer, load_tokenizer_for
 from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.plots.corpus_text import PREVIEW_IDS, describe_inspection
 

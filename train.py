@@ -25,11 +25,7 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.core.devices import (
-    compute_once,
-    measure_peak_memory,
-    prepare_cpu_process,
-)
+from modeling_gpt2_repro.core.devices import compute_once, measure_peak_memory, prepare_cpu_process
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.core.launch import start_accelerator

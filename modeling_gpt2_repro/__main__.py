@@ -5,8 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
+from .core.arguments import parse_arguments
+from .core.errors import UserError, reports_user_errors
 
 PROGRAM = "python -m modeling_gpt2_repro"
 # With their `--help`. A command `x` is commands/x.py, where `XConfig` has its settings and `run` executes it.

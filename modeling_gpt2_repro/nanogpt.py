@@ -2,7 +2,7 @@
 
 import sys
 
-from modeling_gpt2_repro.__main__ import main
+from .__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

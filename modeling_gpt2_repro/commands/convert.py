@@ -3,14 +3,14 @@
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from modeling_gpt2_repro.core.arguments import Config, setting
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
-from modeling_gpt2_repro.core.locks import FolderLock
-from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER, load_tokenizer
-from modeling_gpt2_repro.model.convert_nanogpt import Activation, load_nanogpt
-from modeling_gpt2_repro.model.folder import save_published_model
+from ..core.arguments import Config, setting
+from ..core.errors import UserError
+from ..core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
+from ..core.locks import FolderLock
+from ..core.streams import silence_libraries
+from ..data.tokenizer import GPT2_TOKENIZER, load_tokenizer
+from ..model.convert_nanogpt import Activation, load_nanogpt
+from ..model.folder import save_published_model
 
 
 @dataclass

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modeling_gpt2_repro.core.arguments import Config, setting
-from modeling_gpt2_repro.plots.curves import LOGGED_TOKENS_PER_STEP, Curves, load_curves
-from modeling_gpt2_repro.plots.figures import save_figure
-from modeling_gpt2_repro.plots.run_figure import build_curves_figure, describe_end
-from modeling_gpt2_repro.plots.spectrum import build_spectrum_figure, describe_spectrum
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.arguments import Config, setting
+from ..plots.curves import LOGGED_TOKENS_PER_STEP, Curves, load_curves
+from ..plots.figures import save_figure
+from ..plots.run_figure import build_curves_figure, describe_end
+from ..plots.spectrum import build_spectrum_figure, describe_spectrum
+from ..training.run_folder import RunFolder
 
 COMPARISON, SPECTRUM = "comparison.png", "spectrum.png"
 

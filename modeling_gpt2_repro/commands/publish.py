@@ -4,19 +4,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_gpt2_repro.core.arguments import Config, setting
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.hub_client import describe_hub_failure
-from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.publishing.hub import (
-    explain_failure,
-    name_address,
-    open_repository,
-    publish_earlier,
-    publish_final,
-)
-from modeling_gpt2_repro.training.checkpoint import list_models
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.arguments import Config, setting
+from ..core.errors import UserError
+from ..core.hub_client import describe_hub_failure
+from ..core.streams import silence_libraries
+from ..publishing.hub import explain_failure, name_address, open_repository, publish_earlier, publish_final
+from ..training.checkpoint import list_models
+from ..training.run_folder import RunFolder
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from dataclasses import MISSING, dataclass
 
-from modeling_gpt2_repro.core.arguments import Config, setting
-from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.evaluation.samples import generate_samples
-from modeling_gpt2_repro.model.limits import check_token_ids
-from modeling_gpt2_repro.model.loading import load_causal_lm
+from ..core.arguments import Config, setting
+from ..core.streams import silence_libraries
+from ..evaluation.samples import generate_samples
+from ..model.limits import check_token_ids
+from ..model.loading import load_causal_lm
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from modeling_gpt2_repro.core.arguments import Config, setting
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.publishing.scores import format_score, list_scores
-from modeling_gpt2_repro.training.metrics import find_last_validation, format_validation, merge_metrics
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.arguments import Config, setting
+from ..core.errors import UserError
+from ..publishing.scores import format_score, list_scores
+from ..training.metrics import find_last_validation, format_validation, merge_metrics
+from ..training.run_folder import RunFolder
 
 
 @dataclass

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import open_atomically
+from .errors import UserError
+from .files import open_atomically
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 
-from modeling_gpt2_repro.core.errors import UserError
+from .errors import UserError
 
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from modeling_gpt2_repro.core.environment import name_command
-from modeling_gpt2_repro.core.refusals import DISK_REFUSALS, describe_refusal, find_refusal, find_unreadable
-from modeling_gpt2_repro.core.streams import discard_unwritten, prepare_streams, write_line
+from .environment import name_command
+from .refusals import DISK_REFUSALS, describe_refusal, find_refusal, find_unreadable
+from .streams import discard_unwritten, prepare_streams, write_line
 
 USER_ERROR_EXIT_CODE = 2
 # Errors of the operating system that are not bugs: also names too long, and paths that are no folder or no file.

@@ -4,7 +4,7 @@ import codecs
 import re
 from pathlib import Path
 
-from modeling_gpt2_repro.core.errors import UserError
+from .errors import UserError
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = {

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from modeling_gpt2_repro.core.errors import UserError
+from .errors import UserError
 
 # Of a file or folder until it is complete.
 TEMPORARY_SUFFIX = ".partial"

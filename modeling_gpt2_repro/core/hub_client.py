@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-from modeling_gpt2_repro.core.errors import UserError
+from .errors import UserError
 
 HUB_TIMEOUT_SECONDS = 10
 # Seconds to wait before a question is repeated to a Hub that answers "not now".

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from modeling_gpt2_repro.core.devices import is_out_of_memory, supports_bf16
-from modeling_gpt2_repro.core.errors import UserError
+from .devices import is_out_of_memory, supports_bf16
+from .errors import UserError
 
 # The first process saves and draws while the others wait in a collective.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)

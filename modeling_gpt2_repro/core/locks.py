@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import LockState, follow_links, is_file_at, make_folder, try_lock
+from .errors import UserError
+from .files import LockState, follow_links, is_file_at, make_folder, try_lock
 
 HEARTBEAT_SECONDS = 15.0
 SILENCE_SECONDS = 120.0

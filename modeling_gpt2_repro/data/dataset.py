@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from modeling_gpt2_repro.core.devices import enter_device, name_device
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.shards import load_manifest, open_split
+from ..core.devices import enter_device, name_device
+from ..core.errors import UserError
+from .shards import load_manifest, open_split
 
 # Micro-batches read ahead; each is half a megabyte at 64 x 1,024 tokens.
 PREFETCHED = 4

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.file_kinds import LLMC_QUESTIONS, LLMC_TOKENS, describe_content
+from ..core.errors import UserError
+from ..core.file_kinds import LLMC_QUESTIONS, LLMC_TOKENS, describe_content
 
 SHARD_SUFFIXES = (".npy", ".bin")
 
@@ -72,7 +72,7 @@ def is_question_file(path: Path) -> bool:
 
 def describe_other_data(folder: Path) -> str:
     """Describe what a folder without shards has that could be made into some: a clause to end a sentence with."""
-    from modeling_gpt2_repro.data.sources.local_files import SUFFIXES  # slow to import, and training does without it
+    from .sources.local_files import SUFFIXES  # slow to import, and training does without it
 
     names = {path.name for path in folder.iterdir()}
     if names & {"dataset_info.json", "dataset_dict.json"}:

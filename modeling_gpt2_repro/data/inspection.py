@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.shards import (
+from ..core.errors import UserError
+from .shards import (
     MAX_VOCAB_SIZE,
     Manifest,
     Split,
@@ -27,7 +27,7 @@ from modeling_gpt2_repro.data.shards import (
     map_files,
     read_tokens,
 )
-from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer, token_byte_lengths
+from .tokenizer import load_data_tokenizer, token_byte_lengths
 
 
 @dataclasses.dataclass(frozen=True)

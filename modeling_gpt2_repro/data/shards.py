@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.file_kinds import NUMPY, describe_content
-from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
-from modeling_gpt2_repro.data.foreign_shards import describe_other_data, is_question_file, locate_tokens
+from ..core.errors import UserError, raise_if_refused
+from ..core.file_kinds import NUMPY, describe_content
+from ..core.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
+from .foreign_shards import describe_other_data, is_question_file, locate_tokens
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.data.shards import TEXT_BYTES_NAME, TOKENS_PER_CHUNK, load_manifest, read_tokens
-from modeling_gpt2_repro.data.tokenizer import spells_text, token_byte_lengths
+from ..core.errors import UserError
+from .dataset import TokenDataset
+from .shards import TEXT_BYTES_NAME, TOKENS_PER_CHUNK, load_manifest, read_tokens
+from .tokenizer import spells_text, token_byte_lengths
 
 # Printed with an estimate.
 NOTE = (

@@ -15,9 +15,9 @@ from tokenizers import decoders, processors
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.hub_client import HUB_TIMEOUT_SECONDS, ask_hub
-from modeling_gpt2_repro.data.shards import TOKENIZER_FOLDER, load_manifest
+from ..core.errors import UserError, raise_if_refused
+from ..core.hub_client import HUB_TIMEOUT_SECONDS, ask_hub
+from .shards import TOKENIZER_FOLDER, load_manifest
 
 GPT2_TOKENIZER = "openai-community/gpt2"
 GPT2_NAMES = (GPT2_TOKENIZER, "gpt2")

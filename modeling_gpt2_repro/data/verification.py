@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.core.errors import RefusedError, UserError
-from modeling_gpt2_repro.core.files import compute_checksum
-from modeling_gpt2_repro.data.foreign_shards import SHARD_SUFFIXES
-from modeling_gpt2_repro.data.shards import (
+from ..core.errors import RefusedError, UserError
+from ..core.files import compute_checksum
+from .foreign_shards import SHARD_SUFFIXES
+from .shards import (
     MANIFEST_NAME,
     SPLITS,
     Manifest,

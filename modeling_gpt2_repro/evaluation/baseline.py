@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.files import follow_links, write_json
-from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
-from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, name_items
-from modeling_gpt2_repro.evaluation.multiple_choice import format_score
-from modeling_gpt2_repro.evaluation.validation import ValidationResult
+from ..core.errors import UserError, raise_if_refused
+from ..core.files import follow_links, write_json
+from .hellaswag import HellaSwagResult
+from .hellaswag_data import identify_items, name_items
+from .multiple_choice import format_score
+from .validation import ValidationResult
 
 # The Hub ids of OpenAI's smallest model, which curves are compared with.
 GPT2_124M_NAMES = ("openai-community/gpt2", "gpt2")

@@ -16,13 +16,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from modeling_gpt2_repro.core.devices import compute_once
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, EncodedItem
-from modeling_gpt2_repro.evaluation.multiple_choice import compute_accuracies, pick_endings
-from modeling_gpt2_repro.evaluation.scoring import can_share_context, choose_batch_tokens, evaluation_mode, score_items
-from modeling_gpt2_repro.evaluation.shared_context import EncodedChoices, build_rows, plan_batches
-from modeling_gpt2_repro.model.limits import get_max_positions
+from ..core.devices import compute_once
+from ..core.errors import UserError
+from ..model.limits import get_max_positions
+from .hellaswag_protocols import EncodedHellaSwag, EncodedItem
+from .multiple_choice import compute_accuracies, pick_endings
+from .scoring import can_share_context, choose_batch_tokens, evaluation_mode, score_items
+from .shared_context import EncodedChoices, build_rows, plan_batches
 
 # The prefix of a run's metrics, by protocol.
 METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}

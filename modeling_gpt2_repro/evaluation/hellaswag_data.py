@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.file_kinds import ARROW, EMPTY, PARQUET, TEXT, check_encoding, describe_content
-from modeling_gpt2_repro.core.files import compute_checksum
+from ..core.errors import UserError
+from ..core.file_kinds import ARROW, EMPTY, PARQUET, TEXT, check_encoding, describe_content
+from ..core.files import compute_checksum
 
 DATASET_NAME = "Rowan/hellaswag"
 # The Hub repository's head since its conversion to parquet; the validation split has 10,042 rows there.

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from modeling_gpt2_repro.core.devices import compute_once
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem
-from modeling_gpt2_repro.evaluation.shared_context import EncodedChoices, is_truncated
+from ..core.devices import compute_once
+from ..core.errors import UserError
+from .hellaswag_data import HellaSwagItem
+from .shared_context import EncodedChoices, is_truncated
 
 ITEMS_PER_ENCODING = 1000
 

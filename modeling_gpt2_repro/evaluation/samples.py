@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation.scoring import evaluation_mode
-from modeling_gpt2_repro.model.limits import get_max_positions
+from ..core.errors import UserError
+from ..model.limits import get_max_positions
+from .scoring import evaluation_mode
 
 
 def generate_samples(

@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_gpt2_repro.core.devices import is_out_of_memory, measure_free_memory
-from modeling_gpt2_repro.evaluation.shared_context import (
-    Batch,
-    EncodedChoices,
-    build_rows,
-    collate_rows,
-    fits_in_one_row,
-)
+from ..core.devices import is_out_of_memory, measure_free_memory
+from .shared_context import Batch, EncodedChoices, build_rows, collate_rows, fits_in_one_row
 
 # Larger batches only cost memory: the throughput of GPT-2 124M on a CPU is level from 512 to 1,024 tokens and falls
 # slowly from there. The number for other devices is a guess.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from modeling_gpt2_repro.core.errors import UserError
+from ..core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from modeling_gpt2_repro.evaluation.scoring import evaluation_mode, head_without_autocast
+from .scoring import evaluation_mode, head_without_autocast
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,7 @@ class ValidationResult:
 
 
 def evaluate_loss(
-    model: nn.Module,
-    dataset: Dataset,
-    n_windows: int,
-    *,
-    batch_size: int,
-    n_bytes: float,
-    accelerator: Accelerator,
+    model: nn.Module, dataset: Dataset, n_windows: int, *, batch_size: int, n_bytes: float, accelerator: Accelerator
 ) -> ValidationResult:
     """Compute the mean loss on the first `n_windows` windows of `dataset`, each of T+1 tokens.
 

@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.limits import get_max_positions
+from ..core.errors import UserError
+from .limits import get_max_positions
 
 PROBE_TOKENS = 8
 # The gradient that later tokens may get, as a share of the largest one: of all architectures in transformers, causal

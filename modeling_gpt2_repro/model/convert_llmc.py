@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_gpt2_repro.core.errors import UserError
+from ..core.errors import UserError
 
 FORMAT = "llm.c"
 # train_gpt2.py, write_model: a header of 256 int32, then the tensors. Earlier versions did not pad the vocabulary.

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.configuration_gpt2_repro import GPT2ReproConfig
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.convert_llmc import FORMAT
-from modeling_gpt2_repro.model.torch_file import IgnoredValue, SavedConfig, read_checkpoint_file
-from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
+from ..configuration_gpt2_repro import GPT2ReproConfig
+from ..core.errors import UserError
+from ..modeling_gpt2_repro import GPT2ReproForCausalLM
+from .convert_llmc import FORMAT
+from .torch_file import IgnoredValue, SavedConfig, read_checkpoint_file
 
 Activation = Literal["auto", "gelu", "gelu_new"]
 

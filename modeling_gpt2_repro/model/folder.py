@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.core.files import compute_checksum, write_json
+from ..core.files import compute_checksum, write_json
 
 
 def check_model_folder(name: str | Path) -> None:

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_gpt2_repro.core.errors import UserError
+from ..core.errors import UserError
 
 
 def get_max_positions(model: nn.Module) -> int | None:

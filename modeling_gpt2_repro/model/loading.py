@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.utils import HF_MODULES_CACHE
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.model.causality import check_causal
-from modeling_gpt2_repro.model.folder import check_model_folder
+from ..core.errors import UserError, raise_if_refused
+from .causality import check_causal
+from .folder import check_model_folder
 
 # Classes of other tasks. If their embeddings are tied, they have all weights of a language model beside another head.
 OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|RewardModel)$")

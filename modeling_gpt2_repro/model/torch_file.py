@@ -14,9 +14,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
-from modeling_gpt2_repro.model.convert_llmc import read_llmc_model
+from ..core.errors import UserError, raise_if_refused
+from ..core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
+from .convert_llmc import read_llmc_model
 
 
 class SavedConfig:

@@ -10,18 +10,11 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.files import follow_links
-from modeling_gpt2_repro.data.inspection import Inspection, SplitStatistics
-from modeling_gpt2_repro.data.shards import INSPECTION_NAME
-from modeling_gpt2_repro.data.tokenizer import spell_tokens
-from modeling_gpt2_repro.plots.figures import (
-    SPLIT_COLOURS,
-    build_figure,
-    default_style,
-    finish_axes,
-    make_drawable,
-    save_figure,
-)
+from ..core.files import follow_links
+from ..data.inspection import Inspection, SplitStatistics
+from ..data.shards import INSPECTION_NAME
+from ..data.tokenizer import spell_tokens
+from .figures import SPLIT_COLOURS, build_figure, default_style, finish_axes, make_drawable, save_figure
 
 LENGTH_BINS = 48
 MOST_COMMON = 20

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.data.inspection import Document, Inspection, SplitStatistics
-from modeling_gpt2_repro.data.shards import Manifest
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER
+from ..data.inspection import Document, Inspection, SplitStatistics
+from ..data.shards import Manifest
+from ..data.tokenizer import GPT2_TOKENIZER
 
 PREVIEW_CHARACTERS = 600
 # A character is at most four tokens, one for each byte of its UTF-8; one more shows that the text continues.

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.file_kinds import check_encoding
-from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
-from modeling_gpt2_repro.plots.references import (
+from ..core.errors import UserError
+from ..core.file_kinds import check_encoding
+from ..evaluation.hellaswag_data import name_items
+from ..training.run_folder import RunFolder
+from .references import (
     Reference,
     identify_validation,
     list_loss_references,
     list_score_references,
     list_validation_split_references,
 )
-from modeling_gpt2_repro.training.run_folder import RunFolder
 
 # build-nanogpt's total_batch_size: its log counts steps, not tokens.
 LOGGED_TOKENS_PER_STEP = 524_288
@@ -93,10 +93,7 @@ def load_curves(path: str | Path, logged_tokens_per_step: int = LOGGED_TOKENS_PE
         return load_run(folder)
     log = folder.log if folder.path.is_dir() else folder.path
     if not log.exists():
-        raise UserError(
-            f"{folder} has neither {folder.metrics.name} nor {folder.log.name}: give the folder of a begun run, or a "
-            "log"
-        )
+        raise UserError(f"{path} has neither {folder.metrics.name} nor {folder.log.name}: give a run folder or a log")
     return _load_log(log, logged_tokens_per_step)
 
 

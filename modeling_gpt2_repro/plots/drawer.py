@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from modeling_gpt2_repro.core.errors import UserError, format_line
-from modeling_gpt2_repro.plots.run_figure import draw_curves
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.errors import UserError, format_line
+from ..training.run_folder import RunFolder
+from .run_figure import draw_curves
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 NICENESS = 19  # the training comes first wherever both want the same core

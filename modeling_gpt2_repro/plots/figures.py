@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import open_atomically
+from ..core.errors import UserError
+from ..core.files import open_atomically
 
 TRAIN_COLOUR, VAL_COLOUR = "#1f77b4", "#d62728"
 SPLIT_COLOURS = {"train": TRAIN_COLOUR, "val": VAL_COLOUR}

@@ -7,16 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from modeling_gpt2_repro.plots.curves import Curves, Series
-from modeling_gpt2_repro.plots.figures import (
-    RUN_COLOURS,
-    TRAIN_COLOUR,
-    VAL_COLOUR,
-    finish_axes,
-    format_count,
-    make_drawable,
-)
-from modeling_gpt2_repro.plots.references import Reference
+from .curves import Curves, Series
+from .figures import RUN_COLOURS, TRAIN_COLOUR, VAL_COLOUR, finish_axes, format_count, make_drawable
+from .references import Reference
 
 REFERENCE_COLOUR = "#444444"
 SMOOTHED_SHARE = 0.01  # of a run's steps make up a smoothed point

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.shards import BASELINES_NAME, Manifest, list_checksums, load_manifest
-from modeling_gpt2_repro.evaluation.baseline import GPT2_124M_NAMES, Baseline, load_baselines
-from modeling_gpt2_repro.evaluation.hellaswag_data import identify_items, is_full_validation_split, load_hellaswag
-from modeling_gpt2_repro.evaluation.published_scores import PUBLISHED_SCORES
-from modeling_gpt2_repro.training.config import TrainingConfig
+from ..core.errors import UserError
+from ..data.shards import BASELINES_NAME, Manifest, list_checksums, load_manifest
+from ..evaluation.baseline import GPT2_124M_NAMES, Baseline, load_baselines
+from ..evaluation.hellaswag_data import identify_items, is_full_validation_split, load_hellaswag
+from ..evaluation.published_scores import PUBLISHED_SCORES
+from ..training.config import TrainingConfig
 
 GPT2, GPT3 = "GPT-2 124M", "GPT-3 125M"
 # Of OpenAI's 124M on the first 10,485,760 tokens of FineWeb-Edu's sample-10BT in windows of 1,024: build-nanogpt,
@@ -92,7 +92,7 @@ def identify_validation(config: TrainingConfig) -> tuple | None:
 
 def is_validated_on_fineweb_edu(config: TrainingConfig) -> bool:
     """Return whether a run's first validation tokens are the original's: the front of FineWeb-Edu's sample."""
-    from modeling_gpt2_repro.data.sources import corpus  # brings pandas along, half a second
+    from ..data.sources import corpus  # brings pandas along, half a second
 
     manifest = read_manifest(config)
     if manifest is None:

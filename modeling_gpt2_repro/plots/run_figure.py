@@ -5,19 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from modeling_gpt2_repro.plots.curves import Curves, load_run
-from modeling_gpt2_repro.plots.figures import build_figure, default_style, format_count, make_drawable, save_figure
-from modeling_gpt2_repro.plots.panels import (
-    SCORES,
-    SMALL_PANELS,
-    Axis,
-    describe_train_end,
-    draw_losses,
-    draw_scores,
-    draw_small_panel,
-)
-from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..training.console import format_duration
+from ..training.run_folder import RunFolder
+from .curves import Curves, load_run
+from .figures import build_figure, default_style, format_count, make_drawable, save_figure
+from .panels import SCORES, SMALL_PANELS, Axis, describe_train_end, draw_losses, draw_scores, draw_small_panel
 
 
 def draw_curves(folder: RunFolder) -> None:

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.mlab import psd
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.plots.curves import Curves
-from modeling_gpt2_repro.plots.figures import RUN_COLOURS, build_figure, default_style, finish_axes, make_drawable
+from ..core.errors import UserError
+from .curves import Curves
+from .figures import RUN_COLOURS, build_figure, default_style, finish_axes, make_drawable
 
 # The first steps are left out: the loss falls too fast there for a period to show.
 BEGINNING_SHARE = 0.05

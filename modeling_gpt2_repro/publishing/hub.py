@@ -22,19 +22,14 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import get_session
 from transformers import AutoConfig
 
-from modeling_gpt2_repro.core.errors import UserError, format_line
-from modeling_gpt2_repro.core.files import compute_checksum
-from modeling_gpt2_repro.core.hub_client import (
-    HubForbiddenError,
-    HubUnreachableError,
-    ask_hub,
-    describe_hub_failure,
-)
-from modeling_gpt2_repro.model.folder import describe_as_gpt2
-from modeling_gpt2_repro.publishing.model_card import CARD, CURVES, describe_model
-from modeling_gpt2_repro.publishing.scores import EVAL_RESULTS
-from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, read_step
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.errors import UserError, format_line
+from ..core.files import compute_checksum
+from ..core.hub_client import HubForbiddenError, HubUnreachableError, ask_hub, describe_hub_failure
+from ..model.folder import describe_as_gpt2
+from ..training.checkpoint import TRAINING_STATE, read_step
+from ..training.run_folder import RunFolder
+from .model_card import CARD, CURVES, describe_model
+from .scores import EVAL_RESULTS
 
 # A repository with other files than these, and without our code, holds something that is not ours to replace.
 MODEL_CODE = "modeling_gpt2_repro.py"

@@ -12,12 +12,16 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from modeling_gpt2_repro.core.files import open_atomically
-from modeling_gpt2_repro.data.shards import Manifest
-from modeling_gpt2_repro.evaluation.hellaswag_data import name_items
-from modeling_gpt2_repro.plots.references import read_manifest
-from modeling_gpt2_repro.publishing.reproduction import list_commands, read_versions, shorten
-from modeling_gpt2_repro.publishing.scores import (
+from ..core.files import open_atomically
+from ..data.shards import Manifest
+from ..evaluation.hellaswag_data import name_items
+from ..plots.references import read_manifest
+from ..training.config import TrainingConfig
+from ..training.console import format_duration
+from ..training.metrics import Metrics, find_last_validation, format_validation, merge_metrics, read_json_object
+from ..training.run_folder import RunFolder
+from .reproduction import list_commands, read_versions, shorten
+from .scores import (
     Score,
     build_eval_results,
     choose_validation_split_scores,
@@ -26,16 +30,6 @@ from modeling_gpt2_repro.publishing.scores import (
     read_training_scores,
     render_eval_results,
 )
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.metrics import (
-    Metrics,
-    find_last_validation,
-    format_validation,
-    merge_metrics,
-    read_json_object,
-)
-from modeling_gpt2_repro.training.run_folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 NOT_RECORDED = "not recorded"

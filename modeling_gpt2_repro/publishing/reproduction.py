@@ -6,12 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from modeling_gpt2_repro.core.arguments import Config
-from modeling_gpt2_repro.core.devices import list_versions
-from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.data.shards import Manifest
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.arguments import Config
+from ..core.devices import list_versions
+from ..data.prepare.config import PrepareConfig
+from ..data.shards import Manifest
+from ..training.config import TrainingConfig
+from ..training.run_folder import RunFolder
 
 
 def list_commands(config: TrainingConfig, manifest: Manifest | None) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from modeling_gpt2_repro.core.errors import format_line
-from modeling_gpt2_repro.evaluation.hellaswag import METRIC_PREFIXES, SCORE_NAMES
-from modeling_gpt2_repro.evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
-from modeling_gpt2_repro.model.folder import identify_weights
-from modeling_gpt2_repro.plots.references import is_scored_on_validation_split
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.metrics import Metrics, read_json_object
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.errors import format_line
+from ..evaluation.hellaswag import METRIC_PREFIXES, SCORE_NAMES
+from ..evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
+from ..model.folder import identify_weights
+from ..plots.references import is_scored_on_validation_split
+from ..training.config import TrainingConfig
+from ..training.metrics import Metrics, read_json_object
+from ..training.run_folder import RunFolder
 
 EVAL_RESULTS = ".eval_results"
 # The Hub shows a score on a dataset's leaderboard where the dataset defines a task of this name. We could not try

@@ -14,19 +14,13 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import TEMPORARY_SUFFIX, clear_leftovers, create_folder_atomically, remove_folder
-from modeling_gpt2_repro.core.hub_client import HubUnreachableError
-from modeling_gpt2_repro.publishing.hub import (
-    explain_failure,
-    name_address,
-    open_repository,
-    publish_checkpoint,
-    publish_final,
-)
-from modeling_gpt2_repro.training.checkpoint import TRAINING_STATE, list_models, read_step
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.errors import UserError
+from ..core.files import TEMPORARY_SUFFIX, clear_leftovers, create_folder_atomically, remove_folder
+from ..core.hub_client import HubUnreachableError
+from ..training.checkpoint import TRAINING_STATE, list_models, read_step
+from ..training.config import TrainingConfig
+from ..training.run_folder import RunFolder
+from .hub import explain_failure, name_address, open_repository, publish_checkpoint, publish_final
 
 
 class Uploader:

@@ -15,8 +15,8 @@ from torch._dynamo import OptimizedModule
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.data import Dataset
 
-from modeling_gpt2_repro.core.devices import can_compile, is_out_of_memory, return_freed_memory
-from modeling_gpt2_repro.core.errors import UserError
+from ..core.devices import can_compile, is_out_of_memory, return_freed_memory
+from ..core.errors import UserError
 
 
 class WindowLoss(nn.Module):

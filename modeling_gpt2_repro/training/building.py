@@ -3,13 +3,13 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
-from modeling_gpt2_repro.core.devices import measure_total_memory
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.model.limits import check_sequence_length
-from modeling_gpt2_repro.model.loading import explained_loading, load_model
-from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
-from modeling_gpt2_repro.training.config import TrainingConfig
+from ..configuration_gpt2_repro import MODEL_SIZES, GPT2ReproConfig
+from ..core.devices import measure_total_memory
+from ..core.errors import UserError
+from ..model.limits import check_sequence_length
+from ..model.loading import explained_loading, load_model
+from ..modeling_gpt2_repro import GPT2ReproForCausalLM
+from .config import TrainingConfig
 
 SHAPE = ("n_layer", "n_head", "n_embd")
 

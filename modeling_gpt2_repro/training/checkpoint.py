@@ -23,8 +23,8 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.core.errors import RefusedError, UserError, raise_if_refused
-from modeling_gpt2_repro.core.files import (
+from ..core.errors import RefusedError, UserError, raise_if_refused
+from ..core.files import (
     TEMPORARY_SUFFIX,
     clear_leftovers,
     compute_checksum,
@@ -34,7 +34,7 @@ from modeling_gpt2_repro.core.files import (
     sync_folder,
     write_json,
 )
-from modeling_gpt2_repro.model.folder import save_model
+from ..model.folder import save_model
 
 TRAINING_STATE = "training_state"
 # Parts of an experiment that are no use to a reader, and what it means that they differ.

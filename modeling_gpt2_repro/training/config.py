@@ -9,10 +9,10 @@ from typing import Literal
 
 import yaml
 
-from modeling_gpt2_repro.core.arguments import Config, experiment, setting
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.training.schedule import Schedule
-from modeling_gpt2_repro.training.skipping import parse_skips
+from ..core.arguments import Config, experiment, setting
+from ..core.errors import UserError
+from .schedule import Schedule
+from .skipping import parse_skips
 
 # Flags of nanoGPT, llm.c and the transformers Trainer, each with what takes its place here.
 FOREIGN_FLAGS = yaml.safe_load(Path(__file__).with_name("foreign_flags.yaml").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from modeling_gpt2_repro.core.streams import outliving_readers
+from ..core.streams import outliving_readers
 
 SECONDS_BETWEEN_LINES = 15
 

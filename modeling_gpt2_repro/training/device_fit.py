@@ -7,17 +7,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from modeling_gpt2_repro.core.devices import measure_device_memory, name_hardware
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
-from modeling_gpt2_repro.training import checkpoint as checkpoints
-from modeling_gpt2_repro.training.batch_fit import Fit, WindowLoss, fit_micro_batch, settle_gradient_exchange
-from modeling_gpt2_repro.training.checkpoint import TrainingState
-from modeling_gpt2_repro.training.faults import explained_out_of_memory
-from modeling_gpt2_repro.training.memory import StepMemory
-from modeling_gpt2_repro.training.plan import Plan
-from modeling_gpt2_repro.training.start import Start
+from ..core.devices import measure_device_memory, name_hardware
+from ..core.errors import UserError
+from ..data.dataset import TokenDataset
+from ..modeling_gpt2_repro import GPT2ReproForCausalLM
+from ..training import checkpoint as checkpoints
+from .batch_fit import Fit, WindowLoss, fit_micro_batch, settle_gradient_exchange
+from .checkpoint import TrainingState
+from .faults import explained_out_of_memory
+from .memory import StepMemory
+from .plan import Plan
+from .start import Start
 
 
 def place_on_device(model: GPT2ReproForCausalLM, memory: StepMemory, accelerator: Accelerator) -> GPT2ReproForCausalLM:

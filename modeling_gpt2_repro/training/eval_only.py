@@ -7,19 +7,19 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.devices import describe_device, get_largest_micro_batch_size, is_out_of_memory
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.streams import silence_libraries
-from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
-from modeling_gpt2_repro.data.text_bytes import NOTE
-from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
-from modeling_gpt2_repro.evaluation import baseline as baselines
-from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
-from modeling_gpt2_repro.evaluation.validation import ValidationResult
-from modeling_gpt2_repro.model.limits import check_sequence_length, check_token_ids
-from modeling_gpt2_repro.model.loading import load_causal_lm
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.inputs import Inputs, open_inputs
+from ..core.devices import describe_device, get_largest_micro_batch_size, is_out_of_memory
+from ..core.errors import UserError
+from ..core.streams import silence_libraries
+from ..data.shards import BASELINES_NAME, list_checksums
+from ..data.text_bytes import NOTE
+from ..data.tokenizer import fingerprint_tokenizer
+from ..evaluation import baseline as baselines
+from ..evaluation.hellaswag import evaluate_hellaswag
+from ..evaluation.validation import ValidationResult
+from ..model.limits import check_sequence_length, check_token_ids
+from ..model.loading import load_causal_lm
+from .config import TrainingConfig
+from .inputs import Inputs, open_inputs
 
 FLAG = "--init_from"  # gives the model, and is named in error messages
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modeling_gpt2_repro.core.devices import is_out_of_memory
-from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError
-from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
+from ..core.devices import is_out_of_memory
+from ..core.errors import SYSTEM_REFUSALS, UserError
+from ..core.refusals import describe_refusal, find_refusal
 
 # "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598" (torch),
 # "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).

@@ -6,13 +6,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.data.text_bytes import TextBytes, count_text_bytes
-from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer
-from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
-from modeling_gpt2_repro.evaluation.hellaswag_protocols import HellaSwagQuestions
-from modeling_gpt2_repro.evaluation.validation import ValidationResult, evaluate_loss
-from modeling_gpt2_repro.training.config import TrainingConfig
+from ..data.dataset import TokenDataset
+from ..data.text_bytes import TextBytes, count_text_bytes
+from ..data.tokenizer import load_data_tokenizer
+from ..evaluation.hellaswag_data import load_hellaswag
+from ..evaluation.hellaswag_protocols import HellaSwagQuestions
+from ..evaluation.validation import ValidationResult, evaluate_loss
+from .config import TrainingConfig
 
 
 @dataclass(frozen=True)

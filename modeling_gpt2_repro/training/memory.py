@@ -7,9 +7,9 @@ CUDA. It only chooses where a trial begins, and what to advise where nothing fit
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from modeling_gpt2_repro.configuration_gpt2_repro import MODEL_SIZES
-from modeling_gpt2_repro.modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
-from modeling_gpt2_repro.training.config import TrainingConfig
+from ..configuration_gpt2_repro import MODEL_SIZES
+from ..modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
+from .config import TrainingConfig
 
 # Bytes a parameter in float32: weight, gradient, AdamW's two moments, and the buckets in which gradients travel.
 STATIC_BYTES = 4 + 4 + 8 + 4

@@ -8,16 +8,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from modeling_gpt2_repro.core.devices import ACCELERATOR_MICRO_BATCH_SIZE, get_largest_micro_batch_size
-from modeling_gpt2_repro.data.dataset import TokenDataset
-from modeling_gpt2_repro.data.shards import load_manifest
-from modeling_gpt2_repro.evaluation.hellaswag_data import load_hellaswag
-from modeling_gpt2_repro.training.building import build_skeleton
-from modeling_gpt2_repro.training.config import SMOKE_STEPS, TrainingConfig
-from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.inputs import Inputs
-from modeling_gpt2_repro.training.preflight import estimate_disk_bytes
-from modeling_gpt2_repro.training.start import Start
+from ..core.devices import ACCELERATOR_MICRO_BATCH_SIZE, get_largest_micro_batch_size
+from ..data.dataset import TokenDataset
+from ..data.shards import load_manifest
+from ..evaluation.hellaswag_data import load_hellaswag
+from .building import build_skeleton
+from .config import SMOKE_STEPS, TrainingConfig
+from .console import format_duration
+from .inputs import Inputs
+from .preflight import estimate_disk_bytes
+from .start import Start
 
 GPT2_VOCAB_SIZE = 50257
 # A forward pass alone is a third of the work of forward and backward.

@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
+from ..core.stop_signals import handled_stop_signals, raise_terminated
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of BSD's sysexits.h: try again later
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # of a run that leaves nothing to resume, as shells have it

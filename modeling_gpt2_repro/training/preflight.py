@@ -4,9 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import follow_links, is_utf8
-from modeling_gpt2_repro.training.console import format_duration
+from ..core.errors import UserError
+from ..core.files import follow_links, is_utf8
+from .console import format_duration
 
 # Float32 weights, and AdamW's two moments of each.
 WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8

@@ -13,16 +13,16 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from modeling_gpt2_repro.core.arguments import write_config
-from modeling_gpt2_repro.core.devices import list_versions
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import write_json
-from modeling_gpt2_repro.core.locks import FolderLock
-from modeling_gpt2_repro.core.streams import write_line
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.metrics import format_log_lines
-from modeling_gpt2_repro.training.run_folder import RunFolder
-from modeling_gpt2_repro.training.trackers import TRACKER_CLASSES, Feed
+from ..core.arguments import write_config
+from ..core.devices import list_versions
+from ..core.errors import UserError
+from ..core.files import write_json
+from ..core.locks import FolderLock
+from ..core.streams import write_line
+from .config import TrainingConfig
+from .metrics import format_log_lines
+from .run_folder import RunFolder
+from .trackers import TRACKER_CLASSES, Feed
 
 
 class RunRecord:

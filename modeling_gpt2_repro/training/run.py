@@ -6,26 +6,26 @@ from dataclasses import dataclass, field, replace
 import torch
 from accelerate import Accelerator
 
-from modeling_gpt2_repro.core.devices import describe_device, name_hardware, reset_peak_memory
-from modeling_gpt2_repro.data.order import WindowOrder
-from modeling_gpt2_repro.data.text_bytes import NOTE
-from modeling_gpt2_repro.evaluation.samples import encode_prompt
-from modeling_gpt2_repro.model.limits import get_max_positions
-from modeling_gpt2_repro.modeling_gpt2_repro import GPT2ReproForCausalLM
-from modeling_gpt2_repro.training.building import build_model
-from modeling_gpt2_repro.training.checkpoint import TrainingState, is_own_checkpoint, list_checkpoints
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.console import Console, format_duration
-from modeling_gpt2_repro.training.device_fit import fit_to_device, place_on_device
-from modeling_gpt2_repro.training.inputs import Inputs
-from modeling_gpt2_repro.training.memory import StepMemory, describe_step_memory
-from modeling_gpt2_repro.training.optim import build_adamw
-from modeling_gpt2_repro.training.plan import Plan, build_plan
-from modeling_gpt2_repro.training.preflight import check_disk, check_duration, measure_folder
-from modeling_gpt2_repro.training.record import RunRecord
-from modeling_gpt2_repro.training.schedule import Schedule
-from modeling_gpt2_repro.training.start import Start
-from modeling_gpt2_repro.training.throughput import Clock, Peak, choose_peak
+from ..core.devices import describe_device, name_hardware, reset_peak_memory
+from ..data.order import WindowOrder
+from ..data.text_bytes import NOTE
+from ..evaluation.samples import encode_prompt
+from ..model.limits import get_max_positions
+from ..modeling_gpt2_repro import GPT2ReproForCausalLM
+from .building import build_model
+from .checkpoint import TrainingState, is_own_checkpoint, list_checkpoints
+from .config import TrainingConfig
+from .console import Console, format_duration
+from .device_fit import fit_to_device, place_on_device
+from .inputs import Inputs
+from .memory import StepMemory, describe_step_memory
+from .optim import build_adamw
+from .plan import Plan, build_plan
+from .preflight import check_disk, check_duration, measure_folder
+from .record import RunRecord
+from .schedule import Schedule
+from .start import Start
+from .throughput import Clock, Peak, choose_peak
 
 
 @dataclass

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import (
+from ..core.arguments import parse_arguments
+from ..core.errors import UserError
+from ..core.files import (
     check_place,
     clear_leftovers,
     follow_links,
@@ -18,15 +18,9 @@ from modeling_gpt2_repro.core.files import (
     restore_folder,
     sync_file,
 )
-from modeling_gpt2_repro.training.checkpoint import list_models, prune_checkpoints, read_step
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.metrics import (
-    Metrics,
-    format_log_lines,
-    read_json_lines,
-    read_json_object,
-    read_metrics,
-)
+from .checkpoint import list_models, prune_checkpoints, read_step
+from .config import TrainingConfig
+from .metrics import Metrics, format_log_lines, read_json_lines, read_json_object, read_metrics
 
 
 class RunFolder:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from modeling_gpt2_repro.core.errors import UserError
+from ..core.errors import UserError
 
 
 def parse_skips(texts: Sequence[str]) -> list[range]:

@@ -2,9 +2,9 @@
 
 import statistics
 
-from modeling_gpt2_repro.training.console import format_duration
-from modeling_gpt2_repro.training.plan import Plan
-from modeling_gpt2_repro.training.throughput import Clock, Peak
+from .console import format_duration
+from .plan import Plan
+from .throughput import Clock, Peak
 
 # The first updates of a process still allocate and warm up.
 WARMUP_UPDATES = 2

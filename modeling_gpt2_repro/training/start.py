@@ -7,23 +7,17 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from modeling_gpt2_repro.core.devices import compute_once
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.shards import fingerprint_split
-from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer
-from modeling_gpt2_repro.training.building import load_shape, resolve_shape
-from modeling_gpt2_repro.training.checkpoint import (
-    TrainingState,
-    check_experiment,
-    choose_checkpoint,
-    is_own_checkpoint,
-    load_state,
-)
-from modeling_gpt2_repro.training.config import TrainingConfig
-from modeling_gpt2_repro.training.inputs import Inputs
-from modeling_gpt2_repro.training.record import RunRecord
-from modeling_gpt2_repro.training.run_folder import has_content
-from modeling_gpt2_repro.training.skipping import check_any_made, merge_skips
+from ..core.devices import compute_once
+from ..core.errors import UserError
+from ..data.shards import fingerprint_split
+from ..data.tokenizer import fingerprint_tokenizer
+from .building import load_shape, resolve_shape
+from .checkpoint import TrainingState, check_experiment, choose_checkpoint, is_own_checkpoint, load_state
+from .config import TrainingConfig
+from .inputs import Inputs
+from .record import RunRecord
+from .run_folder import has_content
+from .skipping import check_any_made, merge_skips
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from modeling_gpt2_repro.core.errors import UserError, format_line
-from modeling_gpt2_repro.core.files import make_folder
-from modeling_gpt2_repro.training import wandb_settings
-from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
-from modeling_gpt2_repro.training.run_folder import RunFolder
+from ..core.errors import UserError, format_line
+from ..core.files import make_folder
+from ..training import wandb_settings
+from .config import TRACKERS, TrainingConfig
+from .run_folder import RunFolder
 
 # How long wandb may take to start a run, and at the end to upload the rest before it is left to `wandb sync`. Its own
 # limits are 90 seconds and none.

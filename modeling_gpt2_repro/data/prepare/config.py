@@ -7,10 +7,10 @@ from typing import Literal
 
 import yaml
 
-from modeling_gpt2_repro.core.arguments import Config, experiment, setting
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
-from modeling_gpt2_repro.data.tokenizer import GPT2_TOKENIZER
+from ...core.arguments import Config, experiment, setting
+from ...core.errors import UserError
+from ..sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
+from ..tokenizer import GPT2_TOKENIZER
 
 # Flags of other programs that prepare text, each with what takes its place here.
 FOREIGN_FLAGS = yaml.safe_load(Path(__file__).with_name("foreign_flags.yaml").read_text(encoding="utf-8"))

@@ -17,10 +17,10 @@ import pyarrow as pa
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.devices import measure_private_memory
-from modeling_gpt2_repro.core.errors import UserError, format_line
-from modeling_gpt2_repro.data.shards import MAX_VOCAB_SIZE
-from modeling_gpt2_repro.data.tokenizer import BYTE_TOKEN, ODD_SAMPLE, list_merges
+from ...core.devices import measure_private_memory
+from ...core.errors import UserError, format_line
+from ..shards import MAX_VOCAB_SIZE
+from ..tokenizer import BYTE_TOKEN, ODD_SAMPLE, list_merges
 
 # gigatoken caches every word it has met, in tables that double as they fill: about 100 bytes a word, without a limit.
 # Prose fills the cache so slowly that rebuilding the engine (0.1 s) at this size costs nothing; text of only new words

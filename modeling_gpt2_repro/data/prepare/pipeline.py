@@ -24,39 +24,19 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from modeling_gpt2_repro.core.devices import count_cores
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.files import compute_checksum, sync_file, sync_folder, sync_tree
-from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, build_encoder
-from modeling_gpt2_repro.data.prepare.tokenize_stage import (
-    TaskSummary,
-    WorkerContext,
-    list_sorted_chunks,
-    load_summary,
-    sync_tasks,
-    tokenize_task,
-)
-from modeling_gpt2_repro.data.prepare.work_folder import WorkFolder, open_work_folder
-from modeling_gpt2_repro.data.prepare.workers import WorkerPool
-from modeling_gpt2_repro.data.prepare.write_stage import (
-    PartOutcome,
-    Plan,
-    list_validation_bytes,
-    plan_shards,
-    write_part,
-)
-from modeling_gpt2_repro.data.shards import (
-    TEXT_BYTES_NAME,
-    TOKENIZER_FOLDER,
-    Manifest,
-    Shard,
-    load_manifest,
-    save_manifest,
-)
-from modeling_gpt2_repro.data.sources.corpus import Corpus, Task
-from modeling_gpt2_repro.data.text_bytes import save_text_bytes
-from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, token_byte_lengths
+from ...core.devices import count_cores
+from ...core.errors import UserError
+from ...core.files import compute_checksum, sync_file, sync_folder, sync_tree
+from ..shards import TEXT_BYTES_NAME, TOKENIZER_FOLDER, Manifest, Shard, load_manifest, save_manifest
+from ..sources.corpus import Corpus, Task
+from ..text_bytes import save_text_bytes
+from ..tokenizer import fingerprint_tokenizer, token_byte_lengths
+from .config import PrepareConfig
+from .encoder import DocumentEncoder, build_encoder
+from .tokenize_stage import TaskSummary, WorkerContext, list_sorted_chunks, load_summary, sync_tasks, tokenize_task
+from .work_folder import WorkFolder, open_work_folder
+from .workers import WorkerPool
+from .write_stage import PartOutcome, Plan, list_validation_bytes, plan_shards, write_part
 
 
 @dataclasses.dataclass(frozen=True)

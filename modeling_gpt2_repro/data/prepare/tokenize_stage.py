@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from modeling_gpt2_repro.core.errors import raise_if_refused
-from modeling_gpt2_repro.core.files import sync_file, sync_folder
-from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.data.prepare.encoder import DocumentEncoder, get_text_buffers
-from modeling_gpt2_repro.data.prepare.shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
-from modeling_gpt2_repro.data.prepare.work_folder import create_file, load_record, save_record
-from modeling_gpt2_repro.data.prepare.workers import add_progress, is_over
-from modeling_gpt2_repro.data.sources.corpus import Task
+from ...core.errors import raise_if_refused
+from ...core.files import sync_file, sync_folder
+from ..sources.corpus import Task
+from .config import PrepareConfig
+from .encoder import DocumentEncoder, get_text_buffers
+from .shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
+from .work_folder import create_file, load_record, save_record
+from .workers import add_progress, is_over
 
 # 32 MB of ids, the most that a worker holds beside one batch.
 TOKENS_PER_SORTED_CHUNK = 2**24

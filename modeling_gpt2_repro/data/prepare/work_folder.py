@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.files import (
+from ...core.errors import UserError, raise_if_refused
+from ...core.files import (
     TEMPORARY_SUFFIX,
     follow_links,
     make_folder,
@@ -32,8 +32,8 @@ from modeling_gpt2_repro.core.files import (
     take_name,
     write_json,
 )
-from modeling_gpt2_repro.core.locks import FolderLock
-from modeling_gpt2_repro.data.shards import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
+from ...core.locks import FolderLock
+from ..shards import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, WORK_FOLDER, find_foreign_file
 
 # The format of the pieces. Change it with them, so that an upgrade never resumes with old ones.
 WORK_VERSION = 3

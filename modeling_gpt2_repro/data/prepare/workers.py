@@ -14,8 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 from typing import Any
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.stop_signals import STOP_SIGNALS
+from ...core.errors import UserError
+from ...core.stop_signals import STOP_SIGNALS
 
 # Calls in flight for each worker: enough that no worker waits for its next one, few enough that little is wasted when
 # the results so far turn out to be all that is needed.

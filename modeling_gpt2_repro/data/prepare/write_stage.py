@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.data.prepare.config import PrepareConfig
-from modeling_gpt2_repro.data.prepare.shuffle import (
+from ...core.errors import UserError
+from ..shards import SplitWriter, Totals
+from .config import PrepareConfig
+from .shuffle import (
     Selection,
     choose_validation_end,
     count_repeated,
@@ -21,9 +22,8 @@ from modeling_gpt2_repro.data.prepare.shuffle import (
     select_training,
     select_validation,
 )
-from modeling_gpt2_repro.data.prepare.tokenize_stage import SortedChunk, WorkerContext
-from modeling_gpt2_repro.data.prepare.work_folder import load_record, save_record
-from modeling_gpt2_repro.data.shards import SplitWriter, Totals
+from .tokenize_stage import SortedChunk, WorkerContext
+from .work_folder import load_record, save_record
 
 # What a worker holds of a bucket while it sorts it: 32 MB of ids.
 TOKENS_PER_BUCKET = 2**24
@@ -93,11 +93,7 @@ class Plan:
 
 
 def plan_shards(
-    chunks: list[SortedChunk],
-    config: PrepareConfig,
-    folder: Path,
-    prefix: str,
-    byte_lengths: np.ndarray,
+    chunks: list[SortedChunk], config: PrepareConfig, folder: Path, prefix: str, byte_lengths: np.ndarray
 ) -> Plan:
     """Decide what goes where, a pure function of the finished tasks, so that every process decides the same.
 

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import huggingface_hub
 import pyarrow as pa
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.hub_client import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
-from modeling_gpt2_repro.data.sources.docstrings import describe_packages, list_docstring_tasks
-from modeling_gpt2_repro.data.sources.hub_datasets import list_hub_tasks
-from modeling_gpt2_repro.data.sources.local_files import find_files, list_file_tasks
-from modeling_gpt2_repro.data.sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
+from ...core.errors import UserError
+from ...core.hub_client import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
+from .docstrings import describe_packages, list_docstring_tasks
+from .hub_datasets import list_hub_tasks
+from .local_files import find_files, list_file_tasks
+from .names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
 
 
 class Task(Protocol):

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset
 
-from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.hub_client import describe_hub_failure
-from modeling_gpt2_repro.data.sources.local_files import BATCH_ROWS, as_texts
+from ...core.errors import UserError
+from ...core.hub_client import describe_hub_failure
+from .local_files import BATCH_ROWS, as_texts
 
 # `huggingface_hub` retries a request for some 25 seconds before it gives up, and `datasets` retries that, by default
 # 20 times: an outage would be noticed after ten minutes, while a hiccup of the Hub is over in one.

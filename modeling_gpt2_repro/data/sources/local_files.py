@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet
 
-from modeling_gpt2_repro.core.errors import UserError, raise_if_refused
-from modeling_gpt2_repro.core.file_kinds import check_encoding
-from modeling_gpt2_repro.core.files import is_utf8
+from ...core.errors import UserError, raise_if_refused
+from ...core.file_kinds import check_encoding
+from ...core.files import is_utf8
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".txt", ".txt.gz")
