@@ -386,7 +386,7 @@ def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, 
 
     poison(monkeypatch, random_shards, update=7, fault=run_out)
     assert train.main(flags(random_shards, tmp_path, shuffle_windows="off")) == 2
-    assert "resume with --micro_batch_size 4, or" in capsys.readouterr().err
+    assert "resume with --micro_batch_size 4 or" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "step_0000006").is_dir()
 
 
