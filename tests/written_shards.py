@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum
-from modeling_gpt2_repro.data.shards import Manifest, Shard, SplitWriter, Totals, save_manifest
+from modeling_gpt2_repro.data.shards import Manifest, Shard, SplitWriter, Totals, open_split, save_manifest
 
 EOT = 99
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 20\n"
@@ -53,6 +55,13 @@ def write_llmc(path, tokens, magic=20240520, count=None, version=1):
 
 def write_bytes(content):
     return lambda path: path.write_bytes(content)
+
+
+def assert_shard_refused(path, complaint):
+    """Check that a folder's only shard is refused by name, and for what it is."""
+    with pytest.raises(UserError, match=complaint) as raised:
+        open_split(path.parent, "train")
+    assert str(path) in str(raised.value)
 
 
 def damage_missing(folder):
