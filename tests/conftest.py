@@ -55,3 +55,4 @@ def _fresh_accelerate_state():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)  # the bits of a loss depend on it

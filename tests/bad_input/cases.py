@@ -17,6 +17,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +206,7 @@ def answer(main: Callable, argv: Sequence[str], case: Case, outputs: Sequence[st
             AcceleratorState._reset_state(reset_partial_state=True)
     out, err = (stream.buffer.getvalue().decode() for stream in streams)
     check_answer(Answer(code, out, err), before, case, outputs)
-    assert not actions, actions
+    assert not actions, "\n".join(actions)
     return Answer(code, out, err)
 
 
@@ -277,21 +279,37 @@ FILE_EVENTS = {"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "
 FILE_EVENTS |= {"shutil.rmtree"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-_watched_folder: str | None = None
-_actions: list[str] = []
+
+@dataclass(frozen=True)
+class Watch:
+    """Whose actions are collected: those of threads that are not `foreign`, outside of `folder`."""
+
+    folder: str
+    foreign: set[int]
+    actions: list[str]
+
+    def note(self, action: str) -> None:
+        callers = traceback.format_list(traceback.extract_stack(limit=12)[:-2])
+        self.actions.append(f"{action}, called by\n{''.join(callers)}")
+
+
+_watch: Watch | None = None
 
 
 @contextlib.contextmanager
 def watched_actions(folder: Path) -> Iterator[list[str]]:
-    """Collect what is written outside of `folder`, and programs and connections that are started."""
-    global _watched_folder
+    """Collect what is written outside of `folder`, and programs and connections that are started, with their callers.
+
+    What threads do that were there before is not the work of the call that is watched.
+    """
+    global _watch
     _install_audit_hook()
-    _actions.clear()
-    _watched_folder = str(folder)
+    foreign = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    _watch = Watch(str(folder), foreign, [])
     try:
-        yield _actions
+        yield _watch.actions
     finally:
-        _watched_folder = None
+        _watch = None
 
 
 @functools.cache
@@ -300,10 +318,10 @@ def _install_audit_hook() -> None:
 
 
 def _note_action(event: str, arguments: tuple) -> None:
-    if _watched_folder is None:
+    if (watch := _watch) is None or threading.get_ident() in watch.foreign:
         return
     if event in PROGRAM_EVENTS:
-        _actions.append(f"{event} {arguments}")
+        watch.note(f"{event} {arguments}")
     elif (event == "open" and arguments[2] & WRITING) or event in FILE_EVENTS:
         names = arguments[:2] if event in ("os.rename", "os.symlink", "os.link") else arguments[:1]
         # A name relative to an open folder belongs to a removal that was reported already.
@@ -313,5 +331,5 @@ def _note_action(event: str, arguments: tuple) -> None:
             if not isinstance(name, str | bytes | os.PathLike):
                 continue
             path = os.path.abspath(os.fsdecode(name))
-            if not path.startswith((_watched_folder + os.sep, "/dev/")) and "__pycache__" not in path:
-                _actions.append(f"{event} {path}")
+            if not path.startswith((watch.folder + os.sep, "/dev/")) and "__pycache__" not in path:
+                watch.note(f"{event} {path}")
