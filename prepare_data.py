@@ -29,20 +29,11 @@ from modeling_gpt2_repro.data.prepare.work_folder import (
     load_begun_revision,
 )
 from modeling_gpt2_repro.data.shards import Manifest, find_foreign_file, load_manifest
-from modeling_gpt2_repro.data.sources.corpus import (
-    DOCSTRINGS,
-    Corpus,
-    build_docstring_corpus,
-    build_file_corpus,
-    build_hub_corpus,
-)
+from modeling_gpt2_repro.data.sources.corpus import build_corpus
 from modeling_gpt2_repro.data.sources.local_files import TEXT_SUFFIXES
 from modeling_gpt2_repro.data.tokenizer import fingerprint_tokenizer, load_tokenizer, load_tokenizer_for
 from modeling_gpt2_repro.data.verification import verify_folder
 from modeling_gpt2_repro.plots.corpus_text import PREVIEW_IDS, describe_inspection
-
-# How a shell can be given what separates documents.
-SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
 
 
 @reports_user_errors
@@ -142,26 +133,6 @@ def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedT
     if not is_same_tokenizer:
         raise UserError(f"{folder} was made when {config.tokenizer} was another one: --overwrite makes it anew")
     return True
-
-
-def build_corpus(config: PrepareConfig, revision: str | None = None) -> Corpus:
-    """Build the corpus that `config` names.
-
-    Args:
-        revision: the commit of a dataset that an unfinished run began with: its branch may have moved since.
-    """
-    if config.files:
-        separator = config.document_separator
-        if separator is not None:
-            for spelled, meant in SPELLED.items():
-                separator = separator.replace(spelled, meant)
-        return build_file_corpus(config.files, config.text_column, separator)
-    if config.dataset_name == DOCSTRINGS:
-        return build_docstring_corpus()
-    revision = revision or config.revision
-    return build_hub_corpus(
-        config.dataset_name, config.dataset_config_name, config.split, revision, config.text_column
-    )
 
 
 def report(manifest: Manifest, folder: Path, seconds: float) -> None:

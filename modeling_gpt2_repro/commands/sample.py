@@ -28,13 +28,6 @@ def run(config: SampleConfig) -> None:
     model, tokenizer = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
     prompt_ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]
     check_token_ids(model, max(prompt_ids, default=0), config.model)
-    samples = generate_samples(
-        model,
-        tokenizer,
-        config.prompt,
-        n_samples=config.n_samples,
-        n_tokens=config.n_tokens,
-        top_k=config.top_k,
-        seed=config.seed,
-    )
+    options = {name: getattr(config, name) for name in ("n_samples", "n_tokens", "top_k", "seed")}
+    samples = generate_samples(model, tokenizer, config.prompt, **options)
     print("\n".join(f"> {text}" for text in samples))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..core.arguments import Config, setting
 from ..core.errors import UserError
-from ..publishing.scores import format_score, list_scores
+from ..publishing.scores import describe_score, list_scores
 from ..training.metrics import find_last_validation, format_validation, merge_metrics
 from ..training.run_folder import RunFolder
 
@@ -36,7 +36,7 @@ def describe_run(folder: RunFolder) -> list[str]:
         when = "" if validation["step"] == last["step"] else f", at step {validation['step']:,}"
         lines.append(f"  validation loss  {format_validation(validation)}{when}")
     lines += [
-        f"  {score['file']}, protocol {score['protocol']}: acc_norm {format_score(score, 'acc_norm')}, acc "
+        f"  {score['file']}, protocol {score['protocol']}: acc_norm {describe_score(score, 'acc_norm')}, acc "
         f"{score['acc']:.4f}"
         for score in list_scores(folder)
     ]

@@ -92,8 +92,13 @@ def _report(message: str) -> int:
 
 def format_line(message: str) -> str:
     """Return a message as one line without control characters, the middle of a very long one left out."""
-    line = "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(message.split())
-    )
+    line = escape_controls(" ".join(message.split()))
     half = LINE_CHARACTERS // 2
     return line if len(line) <= LINE_CHARACTERS else f"{line[:half]} [...] {line[-half:]}"
+
+
+def escape_controls(text: str) -> str:
+    """Replace all that a terminal would interpret or not show by Python escapes, except spaces and line breaks."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
+    )

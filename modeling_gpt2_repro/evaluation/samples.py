@@ -1,5 +1,6 @@
 """Samples of a language model: continuations of a prompt that are the same on any hardware."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -36,13 +37,9 @@ def generate_samples(
     with evaluation_mode(model):
         ids = extend_ids(model, ids, n_tokens, top_k, generators)
 
-    texts = []
-    for row in ids.tolist():
-        continuation = row[len(prompt_ids) :]
-        if tokenizer.eos_token_id in continuation:
-            continuation = continuation[: continuation.index(tokenizer.eos_token_id)]
-        texts.append(tokenizer.decode(prompt_ids + continuation))
-    return texts
+    drawn = [row[len(prompt_ids) :] for row in ids.tolist()]
+    continuations = [itertools.takewhile(lambda id: id != tokenizer.eos_token_id, row) for row in drawn]
+    return [tokenizer.decode([*prompt_ids, *continuation]) for continuation in continuations]
 
 
 def extend_ids(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from ..core.errors import escape_controls
 from ..data.inspection import Document, Inspection, SplitStatistics
 from ..data.shards import Manifest
 from ..data.tokenizer import GPT2_TOKENIZER
@@ -32,13 +33,6 @@ def describe_inspection(inspection: Inspection, encoding: str) -> str:
     blocks += [_describe_document(document, tokenizer) for document in inspection.documents]
     text = escape_controls("\n\n".join("\n".join(block) for block in blocks if block))
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def escape_controls(text: str) -> str:
-    """Replace all that a terminal would interpret or not show by Python escapes, except spaces and line breaks."""
-    return "".join(
-        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
-    )
 
 
 def _describe_origin(inspection: Inspection) -> list[str]:

@@ -25,7 +25,7 @@ from .scores import (
     Score,
     build_eval_results,
     choose_validation_split_scores,
-    format_score,
+    describe_score,
     list_scores,
     read_training_scores,
     render_eval_results,
@@ -158,11 +158,11 @@ def list_score_rows(config: TrainingConfig, in_training: Mapping[str, Score], af
     """Return rows on the HellaSwag scores of the run, then on those that eval_hellaswag.py measured."""
     items = name_items(config.hellaswag_file, config.hellaswag_limit)
     of_run = [
-        (f"{items}: acc_norm, protocol `{protocol}`, in training", format_score(score, "acc_norm"))
+        (f"{items}: acc_norm, protocol `{protocol}`, in training", describe_score(score, "acc_norm"))
         for protocol, score in in_training.items()
     ]
     own = [
-        (f"{score['data']}: {metric}, protocol `{score['protocol']}`", format_score(score, metric))
+        (f"{score['data']}: {metric}, protocol `{score['protocol']}`", describe_score(score, metric))
         for score in afterwards
         for metric in ("acc_norm", "acc")
     ]

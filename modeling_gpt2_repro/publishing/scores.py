@@ -114,7 +114,7 @@ def choose_validation_split_scores(
     return {protocol: score for protocol, score in scores.items() if "acc" in score}
 
 
-def format_score(score: Score, metric: str) -> str:
+def describe_score(score: Score, metric: str) -> str:
     """Format a score with its standard error, the number of items and the precision, as far as they are known."""
     stderr, n, dtype = score.get(f"{metric}_stderr"), score.get("n"), score.get("dtype")
     error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""

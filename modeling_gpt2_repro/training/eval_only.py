@@ -1,14 +1,14 @@
 """`train.py --eval_only`: evaluate any model as a run evaluates its own, and keep the result as a baseline."""
 
 import math
-import sys
 from pathlib import Path
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.devices import describe_device, get_largest_micro_batch_size, is_out_of_memory
-from ..core.errors import UserError
+from ..core.environment import report
+from ..core.errors import UserError, format_line
 from ..core.streams import silence_libraries
 from ..data.shards import BASELINES_NAME, list_checksums
 from ..data.text_bytes import NOTE
@@ -117,7 +117,6 @@ def keep(baseline: baselines.Baseline, path: Path) -> None:
     try:
         baselines.save_baseline(path, baseline)
     except (OSError, UserError) as error:
-        reason = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: warning: the result was not kept: {reason}", file=sys.stderr, flush=True)
+        report(f"warning: the result was not kept: {format_line(str(error))}")
     else:
         print(f"kept in     {path}", flush=True)

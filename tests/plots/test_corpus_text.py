@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from modeling_gpt2_repro.data.inspection import inspect_folder
-from modeling_gpt2_repro.plots.corpus_text import (
-    PREVIEW_CHARACTERS,
-    PREVIEW_IDS,
-    describe_inspection,
-    escape_controls,
-)
+from modeling_gpt2_repro.plots.corpus_text import PREVIEW_CHARACTERS, PREVIEW_IDS, describe_inspection
 
 EOT = 50256
 
@@ -30,14 +25,6 @@ def write(tmp_path, tokenizer):
         return tmp_path
 
     return write
-
-
-def test_what_a_terminal_acts_upon_is_spelled_out():
-    assert escape_controls("\x1b[31m\x07\r\t\x9b\u202e\u200b\x00\ud800\u2028") == (
-        r"\x1b[31m\x07\r\t\x9b\u202e\u200b\x00\ud800\u2028"
-    )
-    plain = 'naïve 日本語 🙂 it\'s \\ "x"\n\n  y'
-    assert escape_controls(plain) == plain
 
 
 def test_numbers_are_those_of_the_folder(write):

@@ -7,9 +7,9 @@ from typing import Literal
 
 import yaml
 
-from ...core.arguments import Config, experiment, setting
+from ...core.arguments import experiment, setting
 from ...core.errors import UserError
-from ..sources.names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
+from ..sources.config import SourceConfig
 from ..tokenizer import GPT2_TOKENIZER
 
 # Flags of other programs that prepare text, each with what takes its place here.
@@ -17,33 +17,8 @@ FOREIGN_FLAGS = yaml.safe_load(Path(__file__).with_name("foreign_flags.yaml").re
 
 
 @dataclass
-class PrepareConfig(Config):
+class PrepareConfig(SourceConfig):
     """Every knob of `prepare_data.py`. What is not `resumable` decides the shards, and is recorded beside them."""
-
-    dataset_name: str = experiment(
-        FINEWEB_EDU,
-        f"a dataset on the Hub, a folder that `datasets` can load, or {DOCSTRINGS}: the built-in offline corpus, the "
-        "documentation of the Python packages installed here",
-        heading="source",
-        aliases=["--dataset"],
-        path=True,
-    )
-    dataset_config_name: str | None = experiment(
-        None, f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
-    )
-    split: str = experiment("train", "the dataset's split")
-    revision: str | None = experiment(None, "the dataset's branch, tag or commit; none means main")
-    files: list[str] = experiment(
-        [],
-        "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document a "
-        "file, or see --document_separator)",
-        path=True,
-    )
-    document_separator: str | None = experiment(
-        None,
-        "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
-    )
-    text_column: str = experiment("text", "the column, or JSON key, that holds a document's text")
 
     output_dir: str = setting("data/edu_fineweb10B", "the folder for the shards", heading="shards", path=True)
     tokenizer: str = experiment(
@@ -94,8 +69,6 @@ class PrepareConfig(Config):
             raise UserError("--task is a share of a --stage: add --stage tokenize or --stage write")
         if self.stage != "all" and self.overwrite:
             raise UserError("--overwrite cannot be given with --stage, whose processes would remove each other's work")
-        if self.document_separator == "":
-            raise UserError("--document_separator is empty: leave it out to take each file as one document")
 
     @property
     def share(self) -> tuple[int, int]:

@@ -13,10 +13,13 @@ import pyarrow as pa
 
 from ...core.errors import UserError
 from ...core.hub_client import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
+from .config import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU, SourceConfig
 from .docstrings import describe_packages, list_docstring_tasks
 from .hub_datasets import list_hub_tasks
 from .local_files import find_files, list_file_tasks
-from .names import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU
+
+# How a shell can be given what separates documents.
+SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
 
 
 class Task(Protocol):
@@ -48,12 +51,33 @@ class Corpus:
     tasks: Iterable[Task]
 
 
+def build_corpus(config: SourceConfig, revision: str | None = None) -> Corpus:
+    """Build the corpus that `config` names.
+
+    Args:
+        revision: the commit of a dataset that an unfinished run began with: its branch may have moved since.
+
+    Raises:
+        UserError: as the builders below.
+    """
+    if config.files:
+        return build_file_corpus(config.files, config.text_column, config.document_separator)
+    if config.dataset_name == DOCSTRINGS:
+        return build_docstring_corpus()
+    revision = revision or config.revision
+    return build_hub_corpus(
+        config.dataset_name, config.dataset_config_name, config.split, revision, config.text_column
+    )
+
+
 def build_file_corpus(patterns: list[str], text_column: str, document_separator: str | None) -> Corpus:
     """Build the corpus of local files in the order of their sorted paths.
 
     Raises:
         UserError: as `find_files`; reading the tasks raises those of `list_file_tasks`.
     """
+    for spelled, meant in SPELLED.items() if document_separator else ():
+        document_separator = document_separator.replace(spelled, meant)
     files = find_files(patterns)
     source = {"id": "files", "files": [{"path": str(path), "bytes": path.stat().st_size} for path in files]}
     prefix = _slugify(files[0].name.partition(".")[0]) if len(files) == 1 else "text"

@@ -241,12 +241,8 @@ class JsonlTask(FileTask):
         return pa.array(texts, pa.large_string())
 
     def _count_lines_before_start(self) -> int:
-        lines = 0
-        with _open(self.path) as stream:
-            while self.start > 0 and stream.tell() < self.start:
-                stream.readline()
-                lines += 1
-        return lines
+        before = dataclasses.replace(self, start=0, end=self.start)
+        return sum(1 for _ in before._read_lines()) if self.start else 0  # a compressed file has no positions
 
 
 @dataclasses.dataclass(frozen=True)
