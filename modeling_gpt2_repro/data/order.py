@@ -2,7 +2,8 @@
 
 Nothing here knows of ranks, micro-steps or where a run was interrupted; those only divide a step's windows. Hence the
 same step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else. Updates count
-from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`.
+from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`. `training/run.py` makes a run's order
+from its seed and `--shuffle_windows`; `dataset.TokenDataset` says which tokens a window has.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,7 @@
 """A run on the Hugging Face Hub: what is uploaded of it, and how.
 
-A model travels with its code, tokenizer, curves, card and scores; training state, metrics, samples, logs, settings and
-hidden files stay.
+Whatever lies in the model's folder travels (weights, code, tokenizer, files of yours), but for hidden files and the
+training state (`_is_published`); curves, card and scores are added. Metrics, samples, logs and settings stay.
 
 The repository's main branch holds the newest model of the run, at last the finished one, in the form that opens as
 GPT-2; a tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all

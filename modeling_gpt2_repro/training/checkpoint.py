@@ -6,8 +6,8 @@
             state.json          what `TrainingState` says
             checksums.json      of all the other files; a checkpoint without it is not one to resume from
 
-A checkpoint takes its name when all of it is on disk. There is no random state in it: what is drawn in training
-follows from the seed and the step.
+A checkpoint takes its name when all of it is on disk (`core.files.create_folder_atomically`). There is no random state
+in it: what is drawn in training follows from the seed and the step.
 """
 
 import dataclasses

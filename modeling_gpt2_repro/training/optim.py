@@ -1,6 +1,8 @@
 """The optimizer of a run. Another one would be built here, and chosen in `run.build_model_and_optimizer`.
 
-Its state takes room elsewhere: on disk (`preflight.OPTIMIZER_BYTES`) and in memory (`memory.STATIC_BYTES`).
+Its name would be an `experiment(...)` in `config.py`, with a value for older checkpoints in
+`start.load_resumed_state`, or all of them are refused. `publishing/model_card.md` names AdamW too. Its state takes
+room elsewhere: on disk (`preflight.OPTIMIZER_BYTES`) and in memory (`memory.STATIC_BYTES`).
 """
 
 import torch

@@ -1,8 +1,10 @@
 """Preemption: a run that is asked to stop saves a checkpoint and exits with code 75.
 
-A stop signal (`core.stop_signals`), or the death of the launcher, is noted while the loop of `train.py` runs. The loop
-asks once a step, in all processes together, then saves, and `status.json` says `preempted`. Before and after the loop
-a signal ends the process with 128 plus its number.
+A stop signal (`core.stop_signals`), or the death of the launcher, is noted during `deferred`, which is all of
+`train.run_to_the_end`. The loop asks before each step but the last, in all processes together, then saves;
+`train.stop_early` writes `preempted` to `status.json`. A request that comes later, while the finished model is written
+and uploaded, changes nothing; a second Ctrl-C or SIGTERM ends the process even then. Before `deferred` a signal ends
+it with 128 plus its number.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""The folder of a run: what its files are called, where they are, and how they are read, cleared and checked."""
+"""The folder of a run: what its files are called, where they are, and how they are read, cleared and checked.
+
+`checkpoint.py` names what lies in `checkpoints/`, and `core/files.py` what is not finished (`.partial`).
+"""
 
 import json
 import os

@@ -1,4 +1,10 @@
-"""Where a run starts: at step 0, at its own newest checkpoint or at another run's, and what may differ on resume."""
+"""Where a run starts: at step 0, at its own newest checkpoint or at another run's, and what may differ on resume.
+
+`config.py` says it of each setting: what an `experiment(...)` declares may not differ, what a `setting(...)` does may.
+`choose_start` adds shape, length, data and tokenizer; `load_resumed_state` lets the length differ where no update made
+so far would, and gives new settings their values in older checkpoints. `skipping.py` says it of skips, and
+`device_fit.choose_sizes` of the micro-batch.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

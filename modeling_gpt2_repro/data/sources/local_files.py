@@ -2,6 +2,9 @@
 
 A task is a part of one file that can be read on its own: some row groups of a parquet file, a range of bytes of a
 JSON Lines file, one whole compressed file, or some text files. Tasks follow each other in the order of the documents.
+
+Another kind of file would have its suffix in `SUFFIXES`, a branch in `list_file_tasks` (what is neither text nor
+parquet is read as JSON Lines), and a class that is a `corpus.Task`; `config.py` names the kinds to users.
 """
 
 import codecs
