@@ -175,6 +175,19 @@ def test_a_signal_that_comes_later_again_stops_at_once(shards, tmp_path, monkeyp
     assert read_status(tmp_path / "run")["status"] == "failed"
 
 
+def test_a_request_after_the_last_step_lets_the_run_finish(shards, tmp_path, monkeypatch, whole_run):
+    write_final = train.write_final
+
+    def write_when_asked_to_stop(run):
+        signal.raise_signal(signal.SIGTERM)
+        write_final(run)
+
+    monkeypatch.setattr(train, "write_final", write_when_asked_to_stop)
+    assert train.main(flags(shards, tmp_path)) == 0
+    assert read_status(tmp_path / "run")["status"] == "finished"
+    assert_same_end(tmp_path / "run", whole_run)
+
+
 def test_what_the_system_repeats_is_heard_once(shards, tmp_path, monkeypatch):
     """As SIGXCPU, which comes every second, and a batch system's warning, which SIGTERM follows."""
     monkeypatch.setattr(preemption, "SECONDS_OF_ONE_REQUEST", 0.0)

@@ -300,7 +300,8 @@ _watch: Watch | None = None
 def watched_actions(folder: Path) -> Iterator[list[str]]:
     """Collect what is written outside of `folder`, and programs and connections that are started, with their callers.
 
-    What threads do that were there before is not the work of the call that is watched.
+    What threads do that were there before is not the work of the call that is watched: one of wandb's, left by other
+    tests, connects to its server once a minute.
     """
     global _watch
     _install_audit_hook()
