@@ -613,6 +613,7 @@ BAD_INPUTS = {
     ),
     "other flag": (lambda folder: ["--num_proc", "4"], "--num_workers"),
     "bad number": (lambda folder: ["--shard_size", "0"], "--shard_size has to be 1 or more"),
+    "empty separator": (lambda folder: ["--document_separator="], "--document_separator is empty"),
     "nothing to verify": (lambda folder: ["--verify"], "there is no data folder"),
     "nothing to inspect": (lambda folder: ["--inspect", "3"], "there is no data folder"),
     "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect has to be 0 or more, not -1"),

@@ -1,5 +1,7 @@
 """Samples of a model."""
 
+import copy
+
 import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
@@ -42,6 +44,16 @@ def test_the_likeliest_token_alone_is_greedy_decoding(model, tokenizer):
     expected = model.eval().generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     text = generate_samples(model, tokenizer, PROMPT, n_tokens=20, top_k=1, n_samples=1)[0]
     assert text == tokenizer.decode(expected[0])
+
+
+def test_a_sample_ends_before_its_end_of_text_token(model, tokenizer):
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    drawn = model.eval().generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[0].tolist()
+    end = drawn.index(drawn[ids.shape[1] + 3], ids.shape[1])
+    ending = copy.deepcopy(tokenizer)
+    ending.eos_token = tokenizer.convert_ids_to_tokens(drawn[end])
+    (text,) = generate_samples(model, ending, PROMPT, n_tokens=20, top_k=1, n_samples=1)
+    assert text == tokenizer.decode(drawn[:end]) != tokenizer.decode(drawn)
 
 
 def test_a_model_without_keys_and_values_reads_all_anew(tokenizer):

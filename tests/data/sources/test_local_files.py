@@ -223,8 +223,9 @@ def test_finds_files_sorted_and_once(tmp_path):
         (b'{"text": "b"} {"text": "c"', "line 3: "),
     ],
 )
-def test_corrupt_jsonl_line_is_named(tmp_path, monkeypatch, line, reason):
-    monkeypatch.setattr(local_files, "TASK_BYTES", 20)
+@pytest.mark.parametrize("task_bytes", [20, 10])  # the line is in the first task, or in the second
+def test_corrupt_jsonl_line_is_named(tmp_path, monkeypatch, line, reason, task_bytes):
+    monkeypatch.setattr(local_files, "TASK_BYTES", task_bytes)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "d"}\n')
     with pytest.raises(UserError, match=rf"a\.jsonl, {reason}"):
         read(tmp_path / "a.jsonl")
