@@ -126,17 +126,18 @@ def parse_arguments(
     for name, field in fields.items():
         if _is_list(field) and [flag.split("=")[0] for flag in flags].count(f"--{name}") > 1:
             raise UserError(f"--{name} is given twice: put all its values behind one")
-    if any(field.metadata["positional"] for field in fields.values()):
+    names = {name for name, field in fields.items() if not field.metadata["positional"]}
+    if len(names) < len(fields):
         flags = _complete_switches(flags, {f"--{name}" for name, field in fields.items() if field.type is bool})
     config_file = Parser(add_help=False).parse_known_args(flags)[0].config
     if config_file is not None:
         # As flags in front of the given ones, so that both pass the same checks.
         aliases = {alias.lstrip("-") for field in fields.values() for alias in field.metadata["argparse"]["aliases"]}
-        flags = _read_config_file(expand_home(config_file), fields.keys() | aliases, foreign_flags) + flags
+        flags = _read_config_file(expand_home(config_file), names | aliases, foreign_flags) + flags
     namespace, unknown = parser.parse_known_args(flags)
     for argument in unknown:
         if argument.startswith("--"):
-            raise UserError(_describe_unknown(argument[2:].split("=")[0], fields.keys(), foreign_flags, dashes="--"))
+            raise UserError(_describe_unknown(argument[2:].split("=")[0], names, foreign_flags, dashes="--"))
         raise UserError(f"unexpected argument {argument!r}: every setting is given as --name value (see --help)")
     return config_type(**{name: _read_value(field, getattr(namespace, name)) for name, field in fields.items()})
 

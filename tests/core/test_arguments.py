@@ -217,6 +217,10 @@ def test_paths_may_be_given_without_a_flag(monkeypatch, tmp_path, capsys):
         assert parse_arguments(Positional, argv, description="") == wanted
     with pytest.raises(UserError, match="RUN"):
         parse_arguments(Positional, ["--hours"], description="")
+    (tmp_path / "settings.yaml").write_text("runs: [a]\n")
+    for argv in (["a", "--runs=b"], ["a", f"--config={tmp_path}/settings.yaml"]):
+        with pytest.raises(UserError, match=r"unknown setting (--)?runs \(see --help"):
+            parse_arguments(Positional, argv, description="")
     with pytest.raises(SystemExit):
         parse_arguments(Positional, ["--help"], description="", prog="plots")
     assert "usage: plots RUN [RUN ...]" in capsys.readouterr().out
