@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate_hellaswag(model, each, batch_tokens=config.batch_tokens, accelerator=accelerator) for each in encoded
     ]
     if accelerator.is_main_process:
-        report(config, results, is_validation_split=is_full_validation_split(items))
+        report_scores(config, results, is_validation_split=is_full_validation_split(items))
     accelerator.end_training()
     return 0
 
@@ -95,11 +95,11 @@ def check_outputs(config: HellaSwagConfig) -> None:
         raise UserError("one file is given twice: --data_file, --output and --per_example have to differ")
 
 
-def report(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_validation_split: bool) -> None:
+def report_scores(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_validation_split: bool) -> None:
     """Print the scores, and write the files that the flags ask for."""
     data_name = Path(config.data_file).name if config.data_file else DATASET_NAME
     print(f"{config.model} ({config.dtype}) on {data_name}\n")
-    print(format_table(results, with_published=is_validation_split))
+    print(format_scores(results, with_published=is_validation_split))
     if config.output:
         facts = {
             "model": config.model,
@@ -115,7 +115,7 @@ def report(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_valid
                 stream.writelines(json.dumps(example) + "\n" for example in result.per_example())
 
 
-def format_table(results: Sequence[HellaSwagResult], with_published: bool) -> str:
+def format_scores(results: Sequence[HellaSwagResult], with_published: bool) -> str:
     """Return one line per protocol and metric, optionally beside the published scores of other models."""
     published_models = PUBLISHED_MODELS if with_published else ()
     rows = [["protocol", "metric", "score", "stderr", "n", *published_models]]

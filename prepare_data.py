@@ -71,7 +71,7 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
         started = time.perf_counter()
         with tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
             manifest = build_shards(folder, request, lambda tokens: bar.update(tokens - bar.n))
-    report(manifest, folder, time.perf_counter() - started)
+    print_outcome(manifest, folder, time.perf_counter() - started)
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedT
     return True
 
 
-def report(manifest: Manifest, folder: Path, seconds: float) -> None:
+def print_outcome(manifest: Manifest, folder: Path, seconds: float) -> None:
     """Print what was made and where."""
     read = manifest.read
     print(

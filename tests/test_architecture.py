@@ -1,7 +1,9 @@
 """The house: an ordered list of floors, imports that go down or stay on one, and no circle."""
 
 import ast
+import collections
 import graphlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ FLOORS = (
     (PACKAGE,),
     ("core",),
     ("__init__",),
+    ("data.sources",),
     ("data",),
+    ("data.prepare",),
     ("model",),
     ("evaluation",),
     ("training",),
@@ -54,11 +58,11 @@ def list_imports(path: Path) -> set[str]:
 
 def find_floor(module: str) -> int:
     """Return on which floor a module is: where its own name stands, else its folder's."""
-    floors = [
-        number for name in (module, module.split(".")[0]) for number, names in enumerate(FLOORS) if name in names
-    ]
-    assert floors, f"{module} is on no floor"
-    return floors[0]
+    floors = {name: number for number, names in enumerate(FLOORS) for name in names}
+    names = list(itertools.accumulate(module.split("."), "{}.{}".format))
+    known = [name for name in names if name in floors]
+    assert known, f"{module} is on no floor"
+    return floors[known[-1]]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_module)
@@ -81,8 +85,35 @@ def test_no_modules_import_each_other_in_a_circle():
     graphlib.TopologicalSorter({name_module(path): list_imports(path) for path in MODULES}).prepare()
 
 
+# What every command has.
+SHARED_NAMES = {"main", "run", "__all__", "FOREIGN_FLAGS"}
+
+
+def list_names(path: Path) -> list[str]:
+    """Return the names of the functions, classes and constants at the top level of a file."""
+    names: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return names
+
+
+def test_no_two_things_have_one_name():
+    homes = collections.defaultdict(list)
+    for path in MODULES:
+        for name in list_names(path):
+            homes[name].append(name_module(path))
+    homes = {name: found for name, found in homes.items() if name not in SHARED_NAMES and not name.startswith("_")}
+    assert {"build_run", "RunFolder", "SMALL_PANELS"} <= homes.keys()
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
+
+
 def test_the_walk_sees_imports():
     assert {"__init__", "data.dataset", "training.run", "publishing.model_card"} <= list_imports(
         REPOSITORY / "train.py"
     )
-    assert find_floor("data.sources.corpus") < find_floor("evaluation.hellaswag") < find_floor("train")
+    known = ("core.files", "data.sources.corpus", "data.shards", "data.prepare.pipeline", "model.folder", "train")
+    floors = [find_floor(module) for module in known]
+    assert floors == sorted(set(floors))

@@ -100,13 +100,13 @@ def test_published_figures_stand_beside_the_full_validation_set_only():
         HellaSwagResult(protocol, 10_042, 0.3, 0.0046, 0.31, 0.0046, scored_items=())
         for protocol in ("original", "lm_eval")
     ]
-    header, _, original, _, lm_eval, *note = eval_hellaswag.format_table(results, with_published=True).splitlines()
+    header, _, original, _, lm_eval, *note = eval_hellaswag.format_scores(results, with_published=True).splitlines()
     models = ["GPT-2 124M", "GPT-2 350M", "GPT-2 774M", "GPT-2 1558M", "GPT-3 125M"]
     assert [header.index(model) for model in models] == sorted(header.index(model) for model in models)
     assert original.split()[5:] == ["0.2955", "0.3752", "0.4320", "0.4893", "0.3370"]
     assert lm_eval.split() == ["lm_eval", "acc_norm", "0.3100", "0.0046", "10042", "0.3114", "-", "-", "0.5089", "-"]
     assert "not measured here" in " ".join(note)
-    assert "GPT" not in eval_hellaswag.format_table(results, with_published=False)
+    assert "GPT" not in eval_hellaswag.format_scores(results, with_published=False)
 
 
 @pytest.mark.parametrize("n_processes", [pytest.param(2, marks=pytest.mark.slow), 3])

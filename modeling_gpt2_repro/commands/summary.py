@@ -18,10 +18,10 @@ class SummaryConfig(Config):
 
 def run(config: SummaryConfig) -> None:
     """Print what a run reached."""
-    print("\n".join(describe_run(RunFolder(config.folder))))
+    print("\n".join(summarize(RunFolder(config.folder))))
 
 
-def describe_run(folder: RunFolder) -> list[str]:
+def summarize(folder: RunFolder) -> list[str]:
     """Return lines on what a run reached and where its files are.
 
     Raises:

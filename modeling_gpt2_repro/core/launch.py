@@ -26,7 +26,7 @@ REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH")
 HEEDED = (*FLAGS, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_LOG_LEVEL")
 # Other ways to train, which a user's accelerate configuration may ask for, and which must not be ignored silently.
-REFUSED = (
+REFUSED_VARIABLES = (
     "ACCELERATE_USE_DEEPSPEED",
     "ACCELERATE_USE_FSDP",
     "ACCELERATE_USE_MEGATRON_LM",
@@ -77,7 +77,7 @@ def settle_environment() -> None:
         value = os.environ[name].lower()
         if name in FLAGS and value not in (*TRUE, *FALSE):
             raise UserError(f"the environment has {name}={os.environ[name]}: set it to true or false, or unset it")
-        if name in REFUSED and value not in ("", *FALSE):
+        if name in REFUSED_VARIABLES and value not in ("", *FALSE):
             raise UserError(
                 f"the environment has {name}={os.environ[name]}, which these scripts do not do: unset it, or launch "
                 "with --config_file accelerate_config.yaml; CUDA_VISIBLE_DEVICES chooses devices"

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from ..core.environment import PACKAGE_FOLDER
 from ..core.errors import UserError, format_line, reports_user_errors
 from ..training.run_folder import RunFolder
 from .run_figure import draw_curves
 
-PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 NICENESS = 19  # the training comes first wherever both want the same core
 
 

@@ -13,7 +13,7 @@ from .curves import Curves
 from .figures import RUN_COLOURS, build_figure, default_style, finish_axes, make_drawable
 
 # The first steps are left out: the loss falls too fast there for a period to show.
-BEGINNING_SHARE = 0.05
+SKIPPED_SHARE = 0.05
 SEGMENT_STEPS, FEWEST_SEGMENTS = 4096, 4
 FEWEST_WAVES = 4  # in a segment, to distinguish a period from the trend
 LONGEST_PERIOD = 200
@@ -57,7 +57,7 @@ def compute_spectrum(run: Curves) -> Spectrum:
     """
     losses = run.get("train/loss")
     steps = np.arange(losses.steps[0], losses.steps[-1] + 1) if 0 < len(losses) < 10**7 else np.array([])
-    steps = steps[int(len(steps) * BEGINNING_SHARE) :]
+    steps = steps[int(len(steps) * SKIPPED_SHARE) :]
     if len(steps) < FEWEST_STEPS:
         raise UserError(f"{run.name}: periods show in {FEWEST_STEPS} steps and more, not in {len(steps)}")
     values = np.interp(steps, losses.steps, losses.values)

@@ -1,7 +1,8 @@
 """A run on the Hugging Face Hub: what is uploaded of it, and how.
 
 Whatever lies in the model's folder travels (weights, code, tokenizer, files of yours), but for hidden files and the
-training state (`_is_published`); curves, card and scores are added. Metrics, samples, logs and settings stay.
+training state (`_is_published`); curves, card and scores are added. The files of metrics, samples, logs and settings
+stay; the card quotes from them (`model_card.describe_model`).
 
 The repository's main branch holds the newest model of the run, at last the finished one, in the form that opens as
 GPT-2; a tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all
@@ -38,7 +39,7 @@ MAIN, EARLIER = "main", "earlier-models"  # branches
 # Files of a model that the next one may not have. Any other file in the repository stays.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
 # How long a connection may be silent; without a limit the library waits indefinitely.
-SILENCE_SECONDS = 120
+TIMEOUT_SECONDS = 120
 
 Files = Mapping[str, Path | bytes]
 
@@ -60,7 +61,7 @@ def open_repository(name: str, is_public: bool, flag: str) -> str:
         raise UserError("publishing needs the Hub, and HF_HUB_OFFLINE says that there is none: unset it")
     if get_token() is None:
         raise UserError("publishing needs a token of the Hub that may write: run `hf auth login` or set HF_TOKEN")
-    get_session().timeout = SILENCE_SECONDS
+    get_session().timeout = TIMEOUT_SECONDS
     user = ask_hub(HfApi().whoami, "token")["name"]
     repo_id = name if "/" in name else f"{user}/{name}"
     try:

@@ -14,7 +14,7 @@ import yaml
 # Device names with their peak in TFLOP/s and its source, in the order in which they are looked for.
 PEAK_FLOPS = yaml.safe_load(Path(__file__).with_name("peak_flops.yaml").read_text(encoding="utf-8"))
 # Names that hold one from the table but mean another device, or a part of one: a MIG instance, a virtual GPU.
-REFUSED = re.compile(r"Laptop|\bMIG\b|-\d+[ABCQ]|RTX [45]090 D\b|A100-SXM-64GB|H100 \d+GB HBM2|H800 NVL|MI300X HF")
+OTHERS = re.compile(r"Laptop|\bMIG\b|-\d+[ABCQ]|RTX [45]090 D\b|A100-SXM-64GB|H100 \d+GB HBM2|H800 NVL|MI300X HF")
 # From NVIDIA's Ampere generation on TF32 runs at half the rate of bf16; the older two have none, and PyTorch uses
 # AMD's only where the environment asks for it.
 WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4", "MI300X")
@@ -56,7 +56,7 @@ def find_peak(device_name: str, precision: str) -> Peak | None:
         device_name: as `torch.cuda.get_device_name` says it.
         precision: `bf16`, `fp16`, or `no` for float32, which means TF32.
     """
-    if REFUSED.search(device_name):
+    if OTHERS.search(device_name):
         return None
     for name, (teraflops, source) in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device_name):

@@ -36,7 +36,7 @@ from .encoder import DocumentEncoder, build_encoder
 from .tokenize_stage import TaskSummary, WorkerContext, list_sorted_chunks, load_summary, sync_tasks, tokenize_task
 from .work_folder import WorkFolder, open_work_folder
 from .workers import WorkerPool
-from .write_stage import PartOutcome, Plan, list_validation_bytes, plan_shards, write_part
+from .write_stage import PartOutcome, WritePlan, list_validation_bytes, plan_shards, write_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
     return _take_enough(itertools.starmap(load, enumerate(request.corpus.tasks)), request.config)
 
 
-def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> Plan:
+def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> WritePlan:
     chunks, byte_lengths = list_sorted_chunks(work.pieces, summaries), token_byte_lengths(request.tokenizer)
     try:
         return plan_shards(chunks, request.config, work.path, request.corpus.prefix, byte_lengths)
@@ -187,7 +187,7 @@ def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> P
         raise
 
 
-def _write(pool: WorkerPool, plan: Plan, numbers: Iterable[int]) -> list[PartOutcome]:
+def _write(pool: WorkerPool, plan: WritePlan, numbers: Iterable[int]) -> list[PartOutcome]:
     """Run stage 2 for the parts with these numbers."""
     for writer in plan.writers:
         writer.create_files()
@@ -199,7 +199,7 @@ def _compute_checksum(context: WorkerContext, path: Path) -> str:
     return compute_checksum(path)
 
 
-def _list_shards(pool: WorkerPool, plan: Plan, outcomes: list[PartOutcome]) -> list[Shard]:
+def _list_shards(pool: WorkerPool, plan: WritePlan, outcomes: list[PartOutcome]) -> list[Shard]:
     shards = []
     for writer in plan.writers:
         by_part = [
@@ -212,7 +212,7 @@ def _list_shards(pool: WorkerPool, plan: Plan, outcomes: list[PartOutcome]) -> l
     return shards
 
 
-def _write_other_files(work: WorkFolder, request: Request, plan: Plan) -> dict[str, str]:
+def _write_other_files(work: WorkFolder, request: Request, plan: WritePlan) -> dict[str, str]:
     """Write what belongs to the shards, and return its checksums by path in the folder."""
     save_text_bytes(work.path, list_validation_bytes(plan))
     tokenizer_folder = work.path / TOKENIZER_FOLDER

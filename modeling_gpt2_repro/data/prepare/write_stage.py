@@ -69,7 +69,7 @@ class PartOutcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """What goes where: all that stage 2 needs to know.
 
     Attributes:
@@ -94,7 +94,7 @@ class Plan:
 
 def plan_shards(
     chunks: list[SortedChunk], config: PrepareConfig, folder: Path, prefix: str, byte_lengths: np.ndarray
-) -> Plan:
+) -> WritePlan:
     """Decide what goes where, a pure function of the finished tasks, so that every process decides the same.
 
     Args:
@@ -127,10 +127,10 @@ def plan_shards(
     else:
         starts = _list_starts(sum(bucket_tokens)).tolist()
         parts += [Part(train_writer, chunks, bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
-    return Plan(chunks, read, selection, val, train, copies, parts, [val_writer, train_writer], duplicates)
+    return WritePlan(chunks, read, selection, val, train, copies, parts, [val_writer, train_writer], duplicates)
 
 
-def list_validation_bytes(plan: Plan) -> np.ndarray:
+def list_validation_bytes(plan: WritePlan) -> np.ndarray:
     """Return the UTF-8 bytes of each validation document in the order of the split, uint64 of shape `(documents,)`."""
     front = [chunk for chunk in plan.chunks if chunk.first_position <= plan.selection.validation_documents]
     return np.concatenate([select_validation(chunk.read_documents(), plan.selection)["bytes"] for chunk in front])

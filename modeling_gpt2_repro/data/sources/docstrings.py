@@ -33,7 +33,7 @@ PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 MIN_LETTERS = 0.8
 MIN_PARAGRAPH_WORDS = 5
 
-TEXT_SUFFIXES = (".md", ".rst", ".txt")
+PROSE_SUFFIXES = (".md", ".rst", ".txt")
 # Tests are a fifth of all code and have hardly a docstring; parsing takes most of the time.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "test", "tests", "licenses", "node_modules"}
 # A hundred packages have the same licence, in a hundred slightly different copies.
@@ -159,7 +159,7 @@ def _walk(root: str) -> Iterator[str]:
         for name in files:
             stem, suffix = os.path.splitext(name)
             path = os.path.join(folder, name)
-            is_text = (suffix in TEXT_SUFFIXES and stem.lower() not in SKIPPED_STEMS) or name == "METADATA"
+            is_text = (suffix in PROSE_SUFFIXES and stem.lower() not in SKIPPED_STEMS) or name == "METADATA"
             # An installed tree may hold dangling links and files of other users.
             is_readable = os.path.isfile(path) and os.access(path, os.R_OK)
             if is_readable and (suffix == ".py" or (is_text and os.path.getsize(path) <= MAX_TEXT_FILE_BYTES)):
