@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from fork_server import serve_forks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -47,6 +48,13 @@ def shards(tmp_path_factory, tokenizer) -> Path:
     np.save(folder / "story_train_000001.npy", train[:5000])
     np.save(folder / "story_train_000002.npy", train[5000:])
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Processes of their own of `train`, whose imports are waited for once."""
+    with serve_forks(["train"], {**os.environ, "PYTHONPATH": str(REPOSITORY)}) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

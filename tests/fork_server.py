@@ -39,6 +39,8 @@ for line in sys.stdin:
                 trace(run["strace"])
             module = importlib.import_module(run["module"])
             code = exec(run["script"]) or 0 if run["script"] else module.main(run["argv"])
+        except SystemExit as end:
+            code = end.code or 0
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -46,6 +48,27 @@ for line in sys.stdin:
         os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
+
+# What a launcher does, but in forks.
+LAUNCHER = """
+from torch.distributed import TCPStore
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # on a free port
+os.environ |= {{"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}}
+os.environ |= {{"WORLD_SIZE": "{n_processes}", "LOCAL_WORLD_SIZE": "{n_processes}"}}
+for rank in range({n_processes}):
+    if os.fork() == 0:
+        os.environ |= {{"RANK": str(rank), "LOCAL_RANK": str(rank)}}
+        code = 1
+        try:
+            code = exec({script!r}) or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+assert not any([os.wait()[1] for _ in range({n_processes})])
+"""
+CALL_MAIN = "assert module.main(run['argv']) == 0"
 
 
 class ForkServer:
@@ -78,6 +101,12 @@ class ForkServer:
         code = int(self._process.stdout.readline())
         out, err = ((folder / name).read_text() for name in streams)
         return SimpleNamespace(code=code, out=out, err=err, seconds=time.monotonic() - started)
+
+    def launch(
+        self, n_processes: int, module: str, argv: Sequence[object], folder: Path, script: str = CALL_MAIN
+    ) -> SimpleNamespace:
+        """Run a script in so many processes, as a launcher would start them; `code` is 0 if those of all are."""
+        return self.run(module, argv, folder, script=LAUNCHER.format(n_processes=n_processes, script=script))
 
 
 @contextlib.contextmanager

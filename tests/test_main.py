@@ -6,10 +6,12 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
+from fork_server import serve_forks
 from written_runs import build_lines, write_run
 
 from modeling_gpt2_repro.__main__ import COMMANDS, main
 
+PACKAGE = "modeling_gpt2_repro"
 FORWARDS = {
     "reporting.summary": "summary",
     "reporting.plots": "plots",
@@ -19,10 +21,14 @@ FORWARDS = {
 }
 
 
-def run_module(module: str, *argv: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", module, *map(str, argv)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+# What `python -m MODULE` does with a module.
+RUN_MODULE = "import runpy\nsys.argv[1:] = run['argv']\nrunpy.run_module({module!r}, run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve_forks([PACKAGE], {**os.environ, "PYTHONPATH": str(REPOSITORY)}) as server:
+        yield server
 
 
 def test_help_lists_the_commands_in_a_line_each(capsys):
@@ -48,26 +54,30 @@ def test_a_command_that_is_not_there_is_answered_with_the_nearest(capsys, argv, 
 
 
 def test_the_package_runs_as_a_module(tmp_path):
-    run = write_run(tmp_path / "run", build_lines(5))
-    process = run_module("modeling_gpt2_repro", "summary", run)
-    assert (process.returncode, process.stderr) == (0, "") and "5 steps" in process.stdout
-    process = run_module("modeling_gpt2_repro", "summary", tmp_path / "none")
-    assert process.returncode == 2 and process.stderr.startswith("modeling_gpt2_repro: error: ")
+    command = [sys.executable, "-m", PACKAGE, "summary"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for run, code in ((write_run(tmp_path / "run", build_lines(5)), 0), (tmp_path / "none", 2)):
+        process = subprocess.run([*command, str(run)], env=environment, capture_output=True, text=True)
+        assert process.returncode == code
+        assert ("5 steps" in process.stdout and not process.stderr) == (code == 0)
+        assert process.stderr.startswith("modeling_gpt2_repro: error: ") == (code == 2)
 
 
 @pytest.mark.parametrize("module", FORWARDS)
-def test_an_earlier_name_does_what_the_command_does(module):
-    forwarded = run_module(f"modeling_gpt2_repro.{module}", "--help")
-    assert (forwarded.returncode, forwarded.stderr) == (0, "")
-    assert forwarded.stdout.startswith(f"usage: python -m modeling_gpt2_repro {FORWARDS[module]} ")
+def test_an_earlier_name_does_what_the_command_does(server, tmp_path, module):
+    script = RUN_MODULE.format(module=f"{PACKAGE}.{module}")
+    forwarded = server.run(PACKAGE, ["--help"], tmp_path, script=script)
+    assert (forwarded.code, forwarded.err) == (0, "")
+    assert forwarded.out.startswith(f"usage: python -m {PACKAGE} {FORWARDS[module]} ")
+    assert server.run(PACKAGE, ["--modle=x"], tmp_path, script=script).code == 2
 
 
 @pytest.mark.parametrize(
     "module, argv",
     [("reporting.summary", ["RUN"]), ("reporting.plots", ["--hours", "RUN", "--tokens_per_step=1000"])],
 )
-def test_an_earlier_name_takes_the_same_arguments(tmp_path, module, argv):
+def test_an_earlier_name_takes_the_same_arguments(server, tmp_path, capsys, module, argv):
     argv = [str(write_run(tmp_path / "run", build_lines(5))) if each == "RUN" else each for each in argv]
-    forwarded = run_module(f"modeling_gpt2_repro.{module}", *argv)
-    command = run_module("modeling_gpt2_repro", FORWARDS[module], *argv)
-    assert (forwarded.returncode, forwarded.stdout) == (command.returncode, command.stdout) == (0, command.stdout)
+    forwarded = server.run(PACKAGE, argv, tmp_path, script=RUN_MODULE.format(module=f"{PACKAGE}.{module}"))
+    assert main([FORWARDS[module], *argv]) == forwarded.code == 0
+    assert forwarded.out == capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY
-from fork_server import serve_forks
+from fork_server import CALL_MAIN, serve_forks
 from small_corpora import write_small_data
 from small_runs import flags, read_losses
 from torch._functorch import config as functorch_config
@@ -36,26 +36,12 @@ SETTINGS = {
 }
 N_REPETITIONS = 10
 
-# What a launcher does, but in forks of a process that has imported everything.
-LAUNCH = """
+SCRIPT = f"""
 import torch
-from torch.distributed import TCPStore
 from modeling_gpt2_repro.training import throughput
 throughput.measure_peak_flops = lambda *arguments: 1e12  # takes a second and decides nothing
-torch.set_num_threads(n_threads)
-if n_processes == 1:
-    assert module.main(run["argv"]) == 0
-else:
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # on a free port
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ |= {"WORLD_SIZE": str(n_processes), "LOCAL_WORLD_SIZE": str(n_processes)}
-    for rank in range(n_processes):
-        if os.fork() == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            assert module.main(run["argv"]) == 0
-            sys.stdout.flush()
-            os._exit(0)
-    assert not any(os.wait()[1] for _ in range(n_processes))
+torch.set_num_threads({{n_threads}})
+{CALL_MAIN}
 """
 
 
@@ -80,8 +66,11 @@ def train(server, data, tmp_path):
 
     def train(run_name: str, n_processes: int, n_threads: int, **changes) -> Path:
         argv = flags(data, tmp_path, run_name, **SETTINGS | changes)
-        script = f"n_processes, n_threads = {n_processes}, {n_threads}\n{LAUNCH}"
-        result = server.run("train", argv, tmp_path, script=script)
+        script = SCRIPT.format(n_threads=n_threads)
+        if n_processes == 1:
+            result = server.run("train", argv, tmp_path, script=script)
+        else:
+            result = server.launch(n_processes, "train", argv, tmp_path, script)
         assert result.code == 0, result.err
         precision = "bf16" if changes.get("mixed_precision") == "bf16" else "float32"
         assert f"cpu, {n_threads} thread(s); {n_processes} process(es); {precision}\n" in result.out

@@ -488,14 +488,15 @@ def test_when_all_checkpoints_are_damaged_nothing_is_replaced_unasked(shards, tm
     assert len(list((run / "checkpoints").iterdir())) == 4
 
 
-def test_a_run_goes_on_on_another_number_of_processes(shards, tmp_path, whole_run):
+def test_a_run_goes_on_on_another_number_of_processes(shards, tmp_path, forks):
     settings = {"save_every": 3, "learning_rate": 1e-3}
     whole = run_training(shards, tmp_path, "whole", **settings)
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints" / "step_0000006", run / "checkpoints" / "step_0000006")
-    result = launch(2, flags(shards, tmp_path, **settings, micro_batch_size=4))
-    assert result.returncode == 0, result.stderr
+    result = forks.launch(2, "train", flags(shards, tmp_path, **settings, micro_batch_size=4), tmp_path)
+    assert result.code == 0, result.err
+    assert "2 process(es)" in result.out
     ours, expected = read_losses(run), read_losses(whole)
     assert list(ours) == list(range(7, N_STEPS + 1))
     assert np.allclose(list(ours.values()), list(expected.values())[6:], atol=1e-4)

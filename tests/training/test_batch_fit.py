@@ -1,14 +1,11 @@
 """The trial before the first step: compiling, falling back, and finding what fits in memory."""
 
 import shutil
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY
 from torch._dynamo.utils import counters
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -159,47 +156,48 @@ def test_after_sizes_that_do_not_fit_the_next_is_compiled_and_each_makes_one_gra
         found.loss_model(windows[:1]).backward()
 
 
-TWO_PROCESSES = """
-import os, sys
-if os.environ["RANK"] == "1":
-    os.environ |= {{"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": {cache!r}}}
-sys.path.insert(0, {repository!r})
+FIT = """
 import torch
+from torch._inductor import config as inductor_config
+if rank == 1:  # by its own means too, as the environment may have been read before the fork
+    os.environ |= {{"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": {cache!r}}}
+    inductor_config.cpp.cxx = ("no-such-compiler",)
 from accelerate import Accelerator
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 torch.manual_seed(0)
 model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=9)).train()
 accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
 windows = torch.randint(0, 64, (4, 9))
 class Fails(WindowLoss):
     def forward(self, windows):
         if rank == 1 and {runs_out} and len(windows) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(windows)
-say = lambda line: sys.stdout.write(f"{{rank}}: {{line}}\\n")  # at once, or lines of both would mix
+say = lambda line: os.write(1, f"{{rank}}: {{line}}\\n".encode())  # at once, or lines of both would mix
 try:
     fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
+    say(f"answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
 except ValueError as error:
-    sys.exit(say(f"refuses: {{error}}") and None)
-say(f"answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
+    say(f"refuses: {{error}}")
 """
 
 
-def run_two_processes(tmp_path, compile, runs_out=False) -> list[str]:
-    script, facts = tmp_path / "script.py", {"repository": str(REPOSITORY), "cache": str(tmp_path / "cache")}
-    script.write_text(TWO_PROCESSES.format(compile=compile, runs_out=runs_out, **facts))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-endpoint=localhost:0"]
-    result = subprocess.run([*command, "--rdzv-backend=c10d", str(script)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+@pytest.fixture
+def fit_in_two_processes(forks, tmp_path):
+    def fit(compile, runs_out=False) -> list[str]:
+        script = FIT.format(compile=compile, runs_out=runs_out, cache=str(tmp_path / "cache"))
+        result = forks.launch(2, "train", [], tmp_path, script)
+        assert result.code == 0, result.err
+        return result.out.splitlines()
+
+    return fit
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("compile, reason", [("auto", "there is no compiler"), ("on", "torch.compile failed")])
-def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile, reason):
-    lines = run_two_processes(tmp_path, compile)
+def test_processes_compile_together_or_not_at_all_and_say_why(fit_in_two_processes, compile, reason):
+    lines = fit_in_two_processes(compile)
     answers = {f"{process}: answers Fails 4" for process in "01"}
     assert answers <= set(lines) if compile == "auto" else not answers & set(lines)
     consequence = "all processes run eagerly" if compile == "auto" else "refuses"
@@ -208,6 +206,6 @@ def test_processes_compile_together_or_not_at_all_and_say_why(tmp_path, compile,
         assert "in process 1" in said and reason in said
 
 
-def test_the_process_with_the_least_memory_decides_for_all(tmp_path):
-    lines = run_two_processes(tmp_path, "off", runs_out=True)
+def test_the_process_with_the_least_memory_decides_for_all(fit_in_two_processes):
+    lines = fit_in_two_processes("off", runs_out=True)
     assert {"0: answers Fails 2", "1: answers Fails 2"} <= set(lines)

@@ -1,10 +1,7 @@
 """`train.py --eval_only`: any causal language model on the tokens and items that a run is measured on."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY
 from tiny_models import build_stock_model, draw_ids
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -133,22 +129,14 @@ def test_models_of_other_architectures_are_measured(data, tmp_path, tokenizer):
     assert read_entries(data)[0]["validation"]["val/loss"] == pytest.approx(np.log(len(tokenizer)), abs=0.1)
 
 
-def test_two_processes_give_the_numbers_of_one(gpt2, data):
+def test_two_processes_give_the_numbers_of_one(gpt2, data, forks, tmp_path):
     assert evaluate(data, gpt2) == 0
     (alone,) = read_entries(data)
     (data / BASELINES_NAME).unlink()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    result = subprocess.run(
-        [*command, str(REPOSITORY / "train.py"), "--eval_only", *build_flags(data, init_from=gpt2)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2 process(es)" in result.stdout
-    assert result.stdout.count("nats a token") == 1
+    result = forks.launch(2, "train", ["--eval_only", *build_flags(data, init_from=gpt2)], tmp_path)
+    assert result.code == 0, result.err
+    assert "2 process(es)" in result.out
+    assert result.out.count("nats a token") == 1
     (both,) = read_entries(data)
     for name in ("val/loss", "val/bpb", "n_tokens"):
         assert both["validation"][name] == pytest.approx(alone["validation"][name], abs=1e-6)
