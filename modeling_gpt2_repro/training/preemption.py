@@ -2,9 +2,10 @@
 
 A stop signal (`core.stop_signals`), or the death of the launcher, is noted during `deferred`, which is all of
 `train.run_to_the_end`. The loop asks before each step but the last, in all processes together, then saves;
-`train.stop_early` writes `preempted` to `status.json`. A request that comes later, while the finished model is written
-and uploaded, changes nothing; a second Ctrl-C or SIGTERM ends the process even then. Before `deferred` a signal ends
-it with 128 plus its number.
+`train.stop_early` writes `preempted` to `status.json`. If the disk refuses that checkpoint, the run fails with code 2;
+a trial (`--smoke`) saves none, and exits with 130. A request that comes later, while the finished model is written and
+uploaded, changes nothing. A second Ctrl-C or SIGTERM ends the process even then; before `deferred`, while a run is
+built, any signal does, with 128 plus its number.
 """
 
 import contextlib
@@ -68,14 +69,14 @@ class Preemption:
         return accelerator.reduce(requests, reduction="sum").item() > 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        # While the loop may still save, only a person or a batch system that insists is heard again.
-        earlier = self._requests.get(number) if self._is_deferred else min(self._requests.values(), default=None)
+        now, earlier = time.monotonic(), dict(self._requests)
         self._requests.setdefault(number, now)
-        if earlier is None and self._is_deferred:
-            return
-        if earlier is not None:
-            if now - earlier < SECONDS_OF_ONE_REQUEST or (self._is_deferred and number not in INSISTENT):
+        if self._is_deferred:  # the loop may still save: only who insists, with the same signal, is heard again
+            if number not in earlier or number not in INSISTENT:
+                return
+            earlier = {number: earlier[number]}
+        if earlier:
+            if now - min(earlier.values()) < SECONDS_OF_ONE_REQUEST:
                 return
             self._restore_handlers()
         raise_terminated(number, frame)
