@@ -203,8 +203,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
     seconds = time.perf_counter() - started
     run.clock.seconds["update"].append(seconds)
     tokens_per_second = config.tokens_per_step / seconds
-    # Names of every update begin with `train/`, those of evaluations do not (`training.metrics`). A panel of its own
-    # is a line in `plots.panels.SMALL_PANELS`.
+    # `training.metrics` lists all names, and says what else a new one may touch.
     metrics = {
         "train/loss": loss,
         "train/lr": learning_rate,

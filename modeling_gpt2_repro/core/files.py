@@ -19,9 +19,10 @@ from typing import IO, Any, Literal
 
 from .errors import UserError
 
-# Of a file or folder until it is complete.
+# The end of a file's or folder's name until it is complete.
 TEMPORARY_SUFFIX = ".partial"
-# Of a folder while another one takes its name. It is restored or deleted without asking, so nobody else may use it.
+# The end of a folder's name while another one takes its place. It is restored or deleted without asking, so nobody
+# else may use it.
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2

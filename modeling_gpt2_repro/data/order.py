@@ -2,8 +2,10 @@
 
 Nothing here knows of ranks, micro-steps or where a run was interrupted; those only divide a step's windows. Hence the
 same step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else. Updates count
-from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`. `training/run.py` makes a run's order
-from its seed and `--shuffle_windows`; `dataset.TokenDataset` says which tokens a window has.
+from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`. `run.build_run` makes a run's order of
+its seed and of `TrainingConfig.first_permuted_epoch`, which says what `--shuffle_windows` permutes: of a corpus that
+is shuffled already, all epochs but the first. A step that `--skip_steps` passes over sees no windows, and moves no
+other's. `dataset.TokenDataset` says which tokens a window has.
 """
 
 from collections.abc import Iterable, Iterator

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from ..training.metrics import EVERY_STEP
 from .curves import Curves, Series
 from .figures import RUN_COLOURS, TRAIN_COLOUR, VAL_COLOUR, finish_axes, format_count, make_drawable
 from .references import Reference
@@ -176,7 +177,7 @@ def _describe_n(run: Curves) -> str:
 
 def draw_small_panel(axes: Axes, metric: str, axis: Axis) -> None:
     """Draw one of `SMALL_PANELS`."""
-    is_rare = metric.startswith("val/")
+    is_rare = not metric.startswith(EVERY_STEP)
     shown = [] if is_rare else [0.0]
     for run in axis.runs:
         series, colour = run.get(metric), axis.choose_colour(run, VAL_COLOUR if is_rare else TRAIN_COLOUR)

@@ -26,7 +26,8 @@ class TrainingConfig(Config):
 
     Upper bounds catch typing errors before the machine has to. An `experiment` decides the weights and may not change
     when a run is resumed; a `setting` may. The shape of the model, the length of the run and what its data are decide
-    the weights too, but may be given in several ways: `start.choose_start` adds them, resolved.
+    the weights too, but may be given in several ways: `start.choose_start` adds them, resolved. A new `experiment`
+    needs a value for the checkpoints that are older than it (`start.load_resumed_state`).
     """
 
     data_dir: str = setting(

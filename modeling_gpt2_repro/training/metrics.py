@@ -1,4 +1,28 @@
-"""Reading `metrics.jsonl`, one JSON object a line; the numbers are made in `train.py`: `update` and `evaluate`."""
+"""The metrics of a run: their names, and reading `metrics.jsonl`, which has one JSON object a line.
+
+Each is of the model after `step` updates. `train.update` makes those of every update:
+
+- `train/loss`: mean cross-entropy of the update's tokens, in nats a token
+- `train/lr`, `train/grad_norm`: the learning rate, and the global norm of the gradient before it is clipped
+- `train/tokens_per_second`, `train/mfu`: of the update alone, all processes together; the latter as a share of the
+  devices' peak (`throughput.choose_peak`)
+- `train/data_wait_seconds`: how long the first process waited for tokens
+- `train/epoch`, `train/tokens`, `train/flops`: passes over the data, tokens and floating-point operations up to here
+- `train/elapsed_seconds`: since the run began, time between its parts left out
+- `train/peak_memory_gb`: of the first process, 10^9 bytes
+
+`train.write_checkpoint` adds `train/checkpoint_seconds`, how long a save held the run up. `train.evaluate` makes
+those of evaluations, whose names do not begin with `train/`:
+
+- `val/loss`, `val/bpb`: nats a token, and bits a UTF-8 byte of text
+- `hellaswag/acc`, `hellaswag/acc_norm`, `hellaswag/acc_stderr`, `hellaswag/acc_norm_stderr`, `hellaswag/n`:
+  accuracies, standard errors and number of items, protocol `original`
+- `hellaswag_lm_eval/...`: the same in protocol `lm_eval`, of the last model
+
+A new one is a line in `update` or `evaluate` and here: `RunRecord.log` hands it to the files and the trackers. A panel
+in the picture is a line in `plots.panels.SMALL_PANELS`; `commands.summary` and `publishing.model_card` choose what
+they tell. An evaluation with an interval of its own is also known to `Plan.is_eval_step` and `Plan.evaluation_tokens`.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,7 +31,7 @@ from typing import Any
 
 # Numbers from here on have no place on an axis, and no run has them.
 LARGEST_METRIC = 1e100
-# How the names of metrics begin that every update has; the others are measured of one model now and then.
+# Names of metrics that every update has begin so; the others are measured of one model now and then.
 EVERY_STEP = "train/"
 
 Metrics = dict[str, float]

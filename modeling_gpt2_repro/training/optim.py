@@ -1,8 +1,10 @@
 """The optimizer of a run. Another one would be built here, and chosen in `run.build_model_and_optimizer`.
 
 Its name would be an `experiment(...)` in `config.py`, with a value for older checkpoints in
-`start.load_resumed_state`, or all of them are refused. `publishing/model_card.md` names AdamW too. Its state takes
-room elsewhere: on disk (`preflight.OPTIMIZER_BYTES`) and in memory (`memory.STATIC_BYTES`).
+`start.load_resumed_state`, or all of them are refused. `publishing/model_card.md` names AdamW too. Its state is saved
+by `checkpoint.save_checkpoint` and loaded by `checkpoint.load_optimizer_state`, as any `state_dict` that `torch.load`
+reads with `weights_only=True`; `preflight.OPTIMIZER_BYTES` is its size on disk, `memory.STATIC_BYTES` in memory, and
+the trial before the first step sets as much aside (`batch_fit`).
 """
 
 import torch

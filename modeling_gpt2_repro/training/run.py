@@ -142,7 +142,7 @@ def build_run(
 
 def build_model_and_optimizer(
     config: TrainingConfig, inputs: Inputs, start: Start, accelerator: Accelerator
-) -> tuple[GPT2ReproForCausalLM, StepMemory, torch.optim.AdamW]:
+) -> tuple[GPT2ReproForCausalLM, StepMemory, torch.optim.Optimizer]:
     """Build the model, with the weights to start from, on its device, and its optimizer without any state.
 
     Returns:

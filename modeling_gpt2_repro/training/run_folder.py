@@ -1,6 +1,8 @@
 """The folder of a run: what its files are called, where they are, and how they are read, cleared and checked.
 
-`checkpoint.py` names what lies in `checkpoints/`, and `core/files.py` what is not finished (`.partial`).
+`checkpoint.py` names what lies in `checkpoints/`, and `core/files.py` what is not finished (`.partial`). Others put
+files there too: `trackers.Wandb` its `wandb/`, `eval_hellaswag.py --output` scores (`publishing.scores` looks for
+`hellaswag*.json`), `commands.plots` its pictures.
 """
 
 import json
