@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 
 import nbformat
 import pytest
@@ -28,17 +29,17 @@ def test_it_is_stored_without_outputs_and_with_its_run_on_top():
     assert cells[0].source.startswith('RUN = "runs/demo"')
 
 
-def test_everything_that_it_imports_from_here_is_there():
-    imported = [
-        (node.module, name.name)
-        for source in list_code()
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("modeling_gpt2_repro")
-        for name in node.names
-    ]
-    assert len(imported) > 10
-    for module, name in imported:
-        assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+def test_everything_that_it_uses_from_here_is_there():
+    nodes = [node for source in list_code() for node in ast.walk(ast.parse(source))]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and "gpt2_repro" in node.module]
+    used = {
+        name.name: getattr(importlib.import_module(each.module), name.name) for each in imports for name in each.names
+    }
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", None) in used]
+    assert len(calls) > 10
+    for call in calls:
+        arguments = {keyword.arg: None for keyword in call.keywords}
+        inspect.signature(used[call.func.id]).bind(*call.args, **arguments)
 
 
 @pytest.mark.slow
