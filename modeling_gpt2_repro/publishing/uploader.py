@@ -15,9 +15,9 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
 from ..core.errors import UserError
-from ..core.files import TEMPORARY_SUFFIX, clear_leftovers, create_folder_atomically, remove_folder
+from ..core.files import create_folder_atomically, remove_folder
 from ..core.hub_client import HubUnreachableError
-from ..training.checkpoint import TRAINING_STATE, list_models, read_step
+from ..training.checkpoint import TRAINING_STATE, clear_unfinished, list_models, read_step
 from ..training.config import TrainingConfig
 from ..training.run_folder import RunFolder
 from .hub import explain_failure, name_address, open_repository, publish_checkpoint, publish_final
@@ -67,8 +67,7 @@ class Uploader:
         for model in list_models(self._folder.hub_upload):
             if first_step is None or read_step(model) > first_step:
                 remove_folder(model)
-        for leftover in self._folder.hub_upload.glob(f"step_*{TEMPORARY_SUFFIX}"):
-            clear_leftovers(leftover.with_suffix(""))
+        clear_unfinished(self._folder.hub_upload)
         self._is_due.set()
         self._thread.start()
 
@@ -91,6 +90,7 @@ class Uploader:
         if self._thread.is_alive():
             self._thread.join()
         try:
+            clear_unfinished(self._folder.hub_upload)  # of an earlier process, where this one had no step left to make
             repo_id = self._upload_waiting()
             publish_final(repo_id, self._folder)
             shutil.rmtree(self._folder.hub_upload, ignore_errors=True)

@@ -99,8 +99,7 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
 
     Of those at a multiple of `keep_weights_every` steps (0: of none) the model stays, without its training state.
     """
-    for leftover in folder.glob(f"step_*{TEMPORARY_SUFFIX}"):  # of a run that was killed while it wrote or deleted
-        clear_leftovers(leftover.with_suffix(""))
+    clear_unfinished(folder)
     for old in list_checkpoints(folder)[:-keep] if keep else ():
         if keep_weights_every and read_step(old) % keep_weights_every == 0:
             (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first, so that no half counts as whole
@@ -108,6 +107,12 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
             shutil.rmtree(follow_links(old / TRAINING_STATE))
         else:
             remove_folder(old)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote or deleted a model left in a run's checkpoint folder."""
+    for leftover in folder.glob(f"step_*{TEMPORARY_SUFFIX}"):
+        clear_leftovers(leftover.with_suffix(""))
 
 
 def list_models(folder: Path) -> list[Path]:
