@@ -85,7 +85,8 @@ def run_process(config: TrainingConfig, preemption: Preemption) -> int:
         record.set_failed(error)
         raise
     finally:
-        record.close()
+        with preemption.deferred():  # how the run ended is decided
+            record.close()
         discard_unwritten()  # a run needs nobody who reads what it prints
         if config.smoke and record.is_open:
             shutil.rmtree(record.folder.path, ignore_errors=True)

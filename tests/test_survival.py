@@ -175,14 +175,15 @@ def test_a_signal_that_comes_later_again_stops_at_once(shards, tmp_path, monkeyp
     assert read_status(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_request_after_the_last_step_lets_the_run_finish(shards, tmp_path, monkeypatch, whole_run):
-    write_final = train.write_final
+@pytest.mark.parametrize("owner, name", [(train, "write_final"), (RunRecord, "close")])
+def test_a_request_after_the_last_step_lets_the_run_finish(shards, tmp_path, monkeypatch, whole_run, owner, name):
+    action = getattr(owner, name)
 
-    def write_when_asked_to_stop(run):
+    def act_when_asked_to_stop(*arguments):
         signal.raise_signal(signal.SIGTERM)
-        write_final(run)
+        action(*arguments)
 
-    monkeypatch.setattr(train, "write_final", write_when_asked_to_stop)
+    monkeypatch.setattr(owner, name, act_when_asked_to_stop)
     assert train.main(flags(shards, tmp_path)) == 0
     assert read_status(tmp_path / "run")["status"] == "finished"
     assert_same_end(tmp_path / "run", whole_run)

@@ -1,11 +1,11 @@
 """Preemption: a run that is asked to stop saves a checkpoint and exits with code 75.
 
 A stop signal (`core.stop_signals`), or the death of the launcher, is noted during `deferred`, which is all of
-`train.run_to_the_end`. The loop asks before each step but the last, in all processes together, then saves;
-`train.stop_early` writes `preempted` to `status.json`. If the disk refuses that checkpoint, the run fails with code 2;
-a trial (`--smoke`) saves none, and exits with 130. A request that comes later, while the finished model is written and
-uploaded, changes nothing. A second Ctrl-C or SIGTERM ends the process even then; before `deferred`, while a run is
-built, any signal does, with 128 plus its number.
+`train.run_to_the_end`, and the end of the trackers. The loop asks before each update, in all processes together, then
+saves what is new since the last checkpoint; `train.stop_early` writes `preempted` to `status.json`. If the disk
+refuses that checkpoint, the run fails with code 2; a trial (`--smoke`) saves none, and exits with 130. A request that
+comes later, while the finished model is written and uploaded, changes nothing. A second Ctrl-C or SIGTERM ends the
+process even then; before `deferred`, while a run is built, any signal does, with 128 plus its number.
 """
 
 import contextlib
@@ -69,14 +69,16 @@ class Preemption:
         return accelerator.reduce(requests, reduction="sum").item() > 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now, earlier = time.monotonic(), dict(self._requests)
-        self._requests.setdefault(number, now)
-        if self._is_deferred:  # the loop may still save: only who insists, with the same signal, is heard again
-            if number not in earlier or number not in INSISTENT:
+        now, earlier = time.monotonic(), list(self._requests.values())
+        is_new = number not in self._requests
+        first = self._requests.setdefault(number, now)
+        if self._is_deferred:
+            # The loop may still save: only who insists, with the same signal, is heard.
+            if is_new or number not in INSISTENT or now - first < SECONDS_OF_ONE_REQUEST:
                 return
-            earlier = {number: earlier[number]}
-        if earlier:
-            if now - min(earlier.values()) < SECONDS_OF_ONE_REQUEST:
+            self._restore_handlers()
+        elif earlier:
+            if now - min(earlier) < SECONDS_OF_ONE_REQUEST:
                 return
             self._restore_handlers()
         raise_terminated(number, frame)
