@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ..core.devices import can_compile, is_out_of_memory, return_freed_memory
 from ..core.errors import UserError
+from .optim import N_MOMENTS
 
 
 class WindowLoss(nn.Module):
@@ -193,8 +194,8 @@ def _describe(error: Exception) -> str:
 
 def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:
     # On its own, so that nothing of an attempt that did not fit is still held when the next one begins.
-    # What training will hold besides: AdamW's two moments, and the buckets in which gradients are exchanged.
-    reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(3) if p.is_cuda]
+    # What training will hold besides: the moments, and the buckets in which gradients are exchanged.
+    reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(N_MOMENTS + 1) if p.is_cuda]
     windows = _stack_windows(dataset, size).to(accelerator.device)
     for _ in range(3):  # the first ones allocate and compile, the last one is measured
         start = time.perf_counter()

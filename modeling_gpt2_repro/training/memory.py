@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from ..configuration_gpt2_repro import MODEL_SIZES
 from ..modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
 from .config import TrainingConfig
+from .optim import N_MOMENTS
 
-# Bytes a parameter in float32: weight, gradient, AdamW's two moments, and the buckets in which gradients travel.
-STATIC_BYTES = 4 + 4 + 8 + 4
+# Bytes a parameter in float32: weight, gradient, moments, and the buckets in which gradients travel.
+STATIC_BYTES = 4 * (1 + 1 + N_MOMENTS + 1)
 # Values that a block saves of a token, in multiples of its width: the residual stream before each layer norm, in
 # float32; queries, keys and values, attention's output, the layer norms' outputs, and the MLP's inner layer before and
 # after GELU, in the type of the matrix products.

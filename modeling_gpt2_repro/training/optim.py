@@ -3,12 +3,14 @@
 Its name would be an `experiment(...)` in `config.py`, with a value for older checkpoints in
 `start.load_resumed_state`, or all of them are refused. `publishing/model_card.md` names AdamW too. Its state is saved
 by `checkpoint.save_checkpoint` and loaded by `checkpoint.load_optimizer_state`, as any `state_dict` that `torch.load`
-reads with `weights_only=True`; `preflight.OPTIMIZER_BYTES` is its size on disk, `memory.STATIC_BYTES` in memory, and
-the trial before the first step sets as much aside (`batch_fit`).
+reads with `weights_only=True`. What is estimated of disk and memory counts `N_MOMENTS`.
 """
 
 import torch
 from torch import nn
+
+# Values that AdamW keeps of each parameter, in float32.
+N_MOMENTS = 2
 
 
 def build_adamw(

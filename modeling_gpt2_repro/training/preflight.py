@@ -7,9 +7,9 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import follow_links, is_utf8
 from .console import format_duration
+from .optim import N_MOMENTS
 
-# Float32 weights, and AdamW's two moments of each.
-WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
+WEIGHT_BYTES = 4  # in float32, and each of its moments
 LONGEST_CPU_RUN_SECONDS = 7 * 24 * 3600
 
 
@@ -23,7 +23,7 @@ def estimate_disk_bytes(n_parameters: int, n_saves: int, keep_checkpoints: int, 
     """
     n_checkpoints = min(n_saves, keep_checkpoints + 1) if keep_checkpoints else n_saves
     weights = n_parameters * WEIGHT_BYTES
-    return n_checkpoints * (weights + n_parameters * OPTIMIZER_BYTES) + (n_models + 1) * weights
+    return n_checkpoints * (1 + N_MOMENTS) * weights + (n_models + 1) * weights
 
 
 def measure_folder(folder: Path) -> int:
