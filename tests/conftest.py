@@ -1,5 +1,6 @@
 """What every test relies on: no network, the CPU, one thread a process, and small real data."""
 
+import functools
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -55,6 +56,22 @@ def forks():
     """Processes of their own of `train`, whose imports are waited for once."""
     with serve_forks(["train"], {**os.environ, "PYTHONPATH": str(REPOSITORY)}) as server:
         yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_probe():
+    """A run measures its CPU, which takes a second: here the first run does it for all others of the process."""
+    from modeling_gpt2_repro.training import throughput
+
+    throughput.measure_peak_flops = functools.cache(throughput.measure_peak_flops)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures_meanwhile(monkeypatch):
+    """A run draws its last picture and, in this process, none before: another process would take seconds for it."""
+    from modeling_gpt2_repro.plots.drawer import CurveDrawer
+
+    monkeypatch.setattr(CurveDrawer, "request", lambda self: None)
 
 
 @pytest.fixture(autouse=True)

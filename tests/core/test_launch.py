@@ -17,7 +17,7 @@ import eval_hellaswag
 import train
 from modeling_gpt2_repro.core import devices, launch
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.launch import FLAGS, HEEDED, REFUSED
+from modeling_gpt2_repro.core.launch import FLAGS, HEEDED, REFUSED_VARIABLES
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 
 # Set by launchers to start processes, and facts about the machine, which accelerate reads too.
@@ -87,12 +87,12 @@ def read_numbers(run: Path) -> list[dict]:
 def test_the_walk_finds_what_is_known_of_accelerate():
     assert len(VARIABLES) > 80
     known = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND", "FSDP_SHARDING_STRATEGY"}
-    assert known | set(REFUSED) | set(FLAGS) - {"ACCELERATE_ENABLE_RICH"} <= set(VARIABLES)
+    assert known | set(REFUSED_VARIABLES) | set(FLAGS) - {"ACCELERATE_ENABLE_RICH"} <= set(VARIABLES)
 
 
 @pytest.mark.parametrize("value", ["4", "true", "inductor"])
 def test_no_variable_changes_a_run(shards, tmp_path, expected, monkeypatch, value):
-    for name in set(VARIABLES) - set(HEEDED) - set(REFUSED):
+    for name in set(VARIABLES) - set(HEEDED) - set(REFUSED_VARIABLES):
         monkeypatch.setenv(name, value)
     assert read_numbers(run_training(shards, tmp_path, **SETTINGS)) == expected
 
@@ -100,14 +100,14 @@ def test_no_variable_changes_a_run(shards, tmp_path, expected, monkeypatch, valu
 def test_what_is_heeded_or_asks_for_nothing_does_not_either(shards, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(devices, "count_cores", lambda: 1)  # a launched process takes all, and `expected` took one
     given = {"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_DEBUG_MODE": "1", "ACCELERATE_CPU_AFFINITY": "0"}
-    for name, value in (given | dict.fromkeys(REFUSED, "false")).items():
+    for name, value in (given | dict.fromkeys(REFUSED_VARIABLES, "false")).items():
         monkeypatch.setenv(name, value)
     assert read_numbers(run_training(shards, tmp_path, **SETTINGS)) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [*itertools.product(REFUSED, ["true", "1"]), *itertools.product(sorted(set(FLAGS)), ["perhaps"])],
+    [*itertools.product(REFUSED_VARIABLES, ["true", "1"]), *itertools.product(sorted(set(FLAGS)), ["perhaps"])],
 )
 def test_what_a_run_would_not_be_itself_with_is_refused_by_name(shards, tmp_path, monkeypatch, capsys, name, value):
     monkeypatch.setenv(name, value)

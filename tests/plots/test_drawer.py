@@ -19,6 +19,11 @@ from modeling_gpt2_repro.training.run_folder import RunFolder
 PATIENCE_SECONDS = 120
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures_meanwhile():
+    """Here they are drawn."""
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
