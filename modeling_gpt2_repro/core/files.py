@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, and survive a loss of power; and checksums.
 
 Whichever system call is the last of a process, or fails, a name refers to the old content or to the new content, and
-all of the new content is on disk before the old is removed. POSIX only: names are made durable by fsync of a folder.
+all of the new content is on disk before the old is removed; where a file system cannot swap the names of two folders,
+once `restore_folder` was called. POSIX only: names are made durable by fsync of a folder.
 """
 
 import contextlib

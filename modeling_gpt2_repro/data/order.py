@@ -1,7 +1,7 @@
 """The order of training: which windows an optimizer step consumes, as a pure function of the step.
 
-Nothing here knows of ranks, micro-steps or where a run was interrupted; those only divide a step's windows. Hence the
-same step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else. Updates count
+Ranks and micro-steps only divide a step's windows, and nothing here knows where a run was interrupted. Hence the same
+step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else. Updates count
 from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`. `run.build_run` makes a run's order of
 its seed and of `TrainingConfig.first_permuted_epoch`, which says what `--shuffle_windows` permutes: of a corpus that
 is shuffled already, all epochs but the first. A step that `--skip_steps` passes over sees no windows, and moves no

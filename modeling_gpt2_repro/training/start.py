@@ -130,7 +130,7 @@ def load_resumed_state(checkpoint: Path, experiment: dict[str, Any], config: Tra
     """Read where a run stood, and check that it is resumed as the same experiment.
 
     Its length may change if that changes none of the updates it has made: with the `constant` schedule always, with
-    `wsd` before its decay.
+    `wsd` before its decay, with `cosine` in its warm-up.
 
     Raises:
         UserError: anything else differs that decides the weights.

@@ -1,4 +1,8 @@
-"""Corpora: where documents come from, as independent tasks in source order."""
+"""Corpora: where documents come from, as independent tasks in source order.
+
+Another source would be a field of `SourceConfig`, whose default names none, and a branch in `build_corpus`, with a
+module that lists its tasks. `model_card.describe_source` tells a model's readers of it.
+"""
 
 import dataclasses
 import hashlib
