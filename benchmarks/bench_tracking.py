@@ -41,7 +41,7 @@ PAUSE_SECONDS = 0.002
 
 def time_records(folder: Path, report_to: str, n_steps: int) -> list[float]:
     """Return the milliseconds that each step's numbers take."""
-    record = RunRecord(RunFolder(folder), Accelerator(), trackers=choose_trackers(report_to))
+    record = RunRecord(RunFolder(folder), Accelerator(), print, choose_trackers(report_to))
     record.start(TrainingConfig(report_to=report_to), None)
     times = []
     for step in range(1, n_steps + 1):

@@ -17,7 +17,7 @@ from huggingface_hub.utils import logging as hub_logging
 from ..core.errors import UserError
 from ..core.files import create_folder_atomically, remove_folder
 from ..core.hub_client import HubUnreachableError
-from ..training.checkpoint import TRAINING_STATE, clear_unfinished, list_models, read_step
+from ..training.checkpoint import TRAINING_STATE, clear_unfinished, list_models, read_step, remove_models
 from ..training.config import TrainingConfig
 from ..training.run_folder import RunFolder
 from .hub import explain_failure, name_address, open_repository, publish_checkpoint, publish_final
@@ -64,10 +64,7 @@ class Uploader:
         """Begin to upload, first what an earlier attempt left waiting; `None` for a run that starts over."""
         if not self._is_enabled:
             return
-        for model in list_models(self._folder.hub_upload):
-            if first_step is None or read_step(model) > first_step:
-                remove_folder(model)
-        clear_unfinished(self._folder.hub_upload)
+        remove_models(self._folder.hub_upload, after=-1 if first_step is None else first_step)
         self._is_due.set()
         self._thread.start()
 

@@ -115,6 +115,14 @@ def clear_unfinished(folder: Path) -> None:
         clear_leftovers(leftover.with_suffix(""))
 
 
+def remove_models(folder: Path, after: int) -> None:
+    """Delete the models in a run's checkpoint folder that had more than `after` updates; -1: all of them."""
+    clear_unfinished(folder)
+    for model in list_models(folder):
+        if read_step(model) > after:
+            remove_folder(model)
+
+
 def list_models(folder: Path) -> list[Path]:
     """Return the folders `step_N` in a run's checkpoint folder, oldest first: checkpoints, and models kept of them."""
     paths = folder.iterdir() if folder.is_dir() else ()  # unlike `glob`, not silent of a folder that may not be read

@@ -42,11 +42,7 @@ class RunRecord:
     """
 
     def __init__(
-        self,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        warn: Callable[[str], None] = print,
-        trackers: Sequence[str] = (),
+        self, folder: RunFolder, accelerator: Accelerator, warn: Callable[[str], None], trackers: Sequence[str]
     ):
         self.folder, self.accelerator = folder, accelerator
         self.started = time.monotonic()

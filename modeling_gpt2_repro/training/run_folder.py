@@ -23,7 +23,7 @@ from ..core.files import (
     restore_folder,
     sync_file,
 )
-from .checkpoint import list_models, prune_checkpoints, read_step
+from .checkpoint import prune_checkpoints, remove_models
 from .config import TrainingConfig
 from .metrics import Metrics, format_log_lines, read_json_lines, read_json_object, read_metrics
 
@@ -123,9 +123,7 @@ class RunFolder:
         """Delete what a run that starts over replaces."""
         for path in self.replaced_files:
             follow_links(path).unlink(missing_ok=True)
-        prune_checkpoints(self.checkpoints, keep=0, keep_weights_every=0)  # which may restore one
-        for model in list_models(self.checkpoints):
-            remove_folder(model)
+        remove_models(self.checkpoints, after=-1)
         for path in self.replaced_folders:
             # The folder of the checkpoints stays: it may be a file system of its own.
             if path != self.checkpoints and not (path == self.best and keeps_best):
@@ -141,9 +139,7 @@ class RunFolder:
         with open_atomically(self.log) as stream:
             for line in self.read_metrics():
                 stream.writelines(format_log_lines(line))
-        for model in list_models(self.checkpoints):
-            if read_step(model) > step:
-                remove_folder(model)
+        remove_models(self.checkpoints, after=step)
 
     def undo_replacements(self) -> None:
         """Restore `final/` and `best/` if a kill interrupted their replacement."""

@@ -14,7 +14,7 @@ from modeling_gpt2_repro.training.run_folder import RunFolder
 
 @pytest.fixture
 def record(tmp_path) -> RunRecord:
-    record = RunRecord(RunFolder(tmp_path / "run"), Accelerator())
+    record = RunRecord(RunFolder(tmp_path / "run"), Accelerator(), print, [])
     record.start(TrainingConfig(), first_step=None)
     for step in range(1, 5):
         record.log(step, {"train/loss": 5.0 - step})
@@ -26,7 +26,7 @@ def record(tmp_path) -> RunRecord:
 def begin_again(record: RunRecord) -> RunRecord:
     """Let a record's process end, and return that of the next one."""
     record.close()
-    return RunRecord(record.folder, Accelerator())
+    return RunRecord(record.folder, Accelerator(), print, [])
 
 
 def test_log_has_the_original_format(record):
@@ -55,7 +55,7 @@ def test_numbers_that_are_none_are_left_out_of_a_line(record):
 
 
 def test_a_run_that_never_started_leaves_the_old_status(record, tmp_path):
-    RunRecord(RunFolder(tmp_path / "run"), Accelerator()).set_status("failed")
+    RunRecord(RunFolder(tmp_path / "run"), Accelerator(), print, []).set_status("failed")
     assert json.loads((record.folder.path / "status.json").read_text())["status"] == "running"
 
 
