@@ -33,9 +33,10 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m slow -rs
+	GPU_TESTS_DEVICE=cpu $(BIN)/pytest tests/gpu
 
 # What a GPU alone can show. Nothing is installed: it takes the PYTHON that it is given, in which torch sees the device.
-# GPU_TESTS_DEVICE=cpu tries the same tests out at toy size, where there is none.
+# GPU_TESTS_DEVICE=cpu tries the same tests out at toy size, where there is none, as `make test-slow` does.
 test-gpu:
 	$(PYTHON) -m pytest -rs --durations=10 tests/gpu
 

@@ -230,7 +230,7 @@ def test_a_trial_that_is_asked_to_stop_promises_nothing(shards, tmp_path, monkey
     stop_at(monkeypatch, 4, signal.SIGTERM)
     assert train.main([*flags(shards, tmp_path), "--smoke"]) == 130
     out = capsys.readouterr().out
-    assert "the trial was stopped after 4 steps, and leaves nothing" in out and "goes on from" not in out
+    assert "the trial was stopped after 4 steps, and leaves nothing" in out and "resumes from" not in out
     assert list(tmp_path.iterdir()) == []
 
 

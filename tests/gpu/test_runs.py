@@ -113,7 +113,7 @@ def test_a_run_that_gets_sigterm_saves_and_the_same_command_finishes_it(scale, c
     process = start(scale, [str(REPOSITORY / "train.py"), *argv])
     wait_for_update(process, run, 3)
     process.send_signal(signal.SIGTERM)
-    assert "as asked: the same command goes on" in finish(process, PREEMPTED_EXIT_CODE)
+    finish(process, PREEMPTED_EXIT_CODE)
     status = json.loads((run / "status.json").read_text())
     step = status["step"]
     assert status["status"] == "preempted" and 3 <= step < scale.n_updates
