@@ -39,7 +39,7 @@ MAIN, EARLIER = "main", "earlier-models"  # branches
 # Files of a model that the next one may not have. Any other file in the repository stays.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
 # How long a connection may be silent; without a limit the library waits indefinitely.
-TIMEOUT_SECONDS = 120
+UPLOAD_TIMEOUT_SECONDS = 120
 
 Files = Mapping[str, Path | bytes]
 
@@ -61,7 +61,7 @@ def open_repository(name: str, is_public: bool, flag: str) -> str:
         raise UserError("publishing needs the Hub, and HF_HUB_OFFLINE says that there is none: unset it")
     if get_token() is None:
         raise UserError("publishing needs a token of the Hub that may write: run `hf auth login` or set HF_TOKEN")
-    get_session().timeout = TIMEOUT_SECONDS
+    get_session().timeout = UPLOAD_TIMEOUT_SECONDS
     user = ask_hub(HfApi().whoami, "token")["name"]
     repo_id = name if "/" in name else f"{user}/{name}"
     try:
