@@ -1,9 +1,9 @@
-"""Configuration of the GPT-2 reproduction. It travels with every checkpoint and imports nothing from the package."""
+"""Configuration of the GPT-2 reproduction. Every checkpoint includes this file, so it imports no other."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Layers, heads and width of OpenAI's four models (Radford et al. 2019, table 2), named by their parameter counts.
+# Layers, heads and width of OpenAI's four models (Radford et al. 2019, table 2), keyed by parameter count.
 MODEL_SIZES = {
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -11,10 +11,10 @@ MODEL_SIZES = {
     "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
-# Options of `transformers.GPT2Config` that change what the same weights compute, and the only values that we know.
+# Options of `transformers.GPT2Config` that change what the same weights compute, with their only supported values.
 GPT2_OPTIONS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
-# The classes that `trust_remote_code=True` finds in a saved folder.
+# The classes that `trust_remote_code=True` loads from a saved folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2_repro.GPT2ReproConfig",
     "AutoModel": "modeling_gpt2_repro.GPT2ReproModel",
@@ -24,30 +24,31 @@ AUTO_MAP = {
 
 @strict
 class GPT2ReproConfig(PreTrainedConfig):
-    """Shape of a GPT-2 model, in the field names of `transformers.GPT2Config`. The defaults are the 124M model.
+    """Configuration of a GPT-2 model, with the field names of `transformers.GPT2Config`. The defaults are GPT-2 124M.
 
-    `from_pretrained` also reads folders whose `model_type` is `gpt2`, but for their dropout: that belongs to a run of
-    training and not to the weights, so it is 0.0 unless requested (`from_pretrained(..., resid_pdrop=0.1)`).
+    `from_pretrained` also reads folders whose `model_type` is `gpt2`, except for their dropout: that is a property of
+    a training run, not of the weights, so it is 0.0 unless requested (`from_pretrained(..., resid_pdrop=0.1)`).
 
     Args:
         vocab_size: rows of the token embedding and of the tied head; GPT-2's tokenizer has 50,257 ids.
-        n_positions: longest sequence in tokens, the rows of the learned position embedding.
-        n_embd: width of the residual stream; has to be divisible by `n_head`.
+        n_positions: maximum sequence length in tokens, i.e. rows of the learned position embedding.
+        n_embd: width of the residual stream; must be divisible by `n_head`.
         n_layer: number of transformer blocks.
-        n_head: attention heads in a block.
-        n_inner: width of the MLP's hidden layer; `None` means four times `n_embd`.
+        n_head: attention heads per block.
+        n_inner: width of the MLP's hidden layer; `None` means `4 * n_embd`.
         activation_function: GPT-2 uses the tanh approximation of GELU, which transformers calls `gelu_new`.
         resid_pdrop, embd_pdrop, attn_pdrop: dropout probabilities; 0.0 because each pre-training token is seen once.
         layer_norm_epsilon: added to the variance in every layer norm.
-        initializer_range: standard deviation of the initial weights; a few kinds of them have a fraction of it.
+        initializer_range: standard deviation of the initial weights; residual projections and the position embedding
+            use a fraction of it.
 
     Raises:
-        ValueError: `n_embd` is not divisible by `n_head`; an option of `transformers.GPT2Config` that this
-            architecture lacks; a model of another type.
+        ValueError: `n_embd` is not divisible by `n_head`, an option of `transformers.GPT2Config` is not supported, or
+            the model is of another type.
     """
 
     model_type = "gpt2_repro"
-    _auto_class = "AutoConfig"  # saving copies this file beside the configuration
+    _auto_class = "AutoConfig"  # makes `save_pretrained` copy this file
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "n_embd",
@@ -77,11 +78,11 @@ class GPT2ReproConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, known in GPT2_OPTIONS.items():
             if kwargs.get(name, known) != known:
-                raise ValueError(f"{name}={kwargs[name]} is not supported: a GPT-2 here has {name}={known}")
+                raise ValueError(f"{name}={kwargs[name]} is not supported, only {name}={known} is")
         if self.n_embd % self.n_head != 0:
-            raise ValueError(f"n_embd ({self.n_embd}) has to be divisible by n_head ({self.n_head})")
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         super().__post_init__(**kwargs)
-        # Set here, because saving a model would only name the class being saved, and a folder serves all of them.
+        # Set here because saving a model registers only the saved class, and a folder must open with all three.
         self.auto_map = dict(AUTO_MAP)
 
     @classmethod
@@ -91,7 +92,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         if model_type == "gpt2":
             config_dict = {name: value for name, value in config_dict.items() if not name.endswith("_pdrop")}
         elif model_type != cls.model_type:
-            raise ValueError(f"{pretrained_model_name_or_path} is a {model_type} model, not a GPT-2-shaped one")
+            raise ValueError(f"{pretrained_model_name_or_path} is a {model_type} model, not GPT-2")
         return {**config_dict, "model_type": cls.model_type}, kwargs
 
 

@@ -1,7 +1,7 @@
-"""GPT-2 as a transformers model. This file travels with every checkpoint, so it imports only its configuration.
+"""GPT-2 as a transformers model. Every checkpoint includes this file, so it imports only its configuration.
 
-Modules carry the names, shapes and orientation of OpenAI's checkpoints (`Conv1D` keeps weights as (in, out)), so that
-state dicts are interchangeable with those of `GPT2LMHeadModel`, without any conversion.
+Modules use the names, shapes and layout of OpenAI's checkpoints (`Conv1D` stores weights as (in, out)), so state dicts
+are interchangeable with those of `GPT2LMHeadModel` without conversion.
 """
 
 import math
@@ -24,15 +24,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2_repro import GPT2ReproConfig
 
-# Positions whose logits exist at once in the training loss: few on a CPU, enough to keep a GPU busy.
+# Positions per chunk of the training loss (their logits are in memory at once): few on a CPU, enough to fill a GPU.
 LOSS_CHUNK_TOKENS, OTHER_LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}, 2048
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, the only implementation that can return its weights.
+    """Compute attention explicitly. This is the only implementation that can return the attention weights.
 
-    Shapes: `query` (batch, heads, queries, head_dim), `key` and `value` (batch, heads, keys, head_dim), the additive
-    mask (batch, 1, queries, keys), output (batch, queries, heads, head_dim), weights (batch, heads, queries, keys).
+    Shapes: `query` (batch, heads, queries, head_dim), `key` and `value` (batch, heads, keys, head_dim), additive mask
+    (batch, 1, queries, keys), output (batch, queries, heads, head_dim), weights (batch, heads, queries, keys).
     """
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -43,8 +43,12 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Return hidden states (batch, kept, n_embd) of the last `logits_to_keep` positions (0: all), or of those that a
-    tensor of indices, (kept,) or (batch, kept), lists; a boolean mask (batch, sequence) gives (kept, n_embd)."""
+    """Return the hidden states to compute logits for: (batch, kept, n_embd), or (kept, n_embd) for a boolean mask.
+
+    Args:
+        logits_to_keep: a number of final positions (0: all), a tensor of indices, (kept,) or (batch, kept), or a
+            boolean mask (batch, sequence).
+    """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
     if logits_to_keep.dim() == 1:
@@ -55,13 +59,14 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """The vocabulary head and its cross-entropy, a chunk of positions at a time: all logits never exist at once.
+    """Vocabulary head fused with its cross-entropy, in chunks of positions: the full logits are never materialized.
 
-    `apply(hidden_states, weight, targets, chunk_tokens)` takes (tokens, n_embd), (vocab_size, n_embd) and (tokens,)
-    ids, of which -100 is ignored, and returns the sum of the negative log-likelihoods in nats. Gradients are computed
-    on the way, while a chunk's logits exist, so that nothing is computed twice. The products run in autocast's dtype,
-    everything after them in float32. Matrix units want a multiple of 128 rows, which 50,257 is not: the weight is
-    padded inside the product, and the padding masked to a probability of exactly 0. `chunk_tokens` may be `None`.
+    `apply(hidden_states, weight, targets, chunk_tokens)` takes (tokens, n_embd), (vocab_size, n_embd), (tokens,) ids
+    (-100 is ignored) and a chunk size (`None`: chosen by device), and returns the summed negative log-likelihood in
+    nats. The forward pass also computes the gradients, while a chunk's logits are in memory, so nothing is recomputed.
+    Matrix products run in autocast's dtype, everything after them in float32. Tensor cores prefer multiples of 128
+    rows, and 50,257 is not one: the weight is padded for the product, and the padding masked to a probability of
+    exactly 0.
     """
 
     @staticmethod
@@ -75,17 +80,17 @@ class HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_states.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             states, ids = hidden_states[chunk].to(dtype), targets[chunk].unsqueeze(1)
-            # One buffer, in turn logits, their exponentials, softmax and gradient: its size is what a chunk costs.
+            # Updated in place, from logits to exponentials to gradients: this buffer dominates a chunk's memory.
             buffer = (states @ head.t()).float()
             buffer[:, vocab_size:] = -math.inf
             target_logits = buffer.sub_(buffer.amax(dim=-1, keepdim=True)).gather(1, ids.clamp(min=0))
             sums = buffer.exp_().sum(dim=-1, keepdim=True)
-            loss = loss + ((sums.log() - target_logits) * (ids != -100)).sum()  # torch 2.11 compiles no gradient of +=
-            if any(ctx.needs_input_grad):  # the gradient of the logits is their softmax, less 1 at the target
+            loss = loss + ((sums.log() - target_logits) * (ids != -100)).sum()  # torch 2.11 cannot compile += here
+            if any(ctx.needs_input_grad):  # the gradient with respect to the logits: softmax minus one-hot target
                 buffer = buffer.mul_((ids != -100) / sums).add_(ids == rows, alpha=-1).to(dtype)
                 grad_states[chunk] = buffer @ head
                 grad_head += buffer.t() @ states
-            del buffer  # before the next is made
+            del buffer  # before the next one is allocated
         ctx.save_for_backward(grad_states, grad_head[:vocab_size].to(weight.dtype))
         return loss
 
@@ -96,7 +101,7 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 
 class GPT2ReproAttention(nn.Module):
-    """Causal multi-head self-attention with one fused projection for queries, keys and values."""
+    """Causal multi-head self-attention with a fused projection for queries, keys and values."""
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
         super().__init__()
@@ -134,7 +139,7 @@ class GPT2ReproAttention(nn.Module):
 
 
 class GPT2ReproMLP(nn.Module):
-    """The position-wise feed-forward layer."""
+    """Position-wise feed-forward layer."""
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__()
@@ -143,7 +148,7 @@ class GPT2ReproMLP(nn.Module):
         self.c_proj = Conv1D(config.n_embd, n_inner)
         self.c_proj.init_scale = 1 / math.sqrt(2 * config.n_layer)
         self.act = ACT2FN[config.activation_function]
-        if config.activation_function == "gelu_new":  # one kernel in place of transformers' eight, the same function
+        if config.activation_function == "gelu_new":  # the same function in one kernel, not eight
             self.act = nn.GELU(approximate="tanh")
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -152,7 +157,7 @@ class GPT2ReproMLP(nn.Module):
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
-    """A pre-norm transformer block: attention and MLP, each added to the residual stream."""
+    """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
         super().__init__()
@@ -168,7 +173,7 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know to initialise, load, place and compile the model."""
+    """Base class with what transformers needs to initialize, load, place and compile the model."""
 
     config: GPT2ReproConfig
     config_class = GPT2ReproConfig
@@ -177,7 +182,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GPT2ReproBlock"]
     _input_embed_layer = "wte"
     _skip_keys_device_placement = ["past_key_values"]
-    # OpenAI's files carry the causal mask as a buffer of every attention module.
+    # OpenAI's files contain the causal mask as a buffer of each attention module.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -188,11 +193,11 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as GPT-2 does: normal with `initializer_range`, biases zero, layer norms one.
+        """Initialize as GPT-2 does: weights normal with standard deviation `initializer_range`, biases 0, norms 1.
 
-        Projections to the residual stream are scaled by 1/sqrt(residual layers), two in each block (GPT-2 paper,
-        section 2.3); the position embedding has half the token embedding's deviation (OpenAI's `src/model.py`). The
-        scale sits on the module itself because transformers visits only modules that own parameters.
+        Projections into the residual stream are scaled by 1/sqrt(number of residual layers), two per block (GPT-2
+        paper, section 2.3); the position embedding uses half the token embedding's standard deviation (OpenAI's
+        `src/model.py`). Each module stores its own scale because transformers visits only modules with parameters.
         """
         super()._init_weights(module)
         if isinstance(module, Conv1D) or hasattr(module, "init_scale"):
@@ -205,7 +210,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
     """Embeddings, blocks and the final layer norm: token ids to hidden states."""
 
-    _auto_class = "AutoModel"  # saving copies this file and the configuration's beside the weights
+    _auto_class = "AutoModel"  # makes `save_pretrained` copy this file and the configuration's
 
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
@@ -236,16 +241,17 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a sequence longer than `n_positions`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds has to be given")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        # Causality alone sdpa knows without a mask, and faster; compiled, transformers would make one (torch < 2.14).
+        # For plain causal attention, sdpa needs no mask and is faster without one, but transformers would build one
+        # when compiled (torch < 2.14).
         is_plain = all(argument is None for argument in (attention_mask, past_key_values, position_ids))
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            # A static cache's length is a tensor, whose value must not be read in a compiled graph.
+            # The length of a static cache is a tensor, and reading its value would break a compiled graph.
             length = inputs_embeds.shape[1] + (past_length if isinstance(past_length, int) else 0)
             if length > self.config.n_positions:
                 raise ValueError(f"input of {length} tokens is longer than n_positions ({self.config.n_positions})")
@@ -261,11 +267,11 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
-    """GPT-2 with its language-modelling head, which is the token embedding used a second time.
+    """GPT-2 with its language modeling head, which is tied to the token embedding.
 
     Attributes:
-        loss_chunk_tokens: positions whose logits exist at once where the loss is computed without returning them, a
-            matter of speed and memory; `None` chooses by the device.
+        loss_chunk_tokens: positions per chunk when the loss is computed without returning logits, which trades speed
+            for memory; `None` chooses by device.
     """
 
     _auto_class = "AutoModelForCausalLM"
@@ -292,15 +298,15 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Compute logits (batch, sequence, vocab_size) in the model's dtype, and the mean loss in nats given labels.
+        """Compute logits (batch, sequence, vocab_size) in the model's dtype and, given labels, the mean loss in nats.
 
         Args:
-            labels: (batch, sequence) ids in the place of their own tokens, shifted here; -100 is ignored.
-            shift_labels: (batch, sequence) ids already in the place of the token before them, as windows of T+1
-                tokens give them. Not in the signature, because the Trainer would then ask for both kinds.
-            logits_to_keep: compute logits for the last that many positions, or for these indices; 0 means all.
-            skip_logits: compute the loss of `shift_labels` without returning logits, hence in little memory; by
-                default while training.
+            labels: (batch, sequence) ids aligned with `input_ids`, shifted inside the model; -100 is ignored.
+            shift_labels: (batch, sequence) ids of the next tokens, already shifted, as windows of T+1 tokens provide
+                them. Not in the signature, because the Trainer would then require both kinds of labels.
+            logits_to_keep: compute logits only for this many final positions, or for these indices; 0 means all.
+            skip_logits: compute the loss of `shift_labels` without returning logits, which saves memory; default:
+                only while training.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
@@ -315,7 +321,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
         head, loss, logits = self.lm_head, None, None
         skip_logits = shift_labels is not None and (self.training if skip_logits is None else skip_logits)
-        # An adapter in the head's place, a hook or an offloaded weight: then the module alone knows what it computes.
+        # With an adapter, a hook or an offloaded weight, only calling the head itself gives the right logits.
         has_hooks = head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head)
         if skip_logits and type(head) is nn.Linear and head.bias is None and not has_hooks:
             loss = self._compute_loss_in_chunks(hidden_states, shift_labels, kwargs.get("num_items_in_batch"))
@@ -330,9 +336,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def _compute_loss_in_chunks(
         self, hidden_states: torch.Tensor, targets: torch.Tensor, n_targets: int | torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the summed loss of `targets` (batch, sequence) over `n_targets`, by default those that count."""
+        """Return the summed loss of `targets` (batch, sequence) divided by `n_targets`; default: all but -100."""
         needs_grad = torch.is_grad_enabled()
-        # Float32 to evaluate: bfloat16 logits near -100, as OpenAI's weights give, add 0.007 nats to the loss.
+        # Evaluate in float32: OpenAI's weights give logits near -100, which in bfloat16 add 0.007 nats to the loss.
         with nullcontext() if needs_grad else torch.autocast(hidden_states.device.type, enabled=False):
             weight = self.lm_head.weight if needs_grad else self.lm_head.weight.detach()
             loss = HeadCrossEntropy.apply(

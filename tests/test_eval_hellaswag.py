@@ -201,7 +201,7 @@ def test_code_that_comes_with_a_model_runs_where_it_is_trusted(model_folder, tmp
     config |= {"model_type": "signed_gpt2", "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "signed.py").write_text(REMOTE_CODE)
-    assert "code of its own, which runs only where --trust_remote_code" in complain(
+    assert "its own model code, which runs only with --trust_remote_code" in complain(
         capsys, "--model", folder, "--data_file", SAMPLE_FILE
     )
     assert_same_sums(score(folder, tmp_path, "--trust_remote_code"), score(model_folder, tmp_path))
@@ -261,7 +261,7 @@ def test_a_model_that_does_not_belong_to_its_tokenizer_is_answered(model_folder,
     copy_tokenizer(model_folder, tmp_path / "small")
     save_model(tmp_path / "small", vocab_size=1000)
     line = complain(capsys, "--model", tmp_path / "small", "--data_file", SAMPLE_FILE)
-    assert "embeddings for 1000 token ids, but its tokenizer makes id " in line
+    assert "embeddings for 1000 token ids, but its tokenizer produces id " in line
     # As Gemma's, whose tokenizer has one id more than the model has rows; no text makes it.
     save_model(tmp_path / "small", vocab_size=50256)
     assert run("--model", tmp_path / "small", "--data_file", SAMPLE_FILE, "--limit", 1) == 0
@@ -272,7 +272,7 @@ def test_a_pickle_is_named(model_folder, tmp_path, capsys):
     save_model(tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
     line = complain(capsys, "--model", tmp_path / "old", "--data_file", SAMPLE_FILE)
-    assert "holds its weights as a pickle" in line and "let save_pretrained write model.safetensors" in line
+    assert "its weights are pickled" in line and "model.safetensors with save_pretrained" in line
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 2}, {"n_embd": 32}])
@@ -283,7 +283,7 @@ def test_weights_that_do_not_fill_the_model_are_answered(model_folder, tmp_path,
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     line = complain(capsys, "--model", folder, "--data_file", SAMPLE_FILE)
-    assert "lacks weights of the shapes in its config.json, such as transformer.h." in line
+    assert "its config.json requires are missing or have another shape, such as transformer.h." in line
 
 
 def test_bad_data_and_outputs_are_answered_before_the_model_loads(tmp_path, capsys):

@@ -283,7 +283,7 @@ def test_mistakes_are_named():
         model()
     with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
         model(ids[:, :4], inputs_embeds=torch.zeros(2, 4, 48))
-    with pytest.raises(ValueError, match=r"n_embd \(48\) has to be divisible by n_head \(5\)"):
+    with pytest.raises(ValueError, match=r"n_embd \(48\) must be divisible by n_head \(5\)"):
         build_model(n_head=5)
 
 

@@ -1,4 +1,4 @@
-"""What a model can take: token ids and positions."""
+"""Limits of a model: its token ids and positions."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -7,16 +7,16 @@ from ..core.errors import UserError
 
 
 def get_max_positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model can attend to, or `None` if its configuration sets no limit."""
+    """Return the maximum sequence length of a model, or `None` if its configuration sets no limit."""
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if n_positions == -1 else n_positions  # XLNet's value for no limit
 
 
 def check_sequence_length(model: nn.Module, sequence_length: int, name: str) -> None:
-    """Check that a model called `name` has a position for each token of a window.
+    """Check that `sequence_length` does not exceed the positions of the model, called `name` in the error.
 
     Raises:
-        UserError: `sequence_length` exceeds its positions.
+        UserError: it does.
     """
     n_positions = get_max_positions(model)
     if n_positions is not None and sequence_length > n_positions:
@@ -27,10 +27,10 @@ def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: st
     """Check that a model has an embedding for every token id up to `largest_id`.
 
     Pass the largest id in the text, not in the vocabulary: some tokenizers have more ids than their model has
-    embeddings, and no text produces those.
+    embeddings, but no text encodes to the extra ones.
 
     Args:
-        name, flag: what the user gave as the model, and by which flag, for error messages.
+        name, flag: the model as the user passed it, and the flag, for error messages.
 
     Raises:
         UserError: an id has no embedding.
@@ -38,6 +38,6 @@ def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: st
     n_rows = model.get_input_embeddings().num_embeddings
     if largest_id >= n_rows:
         raise UserError(
-            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer makes id {largest_id} of the "
-            "text: put the tokenizer that the model was trained with into the folder"
+            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer produces id {largest_id}: save "
+            "the tokenizer that the model was trained with in its folder"
         )

@@ -1,7 +1,7 @@
-"""Loading a causal language model whole, from a folder or the Hub, or explaining why that is not possible.
+"""Strict loading of causal language models from a folder or the Hub.
 
 transformers fills missing weights with random numbers and only warns, opens pickles, which can run code, and follows
-paths out of the model's folder. `load_model` refuses all three, for our class and for any other.
+paths out of the model's folder. `load_model` rejects all three, for any model class.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ..core.errors import UserError, raise_if_refused
 from .causality import check_causal
 from .folder import check_model_folder
 
-# Classes of other tasks. If their embeddings are tied, they have all weights of a language model beside another head.
+# Classes for other tasks. With tied embeddings, their checkpoints have all weights of a language model plus a head.
 OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|RewardModel)$")
 
 
@@ -41,17 +41,18 @@ def load_causal_lm(
     """Load any causal language model, in evaluation mode, and its tokenizer from a folder or a Hub id.
 
     Args:
-        flag: the flag that `name` was given by, for error messages.
+        flag: the flag that set `name`, for error messages.
 
     Raises:
-        UserError: either is missing or broken, or the model was saved for another task or attends to later tokens.
+        UserError: the model or its tokenizer is missing or broken, the model was saved for another task, or it is not
+            causal.
     """
     with explained_loading(name, flag) as subject:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
-    # From a folder without tokenizer files, transformers builds one of special tokens only.
+    # Without tokenizer files, transformers builds a tokenizer that has only special tokens.
     if not tokenizer("HellaSwag")["input_ids"]:
-        raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with beside it")
+        raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with in its folder")
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
     check_causal(model.to(device), name, flag)
     return model, tokenizer
@@ -65,12 +66,12 @@ def load_model(
     Args:
         model_class: our class, or an Auto class.
         name: a model folder or a Hub id.
-        flag: the flag that `name` was given by, for error messages; empty if it was not given by one.
-        options: of `from_pretrained`.
+        flag: the flag that set `name`, for error messages; empty if none did.
+        options: passed to `from_pretrained`.
 
     Raises:
-        UserError: the model is missing, damaged, pickled or not of this class, or lacks a weight of the shape that its
-            config.json describes.
+        UserError: the model is missing, damaged, pickled or of another class, or a weight is missing or does not have
+            the shape that its config.json implies.
     """
     with explained_loading(name, flag) as subject:
         model, loading_info = model_class.from_pretrained(
@@ -79,21 +80,22 @@ def load_model(
     unloaded = sorted(loading_info["missing_keys"]) + sorted(key for key, *_ in loading_info["mismatched_keys"])
     if unloaded:
         raise UserError(
-            f"{subject} lacks weights of the shapes in its config.json, such as {unloaded[0]} ({len(unloaded)} in "
-            f"all): the config names {_get_saved_class(model.config)}, loaded as {type(model).__name__}"
+            f"{subject}: weights that its config.json requires are missing or have another shape, such as "
+            f"{unloaded[0]} ({len(unloaded)} in total): config.json declares {_get_saved_class(model.config)}, loaded "
+            f"as {type(model).__name__}"
         )
     return model
 
 
 @contextlib.contextmanager
 def explained_loading(name: str, flag: str = "") -> Iterator[str]:
-    """Check a model folder before transformers reads it, and turn any exception while it does into a `UserError`.
+    """Check a model folder before transformers reads it, and turn any exception in the context into a `UserError`.
 
     Args:
-        name, flag: as for `load_model`.
+        name, flag: as in `load_model`.
 
     Yields:
-        The model as error messages name it.
+        What to call the model in error messages.
     """
     subject = f"{flag} {name}".strip()
     if name.startswith((".", "/", "~")) and not Path(name).exists():
@@ -101,23 +103,23 @@ def explained_loading(name: str, flag: str = "") -> Iterator[str]:
     try:
         check_model_folder(name)
         yield subject
-    except Exception as error:  # transformers raises any type for a damaged folder
+    except Exception as error:  # for a damaged folder, transformers can raise any type
         raise_if_refused(error, name)
         raise UserError(f"cannot load a model from {subject}: {_explain(error)}") from error
 
 
 def _check_task(config: PreTrainedConfig) -> None:
-    """Check that a model was saved as a causal language model.
+    """Check that a model was saved as a causal language model; transformers would load others as one regardless.
 
     Raises:
-        ValueError: it was saved for another task; transformers may load its weights into a language model regardless.
+        ValueError: the model was saved for another task.
     """
     saved_class = _get_saved_class(config)
     auto_map = getattr(config, "auto_map", {})
     has_class = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in auto_map
     is_translator = config.is_encoder_decoder and not saved_class.endswith("ForCausalLM")
     if OTHER_HEAD.search(saved_class) or is_translator or not has_class:
-        raise ValueError(f"{saved_class}, which its config.json names, is not a causal language model")
+        raise ValueError(f"its config.json declares {saved_class}, which is not a causal language model")
 
 
 def _get_saved_class(config: PreTrainedConfig) -> str:
@@ -126,8 +128,8 @@ def _get_saved_class(config: PreTrainedConfig) -> str:
 
 def _explain(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return "it comes with code of its own, which runs only where --trust_remote_code is given"
+        return "it includes its own model code, which runs only with --trust_remote_code"
     place = getattr(error, "filename", None)
     if place and (str(place).startswith(HF_MODULES_CACHE) or HF_MODULES_CACHE.startswith(str(place))):
-        return f"{error}: set HF_MODULES_CACHE to a folder that you may write to, for the code that comes with it"
+        return f"{error}: set HF_MODULES_CACHE to a writable folder, where transformers can cache the model's code"
     return next(iter(str(error).splitlines()), type(error).__name__)

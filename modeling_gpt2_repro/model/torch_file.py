@@ -1,8 +1,8 @@
-"""Files of `torch.save`, as other projects write them, read without running any code in them.
+"""Reader for the `torch.save` files of other projects that never executes code in them.
 
-`torch.load(weights_only=True)` admits tensors and plain containers. Checkpoints also hold what a project kept beside
-its weights: a configuration object, NumPy's losses, paths. A stand-in takes the place of each such class, by its name
-alone: the class itself is never looked up.
+`torch.load(weights_only=True)` accepts only tensors and plain containers, but checkpoints also contain configuration
+objects, NumPy losses and paths. Each such class is replaced by a stand-in, matched by its name; the class itself is
+never imported.
 """
 
 import re
@@ -20,11 +20,11 @@ from .convert_llmc import read_llmc_model
 
 
 class SavedConfig:
-    """Stands in for a configuration class, such as build-nanogpt's `GPTConfig`: its fields without its code."""
+    """Stand-in for a configuration class such as build-nanogpt's `GPTConfig`: its fields without its code."""
 
 
 class IgnoredValue:
-    """Stands in for a value that conversion does not need: accepts any arguments and state, and keeps nothing."""
+    """Stand-in for a value that conversion does not need: accepts and discards any arguments and state."""
 
     def __init__(self, *_: Any):
         pass
@@ -33,7 +33,7 @@ class IgnoredValue:
         pass
 
 
-# By the pattern of a class's full name.
+# Keyed by a regular expression for the full name of the class.
 STAND_INS: dict[str, Callable] = {
     r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)": SavedConfig,
     r"collections\.defaultdict": lambda *_: {},
@@ -43,35 +43,35 @@ STAND_INS: dict[str, Callable] = {
 
 
 def read_checkpoint_file(path: Path) -> dict[str, Any]:
-    """Read the dict in a file of `torch.save` (memory-mapped if its format allows), safetensors or llm.c.
+    """Read the dict in a `torch.save` (memory-mapped if its format allows), safetensors or llm.c file.
 
     Raises:
-        UserError: there is no such file, it is of another kind or damaged, or reading it would run code.
+        UserError: the file is missing, damaged or of another kind, or reading it would run code.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "is not a file"
-        raise UserError(f"--checkpoint {path} {found}: give the .pt file; a model folder needs no conversion")
+        raise UserError(f"--checkpoint {path} {found}: pass the .pt file; a model folder needs no conversion")
     content = describe_content(path)
     if content == LLMC_MODEL:
         return read_llmc_model(path)
     if content not in (None, SAFETENSORS, ZIP):
-        raise UserError(f"{path} is not a file of torch.save: it is {content}")
+        raise UserError(f"{path} is not a torch.save file: it is {content}")
     try:
         saved = safetensors.torch.load_file(path) if content == SAFETENSORS else _unpickle(path, content == ZIP)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise_if_refused(error, path)
-        # From torch's message what is wrong, without its advice to read the file as code.
+        # Keep the reason from torch's message, but drop its advice to disable weights_only.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a whole file of torch.save: {reason}") from error
+        raise UserError(f"{path} is not a complete torch.save file: {reason}") from error
     if not isinstance(saved, dict):
-        raise UserError(f"{path} holds a {type(saved).__name__}, not a checkpoint's dict")
+        raise UserError(f"{path} contains a {type(saved).__name__}, not a checkpoint's dict")
     return saved
 
 
 def _unpickle(path: Path, is_mapped: bool) -> Any:
-    """Read a file, with a stand-in for each class that torch refuses and that is known to be data."""
+    """Unpickle a file, replacing each class that torch rejects and that is known to be plain data by a stand-in."""
     stand_ins: dict[str, Callable] = {}
     while True:
         try:
@@ -87,5 +87,5 @@ def _unpickle(path: Path, is_mapped: bool) -> Any:
                 raise
         stand_in = next((each for pattern, each in STAND_INS.items() if re.fullmatch(pattern, name)), None)
         if stand_in is None:
-            raise UserError(f"{path} would run code ({name}) to be read: save the model's state_dict() alone")
+            raise UserError(f"{path} would run code ({name}) when loaded: save only the model's state_dict()")
         stand_ins[name] = stand_in

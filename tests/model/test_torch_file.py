@@ -49,11 +49,11 @@ def write_old_tar(path):
         (lambda path: path.write_bytes(b"\x89HDF\r\n"), "HDF5"),
         (lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "GGUF"),
         (write_old_tar, "tar archive"),
-        (lambda path: path.write_bytes(pickle.dumps({"model": {}})), "not a whole file"),
+        (lambda path: path.write_bytes(pickle.dumps({"model": {}})), "not a complete torch.save file"),
         (lambda path: torch.save(Reference(), path), r"would run code \(\S*Reference\)"),
         (lambda path: torch.save({"model": torch.nn.Linear(2, 2)}, path), r"would run code \(torch.nn\S+Linear\)"),
-        (lambda path: torch.save({"model": {}}, path, pickle_protocol=4), "not a whole file"),
-        (lambda path: np.savez(path.open("wb"), weights=np.ones(2)), "not a whole file"),
+        (lambda path: torch.save({"model": {}}, path, pickle_protocol=4), "not a complete torch.save file"),
+        (lambda path: np.savez(path.open("wb"), weights=np.ones(2)), "not a complete torch.save file"),
     ],
 )
 def test_what_else_lies_under_the_name_of_a_checkpoint_is_said(tmp_path, write, complaint, capfd):
@@ -100,7 +100,7 @@ def test_a_class_that_calls_itself_gptconfig_is_not_imported(tmp_path, monkeypat
 
     torch.save({"model": Reference().state_dict(), "config": Call()}, "ckpt.pt")
     monkeypatch.delitem(sys.modules, "evil")
-    with pytest.raises(UserError, match="not a whole file"):
+    with pytest.raises(UserError, match="not a complete"):
         load_nanogpt("ckpt.pt", None)
     assert "evil" not in sys.modules
     assert not (tmp_path / "ran").exists()
