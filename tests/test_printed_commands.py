@@ -34,7 +34,11 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
 
-DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [
+    str(path.relative_to(REPOSITORY))
+    for path in sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+    if list_blocks(path.read_text())
+]
 SETTINGS = {
     "train.py": TrainingConfig,
     "prepare_data.py": PrepareConfig,
@@ -51,7 +55,7 @@ GIVEN = {
 }  # fmt: skip
 # Programs of other people: not installed here, or they need a login, a batch system or the Hub.
 FOREIGN = {
-    "source": "the environment that `make demo` makes",
+    "source": "the environment that `make install` makes",
     "hf": "a login at the Hub",
     "srun": "a batch system",
     "scontrol": "a batch system",
@@ -136,13 +140,13 @@ def _in_the_repository(monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_a_document_fit_each_other(document):
     made: set[str] = set()
-    blocks = list_blocks(Path(document).read_text())
-    assert blocks
-    for block in blocks:
-        commands = read_commands(block)
-        assert commands
-        for command in commands:
-            follow(command, made)
+    # Who reads a page of docs/ has the README's commands behind him.
+    for text in (Path(name).read_text() for name in dict.fromkeys(["README.md", document])):
+        for block in list_blocks(text):
+            commands = read_commands(block)
+            assert commands
+            for command in commands:
+                follow(command, made)
 
 
 def test_a_wrong_command_is_found():
