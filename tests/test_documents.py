@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs/: every command runs, every link has a target, every table says what the code does."""
 
+import ast
 import itertools
 import re
 import shutil
@@ -140,3 +141,23 @@ def test_the_table_of_layers_is_the_list_of_floors():
     floors = [set(names) - {"__init__", "__main__"} for names in FLOORS]
     assert layers == [names for names in floors if names]
     assert all(first.isdisjoint(second) for first, second in itertools.combinations(layers, 2))
+
+
+def list_messages() -> str:
+    """Return every text in the code, a line each, with `…` for what is filled in."""
+
+    def read(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(read, node.values))
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    paths = [*(REPOSITORY / name for name in MAINS), *(REPOSITORY / PACKAGE).rglob("*.py")]
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return "\n".join(read(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr))
+
+
+def test_messages_that_are_explained_exist():
+    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text().split("## By message")[1]
+    messages, known = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE), list_messages()
+    assert len(messages) > 20
+    assert not [message for message in messages if message not in known]
