@@ -13,7 +13,7 @@ DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLEL
 
 install: .venv/installed
 
-.venv/installed: setup.py constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
 	@touch $@
