@@ -1,4 +1,4 @@
-"""Measure any causal language model on HellaSwag, under the original script's protocol and lm-evaluation-harness's.
+"""Evaluate any causal language model on HellaSwag, under the original script's protocol and lm-evaluation-harness's.
 
 python eval_hellaswag.py --model runs/gpt2_124M/final
 accelerate launch --config_file accelerate_config.yaml eval_hellaswag.py --model openai-community/gpt2
@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
+import modeling_gpt2_repro  # noqa: F401  first, to explain bad settings before the libraries reject them
 
 # isort: split
 import torch
@@ -34,28 +34,29 @@ from modeling_gpt2_repro.model.loading import load_causal_lm
 
 @dataclass
 class HellaSwagConfig(Config):
-    """Flags of the command."""
+    """Command-line flags."""
 
-    model: str = setting(MISSING, "folder or Hub id of a causal language model with its tokenizer", path=True)
+    model: str = setting(MISSING, "folder or Hub id of a causal language model and its tokenizer", path=True)
     data_file: str | None = setting(
         None,
-        f"HellaSwag items, .jsonl or .parquet, in the dataset's field names; None: {DATASET_NAME}'s validation split",
+        f"HellaSwag items (.jsonl or .parquet) with the dataset's field names; None: the validation split of "
+        f"{DATASET_NAME}",
         path=True,
     )
-    protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are put to the model and scored")
-    limit: int | None = setting(None, "score only the first so many items; None: all", least=1)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; sums are always in float32")
+    protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are rendered and scored")
+    limit: int | None = setting(None, "score only the first N items; None: all", least=1)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; log-softmax is in float32")
     batch_tokens: int | None = setting(
-        None, "tokens that a forward pass reads at most, padding included; None: as many as free memory holds", least=1
+        None, "maximum tokens per forward pass, including padding; None: chosen by free memory", least=1
     )
-    output: str | None = setting(None, "write the scores to this .json file; None: print only", path=True)
-    per_example: str | None = setting(None, "write each item's answer to this .jsonl file; None: don't", path=True)
-    trust_remote_code: bool = setting(False, "run the model code that comes with --model")
+    output: str | None = setting(None, "write the scores to this .json file; None: only print them", path=True)
+    per_example: str | None = setting(None, "write the result of each item to this .jsonl file; None: skip", path=True)
+    trust_remote_code: bool = setting(False, "run the model code included with --model")
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure any causal language model on HellaSwag, under the original script's protocol and the harness's."""
+    """Evaluate any causal language model on HellaSwag, under the protocols of the original script and the harness."""
     config = parse_arguments(HellaSwagConfig, argv, description=main.__doc__)
     check_outputs(config)
     silence_libraries()
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_outputs(config: HellaSwagConfig) -> None:
-    """Create the folders of the output files, and refuse files that cannot be written, before hours of work.
+    """Create the parent folders of the output files and check that the files are writable, before hours of work.
 
     Raises:
         UserError: an output is a folder, cannot be created, or would overwrite the items or the other output.
@@ -87,16 +88,16 @@ def check_outputs(config: HellaSwagConfig) -> None:
     outputs = [path for path in (config.output, config.per_example) if path is not None]
     for path in outputs:
         if Path(path).is_dir():
-            raise UserError(f"cannot write {path}: it is a folder, and a file's name is needed")
+            raise UserError(f"cannot write {path}: it is a folder; pass the name of a file")
         check_place(path)
         make_folder(follow_links(path).parent)
     files = [follow_links(path) for path in (config.data_file, *outputs) if path is not None]
     if len(set(files)) < len(files):
-        raise UserError("one file is given twice: --data_file, --output and --per_example have to differ")
+        raise UserError("--data_file, --output and --per_example must be different files")
 
 
 def report_scores(config: HellaSwagConfig, results: Sequence[HellaSwagResult], is_validation_split: bool) -> None:
-    """Print the scores, and write the files that the flags ask for."""
+    """Print the scores and write the requested output files."""
     data_name = Path(config.data_file).name if config.data_file else DATASET_NAME
     print(f"{config.model} ({config.dtype}) on {data_name}\n")
     print(format_scores(results, with_published=is_validation_split))
@@ -116,7 +117,7 @@ def report_scores(config: HellaSwagConfig, results: Sequence[HellaSwagResult], i
 
 
 def format_scores(results: Sequence[HellaSwagResult], with_published: bool) -> str:
-    """Return one line per protocol and metric, optionally beside the published scores of other models."""
+    """Format a table with one line per protocol and metric, optionally with columns for published scores."""
     published_models = PUBLISHED_MODELS if with_published else ()
     rows = [["protocol", "metric", "score", "stderr", "n", *published_models]]
     for result in results:
@@ -130,7 +131,7 @@ def format_scores(results: Sequence[HellaSwagResult], with_published: bool) -> s
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for result in results:
         if result.n_truncated:
-            lines.append(f"{result.protocol}: {result.n_truncated} contexts were cut on the left to fit the model")
+            lines.append(f"{result.protocol}: {result.n_truncated} contexts truncated on the left to fit the model")
     return "\n".join([*lines, *([PUBLISHED_NOTE] if with_published else [])])
 
 

@@ -443,7 +443,7 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"model_size": "125M", "n_layer": 1}, "use one of 124M"),
         ({"n_head": 3}, "--n_embd 16 has to be divisible by --n_head 3"),
         ({"init_from": "no/such-model"}, "cannot load a model from no/such-model"),
-        ({"sample_tokens": 4}, "the prompt has 8 tokens already"),
+        ({"sample_tokens": 4}, "the prompt alone has 8 tokens"),
         ({"sample_prompt": ""}, "the prompt has no tokens"),
         ({"seed": 2**64}, "--seed has to be below 9,223,372,036,854,775,808"),
         ({"hellaswag_file": "missing.jsonl"}, "missing.jsonl"),

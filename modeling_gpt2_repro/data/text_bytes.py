@@ -1,4 +1,4 @@
-"""The UTF-8 bytes of text behind the tokens of a validation, the unit of `val/bpb` (bits a byte).
+"""The UTF-8 bytes of text behind the tokens of a validation, the unit of `val/bpb` (bits per byte).
 
 The spellings of a byte-level tokenizer's tokens give them exactly. Other tokenizers change spaces, accents or case,
 mark parts of words, or lack tokens for some of them; so the shards come with `text_bytes.npy`, the bytes of each

@@ -1,6 +1,6 @@
-"""HellaSwag: which of four endings continues a context? The one implementation behind training and evaluation.
+"""HellaSwag: which of four endings continues a context? Training and `eval_hellaswag.py` share this implementation.
 
-Every result carries the name of its protocol (see `hellaswag_protocols`).
+Every result records its protocol (see `hellaswag_protocols`).
 """
 
 import math
@@ -24,14 +24,14 @@ from .multiple_choice import compute_accuracies, pick_endings
 from .scoring import can_share_context, choose_batch_tokens, evaluation_mode, score_items
 from .shared_context import EncodedChoices, build_rows, plan_batches
 
-# The prefix of a run's metrics, by protocol.
+# Prefix of a run's metrics, by protocol.
 METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}
 SCORE_NAMES = ("acc_norm", "acc", "acc_norm_stderr", "acc_stderr", "n")
 
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """A model's answer: `nll` is each ending's summed negative log-probability in nats."""
+    """A model's answer to an item. `nll` is the summed negative log-probability of each ending, in nats."""
 
     ind: int
     label: int
@@ -44,7 +44,7 @@ class ScoredItem:
 class HellaSwagResult:
     """Accuracies under one protocol, as fractions of `n` items, with their standard errors (`None` if n is 1).
 
-    `n_truncated` counts the items whose context lost tokens on the left to fit the model.
+    `n_truncated` counts the items whose context was truncated on the left to fit the model.
     """
 
     protocol: str
@@ -58,11 +58,11 @@ class HellaSwagResult:
     examples_per_second: float = math.nan
 
     def summary(self) -> dict[str, Any]:
-        """Return the numbers of `results.json`: everything but the items."""
+        """Return the fields written to `results.json`: all but the protocol and the items."""
         return {name: value for name, value in vars(self).items() if name not in ("protocol", "scored_items")}
 
     def metrics(self) -> dict[str, float]:
-        """Return the accuracies, their standard errors and `n` under the names of a run's metrics."""
+        """Return the accuracies, their standard errors and `n`, keyed by a run's metric names."""
         values = {name: getattr(self, name) for name in SCORE_NAMES}
         prefix = METRIC_PREFIXES[self.protocol]
         return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
@@ -73,16 +73,16 @@ class HellaSwagResult:
 
 
 def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]], **facts: Any) -> HellaSwagResult:
-    """Reduce each ending's summed negative log-probability, in nats, to accuracies. `nll[i]` belongs to item i.
+    """Reduce the summed negative log-probabilities of the endings, in nats, to accuracies. `nll[i]` is of item i.
 
     Raises:
-        UserError: a log-probability is not finite, which would compare as a score near chance.
+        UserError: a log-probability is not finite; comparing it would give an accuracy near chance.
     """
     for item, sums in zip(encoded.items, nll, strict=True):
         if not all(map(math.isfinite, sums)):
             raise UserError(
-                f"the model gives item {item.ind} a log-probability that is not finite: its weights are broken, or "
-                "its precision is too low (try float32)"
+                f"non-finite log-probability for item {item.ind}: the model's weights are broken, or its precision is "
+                "too low (try float32)"
             )
     scored = tuple(map(score_item, encoded.items, nll))
     picked = [(item.predicted, item.predicted_norm) for item in scored]
@@ -91,7 +91,7 @@ def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]], **fact
 
 
 def score_item(item: EncodedItem, nll: Sequence[float]) -> ScoredItem:
-    """Return a model's sums and the endings that they pick, beside the label."""
+    """Return the endings that a model's sums pick for an item, together with its label."""
     predicted, predicted_norm = pick_endings(nll, item.ending_lengths)
     return ScoredItem(item.ind, item.label, tuple(nll), predicted, predicted_norm)
 
@@ -106,16 +106,16 @@ def evaluate_hellaswag(
 ) -> HellaSwagResult:
     """Score a causal language model on encoded items.
 
-    Every number is the same on any number of processes, because batches are planned over all items before they are
-    divided. The model's training mode is restored, and no random number is drawn.
+    The numbers do not depend on the number of processes, because batches are planned over all items before they are
+    distributed. The model's training mode is restored, and no random numbers are drawn.
 
     Args:
-        model: the bare module (neither wrapped nor compiled), on the device to compute on. Precision is the caller's:
-            its parameters' type, or an autocast around this call. Log-softmax is in float32 and sums in float64
-            either way.
-        batch_tokens: the most tokens, padding included, in one forward pass; `None` lets free memory decide.
-        accelerator: divides the items among its processes, which all have to call this with the same items; `None`
-            means this process alone.
+        model: the bare module (neither wrapped nor compiled), already on its device. The caller chooses the precision:
+            the dtype of the parameters, or an autocast context around this call. Log-softmax is always in float32 and
+            sums in float64.
+        batch_tokens: maximum tokens per forward pass, including padding; `None` chooses by free memory.
+        accelerator: distributes the items among its processes, which must all call this with the same items; `None`
+            means this process only.
 
     Raises:
         UserError: an ending is longer than the model's positions, or a log-probability is not finite.
@@ -124,19 +124,19 @@ def evaluate_hellaswag(
     started, max_positions = time.perf_counter(), get_max_positions(model)
     n_truncated = encoded.count_truncated(max_positions)
 
-    def choose_reading() -> tuple[bool, int]:
+    def choose_batching() -> tuple[bool, int]:
         return can_share_context(model, encoded.items, max_positions), batch_tokens or choose_batch_tokens(model)
 
     with evaluation_mode(model):
-        shares_context, budget = compute_once(choose_reading, accelerator) if accelerator else choose_reading()
+        shares_context, budget = compute_once(choose_batching, accelerator) if accelerator else choose_batching()
         if not shares_context and rank == 0:
-            warn_of_plain_rows(type(model).__name__)
+            warn_of_unshared_contexts(type(model).__name__)
         rows = [build_rows(item, max_positions, shares_context) for item in encoded.items]
         own_batches = plan_batches(rows, budget)[rank::n_processes]
         nll = score_batches(model, encoded, rows, own_batches, shares_context, show_progress and rank == 0)
     if n_processes > 1:
         nll = dict(gather_object(list(nll.items())))
-    assert nll.keys() == set(range(len(encoded.items))), "every item is scored"
+    assert nll.keys() == set(range(len(encoded.items))), "every item must be scored exactly once"
     speed = len(nll) / (time.perf_counter() - started)
     ordered = [nll[index] for index in range(len(nll))]
     return reduce_nll(encoded, ordered, n_truncated=n_truncated, examples_per_second=speed)
@@ -150,7 +150,7 @@ def score_batches(
     selects_places: bool,
     show_progress: bool,
 ) -> dict[int, list[float]]:
-    """Return the sums of each item's endings by the item's index; a batch is the indices of its items."""
+    """Return the summed negative log-probabilities of the endings by item index; a batch is a list of item indices."""
     nll: dict[int, list[float]] = {}
     n_correct, n_items = 0, sum(map(len, batches))
     with tqdm(total=n_items, desc=f"HellaSwag {encoded.protocol}", unit="item", disable=not show_progress) as bar:
@@ -165,11 +165,11 @@ def score_batches(
 
 
 @cache
-def warn_of_plain_rows(model_class: str) -> None:
-    """Warn, once for a class of models, that its contexts are not shared."""
+def warn_of_unshared_contexts(model_class: str) -> None:
+    """Warn, once per model class, that contexts cannot be shared among endings."""
     print(
-        f"{model_class} does not honour a 4-D attention mask with positions that restart, or has an attention window "
-        "that is shorter than an item: each ending is read with a context of its own, which is slower",
+        f"{model_class} does not support a 4-D attention mask with restarting positions, or its attention window is "
+        "shorter than an item: the context is recomputed for each ending, which is slower",
         file=sys.stderr,
         flush=True,
     )

@@ -1,17 +1,16 @@
-"""HellaSwag's two protocols: how items become token ids, and what their scores are divided by.
+"""The two HellaSwag protocols: how items are tokenized, and how their scores are normalized.
 
-HellaSwag (Zellers et al., 2019, https://arxiv.org/abs/1905.07830) has no single score: two protocols are in use, which
-differ by up to two points on the same model, so every result carries the name of its protocol.
+HellaSwag (Zellers et al., 2019, https://arxiv.org/abs/1905.07830) has no single score. Two protocols are in use, and
+they differ by up to two points on the same model, so every result records its protocol.
 
 - `original`: the protocol of the original GPT-2 reproduction script (karpathy/build-nanogpt, `hellaswag.py`). The raw
-  `ctx` and each ending after one space are encoded apart; `acc_norm` divides by the number of *tokens*.
+  `ctx` and each ending, preceded by a space, are encoded separately; `acc_norm` divides by the number of *tokens*.
 - `lm_eval`: the `hellaswag` task of EleutherAI's lm-evaluation-harness 0.4. The activity label is prepended, the
   markup of the WikiHow half removed, and context and ending are encoded together; `acc_norm` divides by the number of
   *characters*.
 
-Both pick the ending with the highest summed log-probability (`acc`) and the highest per unit of length (`acc_norm`).
-
-The text `<|endoftext|>` in an item is encoded as ordinary text in both protocols. No item of HellaSwag contains it.
+Both pick the ending with the highest summed log-probability for `acc`, and the highest per unit of length for
+`acc_norm`. Both encode `<|endoftext|>` in an item as ordinary text; no item of HellaSwag contains it.
 """
 
 import itertools
@@ -31,7 +30,7 @@ ITEMS_PER_ENCODING = 1000
 
 @dataclass(frozen=True)
 class EncodedItem(EncodedChoices):
-    """One item under a protocol; `acc_norm` divides by `ending_lengths`, in tokens (`original`) or characters."""
+    """An encoded item. `acc_norm` divides by `ending_lengths`, in tokens (`original`) or characters (`lm_eval`)."""
 
     ind: int
     label: int
@@ -40,14 +39,14 @@ class EncodedItem(EncodedChoices):
 
 @dataclass(frozen=True)
 class EncodedHellaSwag:
-    """Items under a protocol: encode once, evaluate many checkpoints."""
+    """Items encoded under a protocol, once for any number of checkpoints."""
 
     protocol: str
     items: tuple[EncodedItem, ...]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that a model reads if each context is read once for all of its endings."""
+        """Tokens in the model's input if each context is read once for all its endings."""
         return sum(item.n_read for item in self.items)
 
     @property
@@ -56,7 +55,7 @@ class EncodedHellaSwag:
         return max(max(*item.context_ids, *itertools.chain(*item.ending_ids)) for item in self.items)
 
     def count_truncated(self, max_positions: int | None) -> int:
-        """Return how many contexts lose tokens on the left to fit a model.
+        """Return how many contexts must be truncated on the left to fit a model.
 
         Raises:
             UserError: an ending does not fit even without its context.
@@ -65,15 +64,15 @@ class EncodedHellaSwag:
 
 
 def render_original(item: HellaSwagItem) -> tuple[str, list[str]]:
-    """Return the text of the context and of its continuations under the `original` protocol."""
+    """Return the texts of the context and its continuations under the `original` protocol."""
     return item.ctx, [" " + ending for ending in item.endings]
 
 
 def render_lm_eval(item: HellaSwagItem) -> tuple[str, list[str]]:
-    """Return the text of the context and of its continuations under the `lm_eval` protocol.
+    """Return the texts of the context and its continuations under the `lm_eval` protocol.
 
-    As in the harness, spaces at the end of the context move to the front of every continuation, so that the two meet
-    at a word boundary.
+    As in the harness, trailing spaces of the context move to the start of each continuation, so that tokens do not
+    cross the boundary.
     """
     prompt = clean_marks(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     context = prompt.rstrip()
@@ -82,9 +81,9 @@ def render_lm_eval(item: HellaSwagItem) -> tuple[str, list[str]]:
 
 
 def clean_marks(text: str) -> str:
-    """Remove the `[header]`, `[title]`, `[step]` marks of the WikiHow half as the harness does.
+    """Remove the `[header]`, `[title]` and `[step]` marks of the WikiHow half exactly as the harness does.
 
-    The order of the steps and the single pass over double spaces are part of the protocol: a text that begins with a
+    The order of operations and the single pass over double spaces are part of the protocol: a text that starts with a
     mark keeps a leading space, and three spaces become two.
     """
     text = text.strip().replace(" [title]", ". ")
@@ -94,9 +93,9 @@ def clean_marks(text: str) -> str:
 def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -> EncodedHellaSwag:
     """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
 
-    `original` encodes contexts and endings apart, without special tokens. `lm_eval` encodes contexts and whole texts;
-    an ending is what follows the context's number of tokens. As in the harness, a tokenizer that begins a text with a
-    special token (GPT-2's does not) does so under `lm_eval`.
+    `original` encodes contexts and endings separately, without special tokens. `lm_eval` encodes the context, and
+    context and ending together; the ending is what follows as many tokens as the context has. As in the harness,
+    `lm_eval` keeps a special token that the tokenizer puts at the start of a text (GPT-2's has none).
 
     Raises:
         UserError: a context or an ending encodes to no tokens.
@@ -109,8 +108,8 @@ def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -
         ending_ids = [ending[len(context_ids) :] for ending in ids] if is_joint else ids
         if not context_ids or not all(ending_ids):
             raise UserError(
-                f"the tokenizer makes no token of the context or of an ending of item {item.ind}: put the tokenizer "
-                "that the model was trained with beside it"
+                f"the context or an ending of item {item.ind} encodes to no tokens: save the tokenizer that the model "
+                "was trained with in its folder"
             )
         lengths = tuple(map(len, map(clean_marks, item.endings) if is_joint else ending_ids))
         encoded.append(EncodedItem(context_ids, ending_ids, item.ind, item.label, lengths))
@@ -118,9 +117,9 @@ def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -
 
 
 class HellaSwagQuestions:
-    """Items whose encoding under a protocol is computed at its first use, once for all processes.
+    """Items encoded lazily: each protocol on first use, by one process for all.
 
-    All processes call `encode` and `check_fits` together.
+    `encode` and `check_fits` are collective: all processes must call them.
     """
 
     def __init__(self, items: Sequence[HellaSwagItem], tokenizer, accelerator):
@@ -128,16 +127,20 @@ class HellaSwagQuestions:
         self._encoded: dict[str, EncodedHellaSwag] = {}
 
     def encode(self, protocol: str) -> EncodedHellaSwag:
-        """Return the items under the protocol `original` or `lm_eval`, as `encode_hellaswag` does."""
+        """Return the items encoded under the protocol `original` or `lm_eval` (see `encode_hellaswag`)."""
         if protocol not in self._encoded:
             encode = partial(encode_hellaswag, self.items, self.tokenizer, protocol)
             self._encoded[protocol] = compute_once(encode, self.accelerator)
         return self._encoded[protocol]
 
     def check_fits(self, max_positions: int | None) -> None:
-        """Raise a `UserError` if an ending is too long for a model, under any protocol.
+        """Check that all endings fit a model, under both protocols.
 
-        Protocols render an ending almost alike, so only endings that are long under one are encoded under the other.
+        The protocols render endings almost identically, so only items with long endings under `original` are encoded
+        under `lm_eval` too.
+
+        Raises:
+            UserError: an ending is too long.
         """
         original = self.encode("original")
         original.count_truncated(max_positions)
@@ -149,7 +152,7 @@ class HellaSwagQuestions:
 
 
 def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
-    """Yield the ids of each item's texts. Many texts in a call are several times as fast as a few."""
+    """Yield the ids of each item's texts. Large batches are several times faster to encode than small ones."""
     options = {"split_special_tokens": True, "return_attention_mask": False}
     for start in range(0, len(texts_by_item), ITEMS_PER_ENCODING):
         chunk = texts_by_item[start : start + ITEMS_PER_ENCODING]

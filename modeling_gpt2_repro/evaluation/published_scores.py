@@ -1,15 +1,15 @@
-"""Published scores: what others measured GPT-2 and GPT-3 to reach on HellaSwag's validation split.
+"""Published scores of GPT-2 and GPT-3 on HellaSwag's validation split, measured by others.
 
-Scores measured here are in `evaluation.baseline`; `plots.references` chooses from both what a run may be compared
-with. The published ones were not all measured in the same way:
+Scores measured by this package are in `evaluation.baseline`; `plots.references` selects the comparable ones from both.
+The published scores were not all measured the same way:
 
-- GPT-2 124M and 1558M: docstring of `hellaswag.py` in karpathy/build-nanogpt, `original` by that script and `lm_eval`
-  by EleutherAI's harness.
+- GPT-2 124M and 1558M: docstring of `hellaswag.py` in karpathy/build-nanogpt; `original` measured by that script,
+  `lm_eval` by EleutherAI's harness.
 - GPT-2 350M and 774M: `hella2_baseline` in `play.ipynb` of the same repository, which compares its runs with them. How
-  they were measured is unknown; its figures for 124M (0.2945) and 1558M (0.4889) are within 0.0011 of the script's.
+  they were measured is unknown; its values for 124M (0.2945) and 1558M (0.4889) are within 0.0011 of the script's.
 - GPT-3 125M: GPT-3 paper (https://arxiv.org/abs/2005.14165), table H.1, HellaSwag, zero-shot, "Small". The paper
-  compares the likelihood per token (section 2.4), as `acc_norm` in `original` does, but neither its rendering of the
-  items nor the model is published.
+  compares the likelihood per token (section 2.4), as `acc_norm` in `original` does, but published neither its
+  rendering of the items nor the model.
 """
 
 PUBLISHED_SCORES: dict[tuple[str, str], dict[str, float]] = {
@@ -27,5 +27,5 @@ PUBLISHED_SCORES: dict[tuple[str, str], dict[str, float]] = {
 PUBLISHED_MODELS = tuple(PUBLISHED_SCORES["original", "acc_norm"])
 
 PUBLISHED_NOTE = """\
-GPT columns: published by others, not measured here. GPT-2 124M and 1558M under the same protocol (build-nanogpt's
-hellaswag.py), 350M and 774M as its play.ipynb has them; GPT-3 125M: GPT-3 paper, table H.1, zero-shot, per token."""
+GPT columns: published by others, not measured here. GPT-2 124M and 1558M: same protocol, from build-nanogpt's
+hellaswag.py; 350M and 774M: from its play.ipynb; GPT-3 125M: GPT-3 paper, table H.1, zero-shot, per token."""

@@ -1,4 +1,4 @@
-"""Samples of a language model: continuations of a prompt that are the same on any hardware."""
+"""Samples from a language model: continuations of a prompt, with draws that do not depend on the device."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ def generate_samples(
     top_k: int = 50,
     seed: int = 0,
 ) -> list[str]:
-    """Continue `prompt` `n_samples` times to `n_tokens` tokens each (the prompt's included) and return the texts.
+    """Draw `n_samples` continuations of `prompt`, each `n_tokens` tokens long including the prompt, as texts.
 
-    Each sample draws from its own CPU generator, keyed by (seed, sample), over the `top_k` most likely tokens: the
-    caller's RNG is never touched, and a sample does not depend on how many others there are. A sample ends before its
+    Each sample is drawn from the `top_k` most likely tokens with its own CPU generator, seeded by (seed, sample), so
+    the global RNG is untouched and a sample does not depend on the number of samples. A sample ends before its
     end-of-text token. The model's training mode is restored.
 
     Raises:
-        UserError: the prompt is empty, or prompt and sample do not fit into the model's positions.
+        UserError: the prompt is empty, or prompt and sample do not fit the model's positions.
     """
     prompt_ids = encode_prompt(model, tokenizer, prompt, n_tokens)
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**63) for sample in range(n_samples)]
@@ -45,9 +45,9 @@ def generate_samples(
 def extend_ids(
     model: nn.Module, ids: torch.Tensor, n_tokens: int, top_k: int, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
-    """Extend token ids of shape (samples, length) to (samples, n_tokens), each sample by its own generator.
+    """Extend token ids of shape (samples, length) to (samples, n_tokens), with one generator per sample.
 
-    Keys and values are cached, unless a model has none: one with another kind of state reads all ids each time.
+    Keys and values are cached; a model that returns no `past_key_values` recomputes the whole sequence for each token.
     """
     inputs = {"input_ids": ids, "use_cache": True}
     while ids.shape[1] < n_tokens:
@@ -62,7 +62,7 @@ def extend_ids(
 
 
 def draw_tokens(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw a token for each sample from its `top_k` largest logits: (samples, vocab_size) in, (samples, 1) out.
+    """Draw one token per sample from its `top_k` largest logits: (samples, vocab_size) to (samples, 1).
 
     Raises:
         UserError: the probabilities are not finite.
@@ -71,7 +71,7 @@ def draw_tokens(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Gen
     probabilities = values.softmax(-1)
     if not probabilities.isfinite().all():
         raise UserError(
-            "the model's probabilities are not finite: its weights are broken (by too high a learning rate?), or its "
+            "the model's probabilities are not finite: its weights are broken (learning rate too high?) or its "
             "precision is too low"
         )
     drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
@@ -79,17 +79,17 @@ def draw_tokens(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Gen
 
 
 def encode_prompt(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int) -> list[int]:
-    """Return the ids of a prompt that samples of `n_tokens` tokens can continue.
+    """Encode a prompt and check that samples of `n_tokens` tokens can continue it.
 
     Raises:
-        UserError: the prompt is empty, or leaves no room for a sample.
+        UserError: the prompt is empty or leaves no room for a sample, or the samples exceed the model's positions.
     """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     n_positions = get_max_positions(model)
     if not prompt_ids:
-        raise UserError("the prompt has no tokens: give at least one character")
+        raise UserError("the prompt has no tokens: pass at least one character")
     if len(prompt_ids) >= n_tokens:
-        raise UserError(f"the prompt has {len(prompt_ids)} tokens already: ask for more than that, not {n_tokens}")
+        raise UserError(f"the prompt alone has {len(prompt_ids)} tokens: request more than that, not {n_tokens}")
     if n_positions is not None and n_tokens > n_positions:
         raise UserError(f"a sample of {n_tokens} tokens is longer than the model's {n_positions} positions")
     return prompt_ids

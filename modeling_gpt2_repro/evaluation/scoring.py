@@ -1,4 +1,4 @@
-"""Scoring: log-probabilities of given endings after a given context, under any causal language model."""
+"""Scoring: log-probabilities of given endings after a context, under any causal language model."""
 
 import contextlib
 import math
@@ -11,21 +11,21 @@ from transformers import PreTrainedModel
 from ..core.devices import is_out_of_memory, measure_free_memory
 from .shared_context import Batch, EncodedChoices, build_rows, collate_rows, fits_in_one_row
 
-# Larger batches only cost memory: the throughput of GPT-2 124M on a CPU is level from 512 to 1,024 tokens and falls
-# slowly from there. The number for other devices is a guess.
+# Larger batches only cost memory: on a CPU, the throughput of GPT-2 124M is flat from 512 to 1,024 tokens and then
+# declines slowly. The value for other devices is a guess.
 LARGEST_BATCH_TOKENS = {"cpu": 1024}
 OTHER_LARGEST_BATCH_TOKENS = 32_768
-# Places whose logits are copied to float32 and exponentiated at once.
+# Places whose logits are converted to float32 and exponentiated at once.
 SOFTMAX_CHUNK_PLACES = 512
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and gradients off within the context, and restore the training mode after it."""
+    """Disable dropout and gradients within the context, then restore the training mode."""
     was_training = model.training
     model.eval()
     try:
-        # Not `inference_mode`: a model may cache a tensor on its first call (rotary tables) that training needs later.
+        # Not `inference_mode`: a model may cache tensors on its first call (rotary tables) that training needs later.
         with torch.no_grad():
             yield
     finally:
@@ -33,17 +33,17 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def choose_batch_tokens(model: torch.nn.Module) -> int:
-    """Return how many tokens a batch may have: as many as half of the device's free memory holds, up to a maximum.
+    """Return the maximum tokens per batch: as many as fit in half of the device's free memory, up to a limit.
 
-    A power of two, so that small changes in free memory rarely change the batches, and with them the last bits of the
-    numbers.
+    The result is a power of two, so that small changes in free memory rarely change the batches and hence the last
+    bits of the scores.
     """
     device = next(model.parameters()).device
     free = measure_free_memory(device)
     if free is None:
         return LARGEST_BATCH_TOKENS["cpu"]
     config = model.config.get_text_config()
-    # A token's logits, and in one layer its hidden, inner and attention states, all in float32 at most.
+    # Per token: the logits, and one layer's hidden, inner and attention states, in at most float32.
     bytes_per_token = 4 * (config.vocab_size + 32 * config.hidden_size)
     fitting = max(1, free // 2 // bytes_per_token)
     most = LARGEST_BATCH_TOKENS.get(device.type, OTHER_LARGEST_BATCH_TOKENS)
@@ -53,15 +53,15 @@ def choose_batch_tokens(model: torch.nn.Module) -> int:
 def score_items(
     model: torch.nn.Module, rows_by_item: Sequence[Sequence[EncodedChoices]], selects_places: bool = True
 ) -> list[list[float]]:
-    """Return the summed negative log-probability, in nats, of every ending of every item, all rows at once.
+    """Return the summed negative log-probability, in nats, of each ending of each item, in one forward pass.
 
     Args:
-        selects_places: apply the vocabulary head only at the places that an ending's token is predicted from.
+        selects_places: apply the vocabulary head only at the places from which an ending's token is predicted.
     """
     batch = collate_rows([row for rows in rows_by_item for row in rows])
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
-    if not batch.is_plain:  # behind a plain row, causal attention hides the padding
+    if not batch.is_plain:  # in plain rows, causal attention alone hides the padding
         inputs["position_ids"] = batch.position_ids.to(device)
         inputs["attention_mask"] = batch.build_attention_mask(get_compute_dtype(model), device)
     sums = iter(sum_nll(compute_logits(model, inputs, batch.places, selects_places), batch))
@@ -71,10 +71,10 @@ def score_items(
 def compute_logits(
     model: torch.nn.Module, inputs: dict[str, Any], places: tuple[torch.Tensor, torch.Tensor], selects_places: bool
 ) -> torch.Tensor:
-    """Return the model's logits at `places`, the row and column of each, as (places, vocab_size).
+    """Return the model's logits at `places`, given as (rows, columns), with shape (places, vocab_size).
 
-    The vocabulary head takes most of a small model's time and memory, so a hook in front of it passes only the hidden
-    states at `places`. The rest is left to the model: some scale or cap the output of the head.
+    The vocabulary head dominates a small model's time and memory, so a pre-hook passes it only the hidden states at
+    `places`. The model itself still processes the head's output, because some models scale or cap it.
     """
     is_selected = False
 
@@ -95,9 +95,9 @@ def compute_logits(
 
 @contextlib.contextmanager
 def head_without_autocast(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model's vocabulary head compute in its weight's own type while autocast runs the rest in another.
+    """Run a model's vocabulary head in its weight's dtype while autocast applies to the rest.
 
-    In bfloat16, logits near -100, as OpenAI's GPT-2 has them, are half a nat apart.
+    In bfloat16, logits near -100, which OpenAI's GPT-2 produces, are spaced half a nat apart.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     weight = getattr(head, "weight", None)
@@ -119,9 +119,9 @@ def head_without_autocast(model: torch.nn.Module) -> Iterator[None]:
 
 
 def sum_nll(logits: torch.Tensor, batch: Batch) -> list[float]:
-    """Return each ending's summed negative log-probability from the logits (places, vocab_size) of a batch.
+    """Return the summed negative log-probability of each ending from a batch's logits (places, vocab_size).
 
-    In float32, because bfloat16 rounds a log-probability near 10 by up to 0.03 nats per token.
+    Computed in float32, because bfloat16 rounds a log-probability near 10 by up to 0.03 nats per token.
     """
     target_places, target_ids = batch.target_places.to(logits.device), batch.target_ids.to(logits.device)
     normalizers = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in logits.split(SOFTMAX_CHUNK_PLACES)])
@@ -130,19 +130,18 @@ def sum_nll(logits: torch.Tensor, batch: Batch) -> list[float]:
 
 
 def get_compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return the type of the model's matrix products: that of autocast, or else of its parameters."""
+    """Return the dtype of the model's matrix products: autocast's if enabled, otherwise that of its parameters."""
     parameter = next(model.parameters())
     device_type = parameter.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
 
 
 def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
-    """Return whether a context can be read once for all of its endings, by scoring two items both ways.
+    """Return whether a context can be read once for all its endings, determined by scoring two items both ways.
 
-    Some architectures silently ignore the mask or the positions, others refuse them. The items probed are of median
-    and of maximum length among those that fit in one row; if none does, the answer does not matter. Layers with an
-    attention window use the mask instead of it, so all items have to fit into the window. Call it in
-    `evaluation_mode`.
+    Some architectures silently ignore the mask or the positions, others reject them. The two items have the median and
+    the maximum length among those that fit in one row; if none fits, the result does not matter. The mask replaces a
+    layer's attention window, so all items must fit in that window. Call it in `evaluation_mode`.
     """
     config, longest = model.config.get_text_config(), max(item.n_read_of_longest for item in items)
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
@@ -150,19 +149,19 @@ def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], m
         return False
     fitting = sorted((item for item in items if fits_in_one_row(item, max_positions)), key=lambda item: item.n_read)
     probes = {len(fitting) // 2, len(fitting) - 1} if fitting else ()
-    return all(_gives_same_numbers(model, fitting[index], max_positions) for index in probes)
+    return all(_gives_same_scores(model, fitting[index], max_positions) for index in probes)
 
 
-def _gives_same_numbers(model: torch.nn.Module, item: EncodedChoices, max_positions: int | None) -> bool:
+def _gives_same_scores(model: torch.nn.Module, item: EncodedChoices, max_positions: int | None) -> bool:
     separate, shared = (build_rows(item, max_positions, shares_context) for shares_context in (False, True))
     (expected,) = score_items(model, [separate], selects_places=False)
     try:
         (nll,) = score_items(model, [shared])
-    except Exception as error:  # a model that does not know the mask or the positions raises any type
+    except Exception as error:  # models that do not support the mask or the positions can raise any type
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         return False
-    # Another order of summation may cost one unit of rounding per token; TF32 has ten bits of fraction.
+    # A different summation order can cost one rounding unit per token; TF32 has a 10-bit mantissa.
     dtype, device_type = get_compute_dtype(model), next(model.parameters()).device.type
     is_tf32 = dtype == torch.float32 and device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     unit = 2**-10 if is_tf32 else torch.finfo(dtype).eps

@@ -1,11 +1,11 @@
-"""Shared contexts: a context and its competing endings in one row, so that the context is computed once.
+"""Shared contexts: a context and its competing endings packed into one row, so that the context is computed once.
 
-An item is one row, the context first, followed by its endings:
+A row is the context followed by the endings:
 
     context  ending 0  ending 1  ending 2  ending 3
     0 1 2 3  4 5 6     4 5       4 5 6 7   4         positions
 
-Positions restart with every ending, and a mask hides the endings from each other, so that each is read as if it alone
+Positions restart with each ending and a mask hides the endings from each other, so each is scored as if it alone
 followed the context. The last token of an ending is only predicted, never read.
 """
 
@@ -20,26 +20,26 @@ from ..core.errors import UserError
 
 @dataclass(frozen=True)
 class EncodedChoices:
-    """Token ids of a context and of its competing endings, for an item or a row."""
+    """Token ids of a context and its competing endings: an item, or a row of a batch."""
 
     context_ids: list[int]
     ending_ids: list[list[int]]
 
     @property
     def n_read(self) -> int:
-        """Tokens that a model reads if all of it is one row."""
+        """Input tokens if the context and all endings are packed into one row."""
         return len(self.context_ids) + sum(len(ids) - 1 for ids in self.ending_ids)
 
     @property
     def n_read_of_longest(self) -> int:
-        """Tokens that a model reads of the context and the longest ending."""
+        """Input tokens of the context with its longest ending."""
         return len(self.context_ids) + max(map(len, self.ending_ids)) - 1
 
 
 def truncate_context(context_ids: list[int], ending_ids: list[int], max_positions: int | None) -> list[int]:
-    """Drop tokens from the left of a context until it and the ending fit into the model.
+    """Truncate a context on the left until it and the ending fit the model.
 
-    One token more than `max_positions` fits, because the last one is only predicted, never read.
+    `max_positions + 1` tokens fit, because the last one is only predicted, never read.
 
     Raises:
         UserError: the ending alone does not fit.
@@ -53,21 +53,24 @@ def truncate_context(context_ids: list[int], ending_ids: list[int], max_position
 
 
 def is_truncated(item: EncodedChoices, max_positions: int | None) -> bool:
-    """Return whether the context loses tokens for any of the endings."""
+    """Return whether any ending requires truncating the context."""
     return any(
         len(truncate_context(item.context_ids, ids, max_positions)) < len(item.context_ids) for ids in item.ending_ids
     )
 
 
 def fits_in_one_row(item: EncodedChoices, max_positions: int | None) -> bool:
-    """Return whether all tokens of an item are few enough for any model, although its positions end earlier."""
+    """Return whether an item packed into one row has no more tokens than `max_positions`.
+
+    Its positions restart and end earlier, but some models limit the number of tokens.
+    """
     return max_positions is None or item.n_read <= max_positions
 
 
 def build_rows(item: EncodedChoices, max_positions: int | None, shares_context: bool) -> list[EncodedChoices]:
-    """Return the rows of an item: a single one, or one for each ending in order.
+    """Return the rows of an item: a single shared one, or one per ending, in order.
 
-    A context that is too long cannot be shared, because it loses a different number of tokens for every ending.
+    A context that is too long cannot be shared, because each ending truncates it differently.
     """
     if shares_context and fits_in_one_row(item, max_positions):
         return [item]
@@ -75,10 +78,10 @@ def build_rows(item: EncodedChoices, max_positions: int | None, shares_context: 
 
 
 def plan_batches(rows_by_item: Sequence[Sequence[EncodedChoices]], batch_tokens: int) -> list[list[int]]:
-    """Group item indices, longest first, so that a batch's padded rows hold at most `batch_tokens` tokens.
+    """Group item indices, longest first, into batches of at most `batch_tokens` tokens, including padding.
 
-    The rows of an item stay together; an item that exceeds the budget is a batch of its own. The plan depends on rows
-    and budget only, so any number of processes computes the same batches, hence the same numbers.
+    The rows of an item stay together; an item that exceeds the budget gets its own batch. The plan depends only on
+    rows and budget, so batches, and hence scores, are the same for any number of processes.
     """
     widths = [max(row.n_read for row in rows) for rows in rows_by_item]
     batches: list[list[int]] = []
@@ -87,7 +90,7 @@ def plan_batches(rows_by_item: Sequence[Sequence[EncodedChoices]], batch_tokens:
         n_rows = len(rows_by_item[index])
         if not batches or used + n_rows > limit:
             batches.append([])
-            # The first item of a batch is its longest: every later row is padded to its width.
+            # The first item of a batch is its longest, and all later rows are padded to its width.
             used, limit = 0, batch_tokens // widths[index]
         batches[-1].append(index)
         used += n_rows
@@ -96,14 +99,15 @@ def plan_batches(rows_by_item: Sequence[Sequence[EncodedChoices]], batch_tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors, padded on the right.
+    """Rows as tensors, padded on the right. A place is a (row, column) from which a token of an ending is predicted.
 
     Attributes:
         input_ids, position_ids: (rows, width).
         segments: (rows, width), 0 in the context, i + 1 in ending i, -1 in the padding.
-        is_plain: no row has more than one ending, so causal attention needs no other mask.
-        places: row and column, (places,) each, of every token after which a token of an ending is predicted.
-        target_places: (targets,) into `places`; the last token of a context stands before all of its endings.
+        is_plain: no row has more than one ending, so plain causal attention suffices.
+        places: rows and columns of the places, (places,) each.
+        target_places: (targets,) indices into `places`; all endings of a row share the place of the context's last
+            token.
         target_ids: (targets,), the tokens of all endings of all rows, in order.
         ending_lengths: the number of targets of each ending.
     """
@@ -118,9 +122,9 @@ class Batch:
     ending_lengths: list[int]
 
     def build_attention_mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return (rows, 1, width, width) to add to the attention scores: 0 where a token may attend, else the minimum.
+        """Return the additive attention mask (rows, 1, width, width): 0 where a token may attend, else the minimum.
 
-        A float mask, because some attention implementations silently misread a boolean one.
+        The mask is not boolean, because some attention implementations silently misinterpret boolean masks.
         """
         segments = self.segments.to(device)
         keys, queries = segments.unsqueeze(1), segments.unsqueeze(2)

@@ -1,4 +1,4 @@
-"""Validation: the loss of a causal language model on the same tokens on any hardware."""
+"""Validation loss of a causal language model, on the same tokens for any hardware."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,13 @@ from .scoring import evaluation_mode, head_without_autocast
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Attributes: `loss` in nats per token, `bpb` in bits per UTF-8 byte of the text, `n_tokens` predicted."""
+    """Validation loss.
+
+    Attributes:
+        loss: nats per token.
+        bpb: bits per UTF-8 byte of the text.
+        n_tokens: number of tokens predicted.
+    """
 
     loss: float
     bpb: float
@@ -26,13 +32,13 @@ def evaluate_loss(
 ) -> ValidationResult:
     """Compute the mean loss on the first `n_windows` windows of `dataset`, each of T+1 tokens.
 
-    The processes divide the windows and reduce their sums, so the result does not depend on their number, up to the
+    The processes split the windows and reduce their sums, so the result depends on the number of processes only in the
     last bits of a float64 sum. The model's training mode is restored.
 
     Args:
         model: any causal language model, neither wrapped nor compiled.
-        batch_size: windows in one forward pass; changes speed and memory only.
-        n_bytes: UTF-8 bytes of the text that the targets of these windows stand for (see `data.text_bytes`).
+        batch_size: windows per forward pass; affects only speed and memory.
+        n_bytes: UTF-8 bytes of the text that the targets of these windows encode (see `data.text_bytes`).
     """
     windows = range(min(n_windows, len(dataset)))[accelerator.process_index :: accelerator.num_processes]
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
@@ -42,7 +48,7 @@ def evaluate_loss(
             n_tokens = batch[:, 1:].numel()
             mean_loss = _compute_loss(model, batch.to(accelerator.device)).item()
             sums += torch.tensor([mean_loss * n_tokens, n_tokens], dtype=torch.float64)
-    # MPS has no float64, and gloo and NCCL both reduce it, so only a process group moves the sums to the device.
+    # Only with a process group do the sums move to the device: MPS has no float64, but gloo and NCCL both reduce it.
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
     nats, tokens = sums.tolist()
@@ -53,8 +59,8 @@ def evaluate_loss(
 def _compute_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Return the mean loss in nats on windows (batch, T+1)."""
     inputs, targets = windows[:, :-1], windows[:, 1:].contiguous()
-    # Our model can skip the logits, which take most of the memory. Other models only compute logits: how their
-    # `forward` takes labels differs, and those in transformers ignore labels that are shifted already.
+    # Our model can skip the logits, which take most of the memory. From other models, use only the logits: they handle
+    # labels in different ways, and those in transformers ignore labels that are already shifted.
     if "skip_logits" in signature(model.forward).parameters:
         return model(input_ids=inputs, shift_labels=targets, use_cache=False, skip_logits=True).loss
     with head_without_autocast(model):

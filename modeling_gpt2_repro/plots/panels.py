@@ -32,7 +32,7 @@ SMALL_PANELS = {
     "train/lr": "learning rate",
     "train/grad_norm": "gradient norm",
     "train/tokens_per_second": "tokens a second",
-    "val/bpb": "validation, bits a byte",
+    "val/bpb": "validation, bits per byte",
 }
 
 
@@ -105,7 +105,7 @@ def draw_losses(axes: Axes, axis: Axis) -> None:
     validations = {run.validation for run in axis.runs}
     is_comparable = not axis.is_comparison or (len(validations) == 1 and None not in validations)
     warning = "" if is_comparable else " (not known to be validated on the same tokens)"
-    axes.set_title(f"loss, nats a token{warning}", fontsize=11, loc="left")
+    axes.set_title(f"loss, nats per token{warning}", fontsize=11, loc="left")
     if shown:
         _set_limits(axes, [*shown, *references])
         losses = [each for run in axis.runs for each in (smooth(run.get("train/loss"))[0], run.get("val/loss"))]

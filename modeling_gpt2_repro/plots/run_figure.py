@@ -25,9 +25,9 @@ def draw_curves(folder: RunFolder) -> None:
 def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Figure:
     """Build the panels of one run, or of several for comparison.
 
-    Losses and HellaSwag are above; learning rate, gradient norm, speed and bits a byte below, as far as recorded. The
-    train values of a single run are drawn faintly behind their mean over neighbouring steps; of several runs only the
-    means are drawn. Dashed lines are results of other models on the same tokens and items.
+    The top row has losses and HellaSwag; the bottom row learning rate, gradient norm, throughput and bits per byte, if
+    recorded. For a single run, the train values are drawn faintly behind their moving average; for several runs, only
+    the averages are drawn. Dashed lines are results of other models on the same tokens and items.
 
     Args:
         over_hours: draw over the hours since the start instead of the tokens seen.

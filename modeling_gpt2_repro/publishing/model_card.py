@@ -106,7 +106,7 @@ def build_metadata(
         "dataset_split": "validation",
     }
     kinds = {
-        "val/loss": ("loss", "validation loss (nats a token)"),
+        "val/loss": ("loss", "validation loss (nats per token)"),
         "val/bpb": ("bits_per_byte", "validation bits a UTF-8 byte"),
     }
     measured = [
@@ -146,7 +146,7 @@ def list_losses(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics)
     """Return rows on the train and the validation loss."""
     rows, validation = [], find_last_validation(lines)
     if "train/loss" in last:
-        rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats a token"))
+        rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats per token"))
     if validation is not None:
         when = "" if validation["step"] == last["step"] else f" of an earlier model, at step {validation['step']:,}"
         rows.append((f"validation loss{when}", format_validation(validation)))

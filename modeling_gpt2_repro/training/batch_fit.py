@@ -32,7 +32,7 @@ class WindowLoss(nn.Module):
         self.model = model
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss in nats a token, a scalar, of windows of shape (batch, T+1)."""
+        """Return the mean loss in nats per token, a scalar, of windows of shape (batch, T+1)."""
         targets = windows[:, 1:].contiguous()
         return self.model(input_ids=windows[:, :-1], shift_labels=targets, use_cache=False).loss
 

@@ -2,7 +2,7 @@
 
 Each is of the model after `step` updates. `train.update` makes those of every update:
 
-- `train/loss`: mean cross-entropy of the update's tokens, in nats a token
+- `train/loss`: mean cross-entropy of the update's tokens, in nats per token
 - `train/lr`, `train/grad_norm`: the learning rate, and the global norm of the gradient before it is clipped
 - `train/tokens_per_second`, `train/mfu`: of the update alone, all processes together; the latter as a share of the
   devices' peak (`throughput.choose_peak`)
@@ -14,7 +14,7 @@ Each is of the model after `step` updates. `train.update` makes those of every u
 `train.write_checkpoint` adds `train/checkpoint_seconds`, how long a save held the run up. `train.evaluate` makes
 those of evaluations, whose names do not begin with `train/`:
 
-- `val/loss`, `val/bpb`: nats a token, and bits a UTF-8 byte of text
+- `val/loss`, `val/bpb`: nats per token, and bits per UTF-8 byte of text
 - `hellaswag/acc`, `hellaswag/acc_norm`, `hellaswag/acc_stderr`, `hellaswag/acc_norm_stderr`, `hellaswag/n`:
   accuracies, standard errors and number of items, protocol `original`
 - `hellaswag_lm_eval/...`: the same in protocol `lm_eval`, of the last model
@@ -96,8 +96,8 @@ def find_last_validation(lines: Sequence[Metrics]) -> Metrics | None:
 
 def format_validation(line: Metrics) -> str:
     """Write a validation loss with its units."""
-    text = f"{line['val/loss']:.4f} nats a token"
-    return text + (f", {line['val/bpb']:.4f} bits a byte" if "val/bpb" in line else "")
+    text = f"{line['val/loss']:.4f} nats per token"
+    return text + (f", {line['val/bpb']:.4f} bits per byte" if "val/bpb" in line else "")
 
 
 def format_log_lines(metrics: Metrics) -> Iterator[str]:

@@ -38,7 +38,7 @@ def test_summary_says_what_was_reached_and_where_it_is(run_folder, capsys):
     (line,) = error.splitlines()
     assert line.endswith("hellaswag_gpt2.json is skipped: it is of the model gpt2") and "hellaswag_gpt2" not in text
     assert "2 steps, 1,048,576 tokens" in text
-    assert "8.2500 nats a token, 3.5000 bits a byte" in text
+    assert "8.2500 nats per token, 3.5000 bits per byte" in text
     assert "hellaswag_items, protocol original: acc_norm 0.5000 ± 0.1000 (standard error), 26 items, in " in text
     assert "in float32, acc 0.2500" in text
     assert "'last words'" in text
@@ -49,7 +49,7 @@ def test_a_loss_of_an_earlier_model_is_shown_with_its_step(run_folder, capsys):
     with open(run_folder / "metrics.jsonl", "a") as stream:
         stream.write(json.dumps({"step": 3, "train/loss": 7.0}) + "\n")
     assert main(["summary", str(run_folder)]) == 0
-    assert "3.5000 bits a byte, at step 2" in capsys.readouterr().out
+    assert "3.5000 bits per byte, at step 2" in capsys.readouterr().out
 
 
 def test_folders_without_metrics_are_refused(tmp_path, capsys):

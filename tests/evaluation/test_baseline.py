@@ -122,7 +122,7 @@ def test_tokens_without_bytes_leave_bits_a_byte_out(path):
     baseline = dataclasses.replace(BASELINE, validation=validation)
     save_baseline(path, baseline)
     assert "NaN" not in path.read_text()
-    assert "bits a byte" in format_baseline(BASELINE) and "bits a byte" not in format_baseline(baseline)
+    assert "bits per byte" in format_baseline(BASELINE) and "bits per byte" not in format_baseline(baseline)
 
 
 def test_format_says_what_was_measured_and_nothing_else():

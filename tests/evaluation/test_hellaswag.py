@@ -162,7 +162,7 @@ def test_plain_rows_are_said_once(tokenizer, sample, capsys):
         for one, other in zip(result.scored_items, expected.scored_items, strict=True):
             assert one.nll == pytest.approx(other.nll, abs=1e-3)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("GPT2WithoutMask does not honour a 4-D attention mask")
+    assert line.startswith("GPT2WithoutMask does not support a 4-D attention mask")
 
 
 def test_progress_says_the_protocol_and_the_running_score(model, tokenizer, sample, capsys):
@@ -174,7 +174,7 @@ def test_progress_says_the_protocol_and_the_running_score(model, tokenizer, samp
 def test_numbers_that_are_not_finite_are_refused(tokenizer, sample):
     model = build_model()
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
-    with pytest.raises(UserError, match="item 0 a log-probability that is not finite"):
+    with pytest.raises(UserError, match="non-finite log-probability for item 0"):
         evaluate_hellaswag(model, encode_hellaswag(sample[:2], tokenizer, "original"), show_progress=False)
 
 

@@ -63,22 +63,22 @@ def without(field):
     ("bad_row", "complaint"),
     [
         *((without(field), f"`{field}` is missing") for field in GOOD_ROW),
-        ({**GOOD_ROW, "endings": ["one", "two", "three"]}, "`endings` has to be a list of 4"),
-        ({**GOOD_ROW, "endings": "four"}, "`endings` has to be a list of 4"),
-        ({**GOOD_ROW, "endings": ["a", " ", "c", "d"]}, "`endings` holds an empty"),
-        ({**GOOD_ROW, "endings": ["a", 1, "c", "d"]}, "`endings` holds an empty"),
+        ({**GOOD_ROW, "endings": ["one", "two", "three"]}, "`endings` must be a list of 4"),
+        ({**GOOD_ROW, "endings": "four"}, "`endings` must be a list of 4"),
+        ({**GOOD_ROW, "endings": ["a", " ", "c", "d"]}, "`endings` contains an ending that is empty"),
+        ({**GOOD_ROW, "endings": ["a", 1, "c", "d"]}, "`endings` contains an ending that is empty"),
         ({**GOOD_ROW, "ctx": "  "}, "`ctx` is empty"),
-        ({**GOOD_ROW, "ctx_b": None}, "`ctx_b` has to be a text"),
-        ({**GOOD_ROW, "label": 4}, "`label` has to be 0 to 3"),
+        ({**GOOD_ROW, "ctx_b": None}, "`ctx_b` must be a string"),
+        ({**GOOD_ROW, "label": 4}, "`label` must be between 0 and 3"),
         ({**GOOD_ROW, "label": -1}, "use the validation split"),
         ({**GOOD_ROW, "label": None}, "use the validation split"),
         (without("label"), "use the validation split"),
-        ({**GOOD_ROW, "endings": GOOD_ROW["endings"] * 2}, "not 8 of them"),
+        ({**GOOD_ROW, "endings": GOOD_ROW["endings"] * 2}, "not 8"),
         ({"query": "Rowing: A boat", "choices": GOOD_ROW["endings"], "gold": 2}, "lm-evaluation-harness"),
-        (",ind,activity_label,ctx_a", "such as CSV"),
-        ({**GOOD_ROW, "label": "two"}, "`label` has to be a whole number"),
+        (",ind,activity_label,ctx_a", "CSV is not supported"),
+        ({**GOOD_ROW, "label": "two"}, "`label` must be an integer"),
         ({**GOOD_ROW, "label": ""}, "use the validation split"),
-        ({**GOOD_ROW, "ind": None}, "`ind` has to be a whole number"),
+        ({**GOOD_ROW, "ind": None}, "`ind` must be an integer"),
         ([GOOD_ROW], "expected a JSON object"),
         ("{'ind': 7}", "not a JSON object"),
     ],
@@ -187,8 +187,8 @@ def test_every_form_in_which_the_items_come_is_read(tmp_path, form):
         (json.dumps([GOOD_ROW, 3]).encode(), "item 2: expected a JSON object"),
         (json.dumps([GOOD_ROW])[:-1].encode(), "line 1: not a JSON object"),
         (b"[" * 100_000, "line 1: not a JSON object"),
-        (b"", "holds no HellaSwag items"),
-        (b"[]", "holds no HellaSwag items"),
+        (b"", "contains no HellaSwag items"),
+        (b"[]", "contains no HellaSwag items"),
     ],
 )
 def test_what_else_lies_under_the_name_of_the_items_is_said(tmp_path, content, complaint):
@@ -198,7 +198,7 @@ def test_what_else_lies_under_the_name_of_the_items_is_said(tmp_path, content, c
 
 
 def test_files_without_items_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no HellaSwag items"):
+    with pytest.raises(UserError, match="contains no HellaSwag items"):
         load_hellaswag(write_rows(tmp_path / "empty.jsonl", ""))
     with pytest.raises(UserError, match=r"cannot read .*missing\.jsonl"):
         load_hellaswag(tmp_path / "missing.jsonl")
@@ -215,9 +215,7 @@ def test_the_hub_split_is_pinned_and_an_unreachable_hub_points_to_the_flag(monke
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(
-        UserError, match=r"cannot load Rowan/hellaswag from the Hub \(no route\): give its .* by --data_file"
-    ):
+    with pytest.raises(UserError, match=r"cannot load Rowan/hellaswag from the Hub \(no route\).*--data_file"):
         load_hellaswag()
 
 

@@ -129,7 +129,7 @@ def test_a_tokenizer_that_makes_nothing_of_an_ending_is_refused(protocol):
     def encode(texts, **_):
         return {"input_ids": [[1] * ("dog" in text) for text in texts]}
 
-    with pytest.raises(UserError, match="makes no token of the context or of an ending of item 3"):
+    with pytest.raises(UserError, match="item 3 encodes to no tokens"):
         encode_hellaswag([make_item()], encode, protocol)
 
 

@@ -70,7 +70,7 @@ def test_a_model_without_keys_and_values_reads_all_anew(tokenizer):
 def test_prompts_that_leave_no_room_are_refused(model, tokenizer):
     with pytest.raises(UserError, match="no tokens"):
         generate_samples(model, tokenizer, "")
-    with pytest.raises(UserError, match="8 tokens already"):
+    with pytest.raises(UserError, match="8 tokens"):
         generate_samples(model, tokenizer, PROMPT, n_tokens=8)
     with pytest.raises(UserError, match="longer than the model's 24 positions"):
         generate_samples(model, tokenizer, PROMPT, n_tokens=25)

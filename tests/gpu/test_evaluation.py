@@ -94,7 +94,7 @@ def test_the_model_prefers_one_ending_to_another(expected, encoded):
             sorted(nll / length for nll, length in zip(scored.nll, item.ending_lengths, strict=True))
             for scored, item in zip(result.scored_items, encoded.items, strict=True)
         ]
-        assert sum(second - first for first, second, *_ in best) / len(best) > 0.1  # nats a token
+        assert sum(second - first for first, second, *_ in best) / len(best) > 0.1  # nats per token
 
 
 @pytest.mark.parametrize("name, precision", PAIRS)

@@ -119,7 +119,7 @@ def test_losses_of_several_runs_are_called_comparable_only_on_the_same_tokens(tm
         )
         write_run(tmp_path / name, build_lines(5), data_dir=str(tmp_path / f"data_{name}"))
     write_run(tmp_path / "unknown", build_lines(5), data_dir=str(tmp_path / "missing"))
-    assert title("a") == title("a", "b") == "loss, nats a token"
+    assert title("a") == title("a", "b") == "loss, nats per token"
     for others in (("a", "c"), ("a", "unknown"), ("unknown", "unknown")):
         assert "not known to be validated on the same tokens" in title(*others)
 

@@ -86,7 +86,7 @@ def test_card_tells_data_model_training_and_results(run_folder):
     assert (run_folder / "final" / "curves.png").read_bytes() == b"a picture"
     text = (run_folder / "final" / "README.md").read_text()
     table = read_table(text)
-    assert table["validation loss"] == "5.2500 nats a token, 2.5000 bits a byte"
+    assert table["validation loss"] == "5.2500 nats per token, 2.5000 bits per byte"
     assert (
         table["items.jsonl: acc_norm, protocol `original`, in training"]
         == "0.2708 ± 0.0649 (standard error), 48 items"

@@ -99,8 +99,8 @@ def test_the_result_is_printed_and_kept_and_no_run_is_made(gpt2, data, tmp_path,
     rows = dict(line.strip().split(maxsplit=1) for line in printed.splitlines())
     assert rows["model"] == str(gpt2)
     assert rows["validation"] == "512 tokens in windows of 32"
-    assert rows["loss"] == f"{validation['val/loss']:.4f} nats a token"
-    assert rows["bpb"] == f"{validation['val/bpb']:.4f} bits a byte"
+    assert rows["loss"] == f"{validation['val/loss']:.4f} nats per token"
+    assert rows["bpb"] == f"{validation['val/bpb']:.4f} bits per byte"
     assert rows["HellaSwag"] == f"6 items: first 6 items of {SAMPLE_FILE.name}, protocol original"
     assert rows["acc_norm"] == f"{hellaswag['acc_norm']:.4f} +- {hellaswag['acc_norm_stderr']:.4f}"
     assert str(data / BASELINES_NAME) in printed
@@ -136,7 +136,7 @@ def test_two_processes_give_the_numbers_of_one(gpt2, data, forks, tmp_path):
     result = forks.launch(2, "train", ["--eval_only", *build_flags(data, init_from=gpt2)], tmp_path)
     assert result.code == 0, result.err
     assert "2 process(es)" in result.out
-    assert result.out.count("nats a token") == 1
+    assert result.out.count("nats per token") == 1
     (both,) = read_entries(data)
     for name in ("val/loss", "val/bpb", "n_tokens"):
         assert both["validation"][name] == pytest.approx(alone["validation"][name], abs=1e-6)
@@ -160,7 +160,7 @@ def test_a_data_folder_that_cannot_be_written_does_not_lose_the_result(gpt2, dat
     monkeypatch.setattr(baseline_module, "write_json", refuse)
     assert evaluate(data, gpt2, hellaswag_every=0) == 0
     printed, errors = capsys.readouterr()
-    assert "nats a token" in printed and "kept in" not in printed
+    assert "nats per token" in printed and "kept in" not in printed
     (warning,) = [line for line in errors.splitlines() if "warning" in line]
     assert "the result was not kept" in warning and "Permission denied" in warning
 

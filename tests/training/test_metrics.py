@@ -31,8 +31,8 @@ def test_the_last_validation_is_that_of_the_highest_step():
     lines = [*LINES, {"step": 0, "val/loss": 11.0}]
     assert find_last_validation(lines)["val/loss"] == 8.0
     assert find_last_validation([LINES[0]]) is None
-    assert format_validation({"val/loss": 3.06631}) == "3.0663 nats a token"
-    assert format_validation({"val/loss": 3.0, "val/bpb": 1.0}).endswith(", 1.0000 bits a byte")
+    assert format_validation({"val/loss": 3.06631}) == "3.0663 nats per token"
+    assert format_validation({"val/loss": 3.0, "val/bpb": 1.0}).endswith(", 1.0000 bits per byte")
 
 
 def test_lines_that_a_crash_left_broken_are_skipped(tmp_path):
