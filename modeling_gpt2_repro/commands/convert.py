@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, written as model folders."""
+"""The `convert` command: write checkpoints of other projects as model folders."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -15,21 +15,21 @@ from ..model.folder import save_published_model
 
 @dataclass
 class ConvertConfig(Config):
-    """Settings of the command."""
+    """Command-line flags."""
 
     checkpoint: str = setting(
-        MISSING, "a .pt file of nanoGPT or build-nanogpt, a bare state dict, or a .bin file of llm.c", path=True
+        MISSING, "nanoGPT or build-nanogpt .pt file, bare state dict, or llm.c .bin file", path=True
     )
-    output_dir: str = setting(MISSING, "model folder to write; must not exist", path=True)
+    output_dir: str = setting(MISSING, "model folder to create; must not exist yet", path=True)
     tokenizer: str = setting(
         GPT2_TOKENIZER,
-        "Hub id or folder; embedding rows beyond its ids are dropped; none: keep all rows, and write no tokenizer",
+        "Hub id or folder; embedding rows beyond its ids are dropped; none: keep all rows and save no tokenizer",
         path=True,
     )
     activation_function: Activation = setting(
-        "auto", "gelu is exact; gelu_new is the tanh form of build-nanogpt, and of nanoGPT before 17 May 2023"
+        "auto", "gelu: exact; gelu_new: tanh approximation, as in build-nanogpt and nanoGPT before May 17, 2023"
     )
-    n_head: int | None = setting(None, "attention heads, for a bare state dict (default: n_embd / 64, as in GPT-2)")
+    n_head: int | None = setting(None, "attention heads of a bare state dict (default: n_embd / 64, as in GPT-2)")
 
 
 def run(config: ConvertConfig) -> None:
@@ -57,7 +57,7 @@ def run(config: ConvertConfig) -> None:
 
 
 def check_is_free(output: Path) -> None:
-    """Raise a `UserError` if the output folder, or its temporary form, already exists."""
+    """Raise a `UserError` if the output folder or its temporary folder already exists."""
     for path in (output, output.with_name(output.name + TEMPORARY_SUFFIX)):
         if path.exists():
-            raise UserError(f"{path} exists already: give another --output_dir, or remove it")
+            raise UserError(f"{path} already exists: pass another --output_dir, or delete it")

@@ -1,4 +1,4 @@
-"""Curves of runs, drawn from their files."""
+"""The `plots` command: draw the curves of runs from their files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ COMPARISON, SPECTRUM = "comparison.png", "spectrum.png"
 
 @dataclass
 class PlotsConfig(Config):
-    """Settings of the command."""
+    """Command-line flags."""
 
     runs: list[str] = setting(
         [], "run folders, or logs in the original script's format (log.txt)", path=True, positional=True, metavar="RUN"
     )
-    hours: bool = setting(False, "draw over hours since the start, not over tokens")
+    hours: bool = setting(False, "use hours since the start as the x-axis, not tokens")
     spectrum: bool = setting(
-        False, "draw the periods of the train loss instead of the curves: they show data in the order of crawling"
+        False, "draw the power spectrum of the train loss instead: its peaks reveal data in crawl order"
     )
     tokens_per_step: int = setting(
-        LOGGED_TOKENS_PER_STEP, "tokens of an optimizer update in logs of the original script, which omit it", least=1
+        LOGGED_TOKENS_PER_STEP, "tokens per update in logs of the original script, which do not record it", least=1
     )
     output: str | None = setting(
         None,
-        f"the picture, .png, .svg or .pdf; default: curves or {SPECTRUM} in the run folder, of several runs "
-        f"{COMPARISON} in the working folder",
+        f"output file, .png, .svg or .pdf; default: the curves or {SPECTRUM} in the run folder; for several runs "
+        f"{COMPARISON} or {SPECTRUM} in the working folder",
         path=True,
     )
 
 
 def run(config: PlotsConfig) -> None:
-    """Draw the picture and print what each run reached."""
+    """Draw the figure and print the results of each run."""
     runs = name_apart([load_curves(path, config.tokens_per_step) for path in config.runs], config.runs)
     first = RunFolder(config.runs[0])
     if config.spectrum:
@@ -53,6 +53,6 @@ def run(config: PlotsConfig) -> None:
 
 
 def name_apart(runs: Sequence[Curves], paths: Sequence[str]) -> list[Curves]:
-    """Name runs that share a name by their paths."""
+    """Rename runs that share a name to their paths."""
     counts = Counter(run.name for run in runs)
     return [replace(run, name=path) if counts[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]

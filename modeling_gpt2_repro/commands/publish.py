@@ -1,4 +1,4 @@
-"""A run on the Hugging Face Hub."""
+"""The `publish` command: upload a finished run to the Hugging Face Hub."""
 
 import os
 from dataclasses import dataclass
@@ -15,21 +15,23 @@ from ..training.run_folder import RunFolder
 
 @dataclass
 class PublishConfig(Config):
-    """Settings of the command."""
+    """Command-line flags."""
 
-    folder: str = setting("", "the folder of a finished run", path=True, positional=True, metavar="RUN")
-    repo_id: str | None = setting(None, "the repository, as user/name or a name of yours; default: the run's name")
-    public: bool = setting(False, "let everybody see it")
+    folder: str = setting("", "folder of a finished run", path=True, positional=True, metavar="RUN")
+    repo_id: str | None = setting(
+        None, "repository, as user/name or a name in your own namespace; default: the run's name"
+    )
+    public: bool = setting(False, "make the repository public")
     checkpoints: bool = setting(False, "also upload the saved checkpoints, each with a tag such as step-0000250")
 
 
 def run(config: PublishConfig) -> None:
-    """Upload a finished run and print its address."""
+    """Upload a finished run and print its URL."""
     folder = RunFolder(config.folder)
     if not folder.config.is_file():
-        raise UserError(f"{folder} is not the folder of a run: it has no {folder.config.name}")
+        raise UserError(f"{folder} is not a run folder: it has no {folder.config.name}")
     if not folder.final.is_dir():
-        raise UserError(f"{folder} has no {folder.final.name}/: give the folder of a finished run")
+        raise UserError(f"{folder} has no {folder.final.name}/: pass the folder of a finished run")
     silence_libraries()
     try:
         name = config.repo_id or Path(os.path.abspath(folder.path)).name
@@ -40,6 +42,6 @@ def run(config: PublishConfig) -> None:
     except Exception as error:
         if isinstance(error, UserError) or describe_hub_failure(error) is None:
             raise
-        message = f"the upload broke off: {explain_failure(error)}. The same command continues it"
+        message = f"the upload failed: {explain_failure(error)}. Repeat the command to resume it"
         raise UserError(message) from error
-    print(f"{folder} is at {name_address(repo_id)}")
+    print(f"published {folder} to {name_address(repo_id)}")

@@ -1,4 +1,4 @@
-"""Samples of a model, printed."""
+"""The `sample` command: print samples from a model."""
 
 from dataclasses import MISSING, dataclass
 
@@ -11,19 +11,19 @@ from ..model.loading import load_causal_lm
 
 @dataclass
 class SampleConfig(Config):
-    """Settings of the command."""
+    """Command-line flags."""
 
     model: str = setting(MISSING, "folder or Hub id of a causal language model and its tokenizer", path=True)
     prompt: str = setting("Hello, I'm a language model,", "text to continue")
-    n_samples: int = setting(4, "samples to draw", least=1)
-    n_tokens: int = setting(32, "tokens of a sample, including the prompt's", least=1)
-    top_k: int = setting(50, "draw among this many of the likeliest tokens", least=1)
-    seed: int = setting(0, "of the draws")
-    trust_remote_code: bool = setting(False, "run model code in the folder or repository")
+    n_samples: int = setting(4, "number of samples", least=1)
+    n_tokens: int = setting(32, "length of a sample in tokens, including the prompt", least=1)
+    top_k: int = setting(50, "sample from this many of the most likely tokens", least=1)
+    seed: int = setting(0, "random seed")
+    trust_remote_code: bool = setting(False, "run the model code included with --model")
 
 
 def run(config: SampleConfig) -> None:
-    """Load a model and print samples of it."""
+    """Load a model and print samples from it."""
     silence_libraries()
     model, tokenizer = load_causal_lm(config.model, trust_remote_code=config.trust_remote_code)
     prompt_ids = tokenizer(config.prompt, add_special_tokens=False)["input_ids"]

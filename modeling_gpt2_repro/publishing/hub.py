@@ -1,13 +1,13 @@
-"""A run on the Hugging Face Hub: what is uploaded of it, and how.
+"""Uploading a run to the Hugging Face Hub.
 
-Whatever lies in the model's folder travels (weights, code, tokenizer, files of yours), but for hidden files and the
-training state (`_is_published`); curves, card and scores are added. The files of metrics, samples, logs and settings
-stay; the card quotes from them (`model_card.describe_model`).
+An upload contains all files in the model's folder (weights, code, tokenizer and any that you added) except hidden ones
+and the training state (see `_is_published`), plus curves, card and scores. Metrics, samples, logs and settings are not
+uploaded; the card quotes from them (`model_card.describe_model`).
 
-The repository's main branch holds the newest model of the run, at last the finished one, in the form that opens as
-GPT-2; a tag `step-0000250` names the commit with the model after that many updates. Each model is one commit, of all
-its files or of none, and only files that differ are sent: repeating an interrupted upload continues it, and repeating
-a complete one sends nothing.
+The main branch of the repository contains the newest model of the run, eventually the finished one, in the form that
+opens as GPT-2. A tag such as `step-0000250` marks the commit of the model after that many updates. Each model is one
+atomic commit of all its files, and only changed files are sent: repeating an interrupted upload resumes it, and
+repeating a complete one sends nothing.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ from ..training.run_folder import RunFolder
 from .model_card import CARD, CURVES, describe_model
 from .scores import EVAL_RESULTS
 
-# A repository with other files than these, and without our code, holds something that is not ours to replace.
+# A repository that has other files than these, but not our code, is not ours to overwrite.
 MODEL_CODE = "modeling_gpt2_repro.py"
 HARMLESS = {".gitattributes", CARD, "LICENSE"}
 MAIN, EARLIER = "main", "earlier-models"  # branches
-# Files of a model that the next one may not have. Any other file in the repository stays.
+# Files to delete if the next model lacks them. Any other file in the repository is kept.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", f"{EVAL_RESULTS}/*", CURVES)
-# How long a connection may be silent; without a limit the library waits indefinitely.
+# Timeout for an idle connection; without one, huggingface_hub waits indefinitely.
 UPLOAD_TIMEOUT_SECONDS = 120
 
 Files = Mapping[str, Path | bytes]
@@ -47,20 +47,20 @@ Files = Mapping[str, Path | bytes]
 def open_repository(name: str, is_public: bool, flag: str) -> str:
     """Create the model repository, or check that an existing one is ours to write to, and return its id.
 
-    An existing one stays as public or private as it is, unless it is to be public.
+    An existing repository keeps its visibility, unless `is_public` makes it public.
 
     Args:
-        name: its id, or its name alone, in the user's own namespace.
-        flag: the flag that gives another name, for error messages.
+        name: repository id, or a bare name in the user's namespace.
+        flag: the flag that sets the name, for error messages.
 
     Raises:
-        UserError: no token, no permission, or a repository of something else.
+        UserError: no token, no write access, or the repository contains something else.
         HubUnreachableError: the Hub did not answer.
     """
     if constants.HF_HUB_OFFLINE:
-        raise UserError("publishing needs the Hub, and HF_HUB_OFFLINE says that there is none: unset it")
+        raise UserError("publishing needs the Hub, but HF_HUB_OFFLINE is set: unset it")
     if get_token() is None:
-        raise UserError("publishing needs a token of the Hub that may write: run `hf auth login` or set HF_TOKEN")
+        raise UserError("publishing needs a Hub token with write access: run `hf auth login` or set HF_TOKEN")
     get_session().timeout = UPLOAD_TIMEOUT_SECONDS
     user = ask_hub(HfApi().whoami, "token")["name"]
     repo_id = name if "/" in name else f"{user}/{name}"
@@ -71,41 +71,41 @@ def open_repository(name: str, is_public: bool, flag: str) -> str:
             create_repository(repo_id, is_public, flag)
     except HubForbiddenError as error:
         raise UserError(
-            f"{user} may not write to {repo_id}: give a {flag} of your own, or use a token that may write"
+            f"{user} has no write access to {repo_id}: pass a {flag} of your own, or use a token with write access"
         ) from error
     return repo_id
 
 
 def create_repository(repo_id: str, is_public: bool, flag: str) -> None:
-    """Create a model repository, unless its name is a dataset's or a space's."""
+    """Create a model repository, unless a dataset or a Space already has its name."""
     ask = partial(ask_hub, what=f"repository {repo_id!r}")
     for kind in ("dataset", "space"):
         if ask(partial(HfApi().repo_exists, repo_id, repo_type=kind)):
-            raise UserError(f"{repo_id} is a {kind} and no model: give another {flag}")
+            raise UserError(f"{repo_id} is a {kind}, not a model: pass another {flag}")
     ask(partial(HfApi().create_repo, repo_id, private=not is_public, exist_ok=True))
 
 
 def check_repository(repo_id: str, is_public: bool, flag: str) -> None:
-    """Check that a repository may be written to and holds nothing else than our models; make it public if asked to."""
+    """Check for write access to a repository, and that it is ours; make it public if requested."""
     ask = partial(ask_hub, what=f"repository {repo_id!r}")
     ask(partial(HfApi().auth_check, repo_id, write=True))
     found = ask(partial(HfApi().model_info, repo_id))
     files = {file.rfilename for file in found.siblings or ()}
     if files - HARMLESS and MODEL_CODE not in files:
-        raise UserError(f"{repo_id} does not look like a model from this package: give another {flag}")
+        raise UserError(f"{repo_id} does not look like a model from this package: pass another {flag}")
     if is_public and found.private:
         ask(partial(HfApi().update_repo_settings, repo_id, private=False))
 
 
 def publish_final(repo_id: str, run_folder: RunFolder) -> None:
-    """Put the finished model of a run on main."""
-    commit_files(repo_id, collect_model(run_folder.final, run_folder, repo_id), "The finished model")
+    """Upload the finished model of a run to main."""
+    commit_files(repo_id, collect_model(run_folder.final, run_folder, repo_id), "Upload the finished model")
 
 
 def publish_earlier(repo_id: str, folders: Iterable[Path], run_folder: RunFolder) -> None:
-    """Tag the models in folders called `step_NNNNNNN`, and leave main, which has a newer one, unchanged."""
+    """Upload and tag the models in folders named `step_NNNNNNN`, without changing main, which has a newer one."""
     api = HfApi()
-    # Tags keep the commits once the branch is deleted; a branch that an interrupted upload left is continued.
+    # Tags keep the commits after the branch is deleted. A branch left by an interrupted upload is reused.
     api.create_branch(repo_id, branch=EARLIER, exist_ok=True)
     for folder in folders:
         publish_checkpoint(repo_id, folder, run_folder, EARLIER)
@@ -113,7 +113,7 @@ def publish_earlier(repo_id: str, folders: Iterable[Path], run_folder: RunFolder
 
 
 def publish_checkpoint(repo_id: str, folder: Path, run_folder: RunFolder, branch: str = MAIN) -> None:
-    """Commit the model in a folder called `step_NNNNNNN` to a branch and tag it, unless the tag has these weights."""
+    """Commit the model in a folder named `step_NNNNNNN` to a branch and tag it, unless the tag has these weights."""
     step = read_step(folder)
     tag = f"step-{step:07d}"
     api = HfApi()
@@ -124,8 +124,8 @@ def publish_checkpoint(repo_id: str, folder: Path, run_folder: RunFolder, branch
     if tagged and {file.path: file.lfs and f"sha256:{file.lfs.sha256}" for file in tagged} == weights:
         return
     files = collect_model(folder, run_folder, repo_id, step)
-    commit = commit_files(repo_id, files, f"The model after {step} updates", branch)
-    if tagged is not None:  # of an earlier run of the same name
+    commit = commit_files(repo_id, files, f"Upload the model after {step} updates", branch)
+    if tagged is not None:  # by an earlier run of the same name
         api.delete_tag(repo_id, tag=tag)
     api.create_tag(repo_id, tag=tag, revision=commit)
 
@@ -133,22 +133,22 @@ def publish_checkpoint(repo_id: str, folder: Path, run_folder: RunFolder, branch
 def collect_model(
     folder: Path, run_folder: RunFolder, repo_id: str, step: int | None = None
 ) -> dict[str, Path | bytes]:
-    """Return the published form of a model folder, by path in the repository: its files, the card and the curves.
+    """Return the published form of a model folder, with card and curves, keyed by path in the repository.
 
     Args:
-        step: of a checkpoint, which the card then describes; `None` for the finished model.
+        step: the step of a checkpoint, which the card then describes; `None` for the finished model.
     """
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files: dict[str, Path | bytes] = {name.as_posix(): path for name, path in paths.items() if _is_published(name)}
     if run_folder.curves.is_file():
-        files[CURVES] = run_folder.curves.read_bytes()  # a run draws them anew while they are sent
+        files[CURVES] = run_folder.curves.read_bytes()  # now, because a run may redraw them
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "gpt2":
         files["config.json"] = json.dumps(describe_as_gpt2(config), indent=2, ensure_ascii=False).encode()
     data_dir = run_folder.read_config().data_dir
-    # A new card would lose what the present one says of data that are gone by now.
+    # A new card would lose the existing one's description of data that is no longer here.
     if step is None and CARD in files and not Path(data_dir).is_dir():
-        print(format_line(f"the model card stays as it is, since its data, {data_dir}, are not here"), file=sys.stderr)
+        print(format_line(f"keeping the existing model card, because {data_dir} is not here"), file=sys.stderr)
     else:
         texts = describe_model(folder, run_folder, repo_id=repo_id, step=step)
         files |= {name: text.encode() for name, text in texts.items()}
@@ -156,18 +156,18 @@ def collect_model(
 
 
 def _is_published(name: Path) -> bool:
-    """Return whether a file goes to the Hub: not the training state, nor what a desktop, an editor or a user hides."""
+    """Return whether a file is uploaded: not the training state, nor files hidden by desktops, editors or users."""
     is_hidden = any(part.startswith(".") for part in name.parts)
     return name.parts[0] == EVAL_RESULTS or not (is_hidden or name.parts[0] == TRAINING_STATE)
 
 
 def commit_files(repo_id: str, files: Files, message: str, branch: str = MAIN) -> str:
-    """Commit the files that differ from a branch's, if any, and return the commit that has all of them."""
+    """Commit the files that differ from those on a branch, and return the id of the commit that has all of them."""
     api = HfApi()
     present = api.list_repo_files(repo_id, revision=branch)
     replaced = [name for name in present if any(fnmatch.fnmatch(name, pattern) for pattern in REPLACED)]
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-    # One by one: several large files at once are sent by threads, which delay the exit of a run that is stopped.
+    # One at a time: uploads of several large files use threads, which delay the exit of a stopped run.
     for addition in additions:
         api.preupload_lfs_files(repo_id, [addition], num_threads=1, revision=branch)
     deletions = [CommitOperationDelete(name) for name in replaced if name not in files]
@@ -175,12 +175,12 @@ def commit_files(repo_id: str, files: Files, message: str, branch: str = MAIN) -
 
 
 def explain_failure(error: BaseException) -> str:
-    """Return in one line why something could not be published."""
+    """Return a one-line reason for a failed upload."""
     if isinstance(error, UserError | HubUnreachableError):
         return str(error)
     return describe_hub_failure(error) or f"{type(error).__name__}: {error}"
 
 
 def name_address(repo_id: str) -> str:
-    """Return the web address of a repository."""
+    """Return the URL of a repository."""
     return f"{constants.ENDPOINT}/{repo_id}"

@@ -1,4 +1,4 @@
-"""The model card of a run: the template beside this file, filled in from the run's files."""
+"""The model card of a run, filled in from the run's files (template: `model_card.md`)."""
 
 import html
 import json
@@ -39,7 +39,7 @@ Rows = list[tuple[str, str]]
 
 
 def write_model_card(folder: Path, run_folder: RunFolder) -> None:
-    """Write the card of the finished model into its folder, with the curves that it shows and the scores by file."""
+    """Write the card, curves and score files of the finished model into its folder."""
     if run_folder.curves.is_file():
         shutil.copyfile(run_folder.curves, folder / CURVES)
     for name, text in describe_model(folder, run_folder).items():
@@ -51,14 +51,14 @@ def write_model_card(folder: Path, run_folder: RunFolder) -> None:
 def describe_model(
     folder: Path, run_folder: RunFolder, *, repo_id: str | None = None, step: int | None = None
 ) -> dict[str, str]:
-    """Return a model's card and the files of its scores, by their path in the model's folder.
+    """Return the contents of a model's card and score files, keyed by path in the model's folder.
 
-    The card says less where the record of the run, or its data, are gone.
+    The card contains less if the records or the data of the run are gone.
 
     Args:
-        folder: of the model.
-        repo_id: the repository that the model goes to, if any.
-        step: of a checkpoint, whose card contains nothing later; `None` for the finished model.
+        folder: the model's folder.
+        repo_id: the repository to publish to, if any.
+        step: the step of a checkpoint, whose card contains nothing later; `None` for the finished model.
 
     Raises:
         UserError: the run's settings are missing or damaged.
@@ -84,7 +84,7 @@ def describe_model(
         config=config,
         **describe_training(config, lines, last),
         prompt=quote_text(repr(config.sample_prompt)),
-        samples=quote_samples(run_folder, last) or "None were drawn.",
+        samples=quote_samples(run_folder, last) or "No samples were drawn.",
         folder=json.dumps(repo_id) if repo_id else '"."  # this folder, or its Hub id',
         commands=list_commands(config, manifest),
         versions=", ".join(f"{package} {number}" for package, number in versions.items()),
@@ -95,7 +95,7 @@ def describe_model(
 def build_metadata(
     name: str, config: TrainingConfig, manifest: Manifest | None, last: Metrics, scores: Mapping[str, Score]
 ) -> ModelCardData:
-    """Return what the Hub reads of a card: kind of model, data set, base model, and results as a `model-index`."""
+    """Build a card's metadata for the Hub: kind of model, dataset, base model, and results as a `model-index`."""
     source = manifest.source if manifest else {}
     is_on_hub = all(isinstance(source.get(name), str) for name in ("id", "revision"))
     data = {
@@ -107,7 +107,7 @@ def build_metadata(
     }
     kinds = {
         "val/loss": ("loss", "validation loss (nats per token)"),
-        "val/bpb": ("bits_per_byte", "validation bits a UTF-8 byte"),
+        "val/bpb": ("bits_per_byte", "validation bits per UTF-8 byte"),
     }
     measured = [
         EvalResult("text-generation", metric_type=kind, metric_name=label, metric_value=last[metric], **data)
@@ -128,7 +128,7 @@ def build_metadata(
 
 
 def describe_source(manifest: Manifest) -> str:
-    """Name the corpus of a manifest in one phrase, without the paths of local files."""
+    """Describe the corpus of a manifest in one phrase, without paths of local files."""
     source = manifest.source
     if "files" in source:
         return f"{len(source['files'])} local file(s), {manifest.read.documents:,} documents"
@@ -136,26 +136,26 @@ def describe_source(manifest: Manifest) -> str:
 
 
 def describe_progress(last: Metrics, step: int | None) -> str:
-    """Return a paragraph on the updates that a model has had; empty if they are not recorded."""
+    """Return a paragraph with the model's number of updates; empty if they were not recorded."""
     if step is not None:
-        return f"\n**This is the model after {step:,} updates of a run that went on.**\n"
+        return f"\n**This is an intermediate checkpoint after {step:,} updates.**\n"
     return f"\nThe run ended after {last['step']:,} updates.\n" if last else ""
 
 
 def list_losses(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> Rows:
-    """Return rows on the train and the validation loss."""
+    """Return table rows for the train and validation losses."""
     rows, validation = [], find_last_validation(lines)
     if "train/loss" in last:
         rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats per token"))
     if validation is not None:
         when = "" if validation["step"] == last["step"] else f" of an earlier model, at step {validation['step']:,}"
         rows.append((f"validation loss{when}", format_validation(validation)))
-        rows.append(("validation tokens", f"the first {config.eval_tokens:,} of the split, at most"))
+        rows.append(("validation tokens", f"first {config.eval_tokens:,} of the split, or all if it has fewer"))
     return rows
 
 
 def list_score_rows(config: TrainingConfig, in_training: Mapping[str, Score], afterwards: Iterable[Score]) -> Rows:
-    """Return rows on the HellaSwag scores of the run, then on those that eval_hellaswag.py measured."""
+    """Return table rows for the HellaSwag scores measured in training, then for those by eval_hellaswag.py."""
     items = name_items(config.hellaswag_file, config.hellaswag_limit)
     of_run = [
         (f"{items}: acc_norm, protocol `{protocol}`, in training", describe_score(score, "acc_norm"))
@@ -170,23 +170,23 @@ def list_score_rows(config: TrainingConfig, in_training: Mapping[str, Score], af
 
 
 def list_data(config: TrainingConfig, manifest: Manifest | None) -> Rows:
-    """Return rows on the data."""
+    """Return table rows for the data."""
     if manifest is None:
         return [("source", f"`{Path(config.data_dir).name}`, a folder without a manifest")]
     train, val, tokenizer = manifest.train, manifest.val, f"`{shorten(manifest.tokenizer)}`"
     if manifest.tokenizer.startswith((".", "/", "~")):
-        tokenizer = f"saved here with the model, from {tokenizer}"
+        tokenizer = f"saved with the model, from {tokenizer}"
     return [
         ("source", describe_source(manifest)),
         ("training split", f"{train.tokens:,} tokens, {train.documents:,} documents, {train.bytes:,} bytes of text"),
-        ("validation split", f"{val.tokens:,} tokens, {val.documents:,} documents, the front of the source"),
-        ("order", f"shuffled by document, seed {manifest.seed}" if manifest.shuffled else "as in the source"),
+        ("validation split", f"{val.tokens:,} tokens, {val.documents:,} documents, the start of the source"),
+        ("order", f"documents shuffled, seed {manifest.seed}" if manifest.shuffled else "as in the source"),
         ("tokenizer", f"{tokenizer}, {manifest.vocab_size:,} ids"),
     ]
 
 
 def read_shape(folder: Path) -> Mapping[str, str]:
-    """Return the numbers in a model's configuration, by name."""
+    """Return the integers in a model's configuration, formatted, keyed by name."""
     config = read_json_object(folder / "config.json")
     numbers = {name: f"{value:,}" for name, value in config.items() if isinstance(value, int)}
     return defaultdict(lambda: NOT_RECORDED, numbers)
@@ -198,14 +198,14 @@ def count_parameters(folder: Path) -> str:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="np") as weights:
             n_parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return f"{n_parameters:,}, the tied embedding counted once" if n_parameters else NOT_RECORDED
+    return f"{n_parameters:,} (tied embedding counted once)" if n_parameters else NOT_RECORDED
 
 
 def describe_training(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> dict[str, str]:
-    """Return the facts on the training that are not settings, by their names in the template."""
-    autocast = f"{config.mixed_precision} autocast where the device has it, weights and optimizer in float32"
+    """Return the facts about training that are not settings, keyed by their names in the template."""
+    autocast = f"{config.mixed_precision} autocast where supported, weights and optimizer state in float32"
     facts = {
-        "updates": f"{last['step']:,} of {config.tokens_per_step:,} tokens" if last else NOT_RECORDED,
+        "updates": f"{last['step']:,}, each of {config.tokens_per_step:,} tokens" if last else NOT_RECORDED,
         "tokens_seen": NOT_RECORDED,
         "precision": "float32" if config.mixed_precision == "no" else autocast,
         "time": NOT_RECORDED,
@@ -215,17 +215,17 @@ def describe_training(config: TrainingConfig, lines: Sequence[Metrics], last: Me
     rates = [line["train/tokens_per_second"] for line in lines if line.get("train/tokens_per_second", 0) > 0]
     if rates:
         seconds = sum(config.tokens_per_step / rate for rate in rates)
-        facts["time"] = f"{format_duration(seconds)} of updates, evaluations not counted"
+        facts["time"] = f"{format_duration(seconds)} of updates, excluding evaluations"
     return facts
 
 
 def format_table(rows: Rows) -> str:
-    """Lay out rows of a name and a value; nothing where there are none."""
+    """Format rows of name and value as a Markdown table, or return an empty string if there are none."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) if rows else ""
 
 
 def quote_samples(run_folder: RunFolder, last: Metrics) -> str:
-    """Return the newest samples up to a model's step, each as a paragraph."""
+    """Return the newest samples up to a model's step, each as a quoted paragraph."""
     end = last.get("step", math.inf)
     samples = [sample for sample in run_folder.read_samples() if sample["step"] <= end]
     newest = max((sample["step"] for sample in samples), default=None)
@@ -233,5 +233,5 @@ def quote_samples(run_folder: RunFolder, last: Metrics) -> str:
 
 
 def quote_text(text: str) -> str:
-    """Return text as one line, escaped so that Markdown shows it literally."""
+    """Return text on one line, escaped so that Markdown shows it literally."""
     return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

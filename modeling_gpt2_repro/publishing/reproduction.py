@@ -1,4 +1,4 @@
-"""What it takes to make a run again: the commands, and the versions that it ran with."""
+"""How to reproduce a run: its commands and software versions."""
 
 import re
 import shlex
@@ -15,12 +15,12 @@ from ..training.run_folder import RunFolder
 
 
 def list_commands(config: TrainingConfig, manifest: Manifest | None) -> str:
-    """Return the command lines that make the data, of the same commit, and the run on them again."""
+    """Return the command lines that prepare the data, from the same commit of its source, and repeat the run."""
     commands, defaults = [], TrainingConfig()
     if manifest is not None:
         recorded = manifest.settings | {"revision": manifest.source.get("revision"), "tokenizer": manifest.tokenizer}
         given = {name: value for name, value in recorded.items() if value not in (None, []) and value is not False}
-        if config.data_dir != defaults.data_dir:  # by default, one script writes to where the other reads
+        if config.data_dir != defaults.data_dir:  # the defaults of the two scripts agree
             given["output_dir"] = config.data_dir
         commands.append("python prepare_data.py" + _format_flags(PrepareConfig, given))
     shared = [field.name for field in fields(config) if not field.metadata["private"]]
@@ -30,7 +30,7 @@ def list_commands(config: TrainingConfig, manifest: Manifest | None) -> str:
 
 
 def _format_flags(config_type: type[Config], settings: dict[str, Any]) -> str:
-    """Return settings as flags, their paths shortened."""
+    """Format settings as command-line flags, with paths shortened."""
     paths = {field.name for field in fields(config_type) if field.metadata["path"]}
     flags = ""
     for name, value in settings.items():
@@ -41,7 +41,7 @@ def _format_flags(config_type: type[Config], settings: dict[str, Any]) -> str:
 
 
 def _quote(text: str) -> str:
-    """Quote a value for bash, on one line: a line break could end the block that holds the commands."""
+    """Quote a value for bash on a single line, because a line break could end the code block around the commands."""
     if text.isprintable():
         return shlex.quote(text)
     escaped = re.sub(r"[\\']", r"\\\g<0>", text)
@@ -49,15 +49,15 @@ def _quote(text: str) -> str:
 
 
 def read_versions(folder: RunFolder) -> dict[str, str]:
-    """Return the versions that a finished run recorded, else those that are installed."""
+    """Return the versions that a finished run recorded; if there are none, the installed ones."""
     recorded = folder.read_status().get("versions")
     return recorded if isinstance(recorded, dict) and recorded else list_versions()
 
 
 def shorten(path: str) -> str:
-    """Return a path or a name on the Hub unchanged, but only the last part of a path out of the working folder.
+    """Return a path or Hub id unchanged, but only the last component of a path outside the working folder.
 
-    The rest would tell strangers about a machine, and the reader has to give another path anyway.
+    The rest would reveal details of a private machine, and readers need a path of their own anyway.
     """
     leads_out = path.startswith(("/", "~")) or ".." in Path(path).parts
     return f"PATH/TO/{Path(path).name}" if leads_out else path

@@ -1,7 +1,7 @@
-"""HellaSwag scores of a finished model: those in its run's folder, and the two forms in which the Hub reads them.
+"""HellaSwag scores of a finished model: reading them from its run folder, and formatting them for the Hub.
 
-The Hub's forms are `model-index` in a model card, and `.eval_results/*.yaml`. Both name the protocol of every score,
-and take scores on the whole validation split only (`choose_validation_split_scores`).
+The Hub reads `model-index` in a model card and `.eval_results/*.yaml`. Both state the protocol of every score and
+contain only scores on the full validation split (`choose_validation_split_scores`).
 """
 
 import os
@@ -23,20 +23,20 @@ from ..training.metrics import Metrics, read_json_object
 from ..training.run_folder import RunFolder
 
 EVAL_RESULTS = ".eval_results"
-# The Hub shows a score on a dataset's leaderboard where the dataset defines a task of this name. We could not try
-# whether Rowan/hellaswag does; on the model's own page it is shown in any case.
+# The Hub shows a score on a dataset's leaderboard if the dataset defines a task with this id. Whether Rowan/hellaswag
+# does is untested; the model's own page shows the score in any case.
 TASK_ID = "hellaswag"
-ACCURACIES = {"acc_norm": "length-normalised accuracy", "acc": "accuracy"}
+ACCURACIES = {"acc_norm": "length-normalized accuracy", "acc": "accuracy"}
 PROTOCOLS = {
     "original": "protocol original: build-nanogpt's script, acc_norm by tokens",
     "lm_eval": "protocol lm_eval: lm-evaluation-harness 0.4, acc_norm by characters",
 }
 
-Score = Mapping[str, Any]  # `acc`, `acc_norm`; where known their `_stderr`, `n` and `dtype`, as in results.json
+Score = Mapping[str, Any]  # `acc`, `acc_norm` and, if known, their `_stderr`, `n` and `dtype`, as in results.json
 
 
 def read_training_scores(last: Metrics) -> dict[str, Score]:
-    """Return by protocol the scores in a run's last metrics, by the names that eval_hellaswag.py writes."""
+    """Return the scores in a run's last metrics, keyed by protocol, with the field names of eval_hellaswag.py."""
     scores = {
         protocol: {name: last[f"{prefix}/{name}"] for name in SCORE_NAMES if f"{prefix}/{name}" in last}
         for protocol, prefix in METRIC_PREFIXES.items()
@@ -45,23 +45,23 @@ def read_training_scores(last: Metrics) -> dict[str, Score]:
 
 
 def list_scores(folder: RunFolder, repo_id: str | None = None) -> list[Score]:
-    """Return the HellaSwag scores of the finished model that eval_hellaswag.py wrote into the run folder.
+    """Return the HellaSwag scores of the finished model that eval_hellaswag.py wrote to the run folder.
 
-    A file without any is skipped with a line on stderr that says why.
+    Files without valid scores of this model are skipped, with the reason on stderr.
 
     Returns:
-        For each file and protocol the scores, with their `protocol`, `file`, `data` (the name of the items),
+        The scores of each file and protocol, with their `protocol`, `file`, `data` (name of the items),
         `is_validation_split` and `dtype` (`None` if unknown).
     """
     found = []
     for path in sorted(path for path in folder.path.glob("hellaswag*.json") if path.is_file()):
         content = read_json_object(path)
         scores = _read_scores(content)
-        fault = _find_fault(content, path, folder, repo_id) if scores else "it is damaged, or holds no scores"
+        fault = _find_fault(content, path, folder, repo_id) if scores else "it is damaged or contains no scores"
         if fault is None:
             found += [score | {"file": path.stem} for score in scores]
         else:
-            print(format_line(f"{path} is skipped: {fault}"), file=sys.stderr)
+            print(format_line(f"skipping {path}: {fault}"), file=sys.stderr)
     return found
 
 
@@ -81,31 +81,31 @@ def _read_scores(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _find_fault(content: dict[str, Any], path: Path, folder: RunFolder, repo_id: str | None) -> str | None:
-    """Return why scores are not those of the finished model; `None` if they are."""
+    """Return why scores are not those of the finished model, or `None` if they are."""
     model_config = folder.final / "config.json"
     if not model_config.exists():
         return "the run has no finished model yet"
     if content.get("weights") is not None:
         is_same = content["weights"] == identify_weights(folder.final)
-        return None if is_same else f"it is of other weights than those in {folder.final}, or of an earlier state"
-    # Without a checksum, as of a model on the Hub: the model's name and the age have to do.
+        return None if is_same else f"it was measured with other (or earlier) weights than those in {folder.final}"
+    # Without a checksum (of a model on the Hub, for example), compare the model's name and the file's age.
     names = {(Path(os.path.abspath(folder.path)).name, folder.final.name), tuple((repo_id or "").split("/"))}
     if Path(str(content.get("model"))).absolute().parts[-2:] not in names:
-        return f"it is of the model {content.get('model')}"
+        return f"it was measured with the model {content.get('model')}"
     return f"it is older than {folder.final}" if path.stat().st_mtime < model_config.stat().st_mtime else None
 
 
 def choose_validation_split_scores(
     in_training: Mapping[str, Score], afterwards: Iterable[Score], config: TrainingConfig
 ) -> dict[str, Score]:
-    """Return by protocol the scores on the whole of HellaSwag's validation set, which alone are HellaSwag's.
+    """Return the scores on HellaSwag's full validation split, keyed by protocol; no others may be called HellaSwag's.
 
-    Those that eval_hellaswag.py measured take precedence over those of the training, whose precision is the
-    training's; and of these, the ones in float32.
+    Scores by eval_hellaswag.py take precedence over those measured in training, in its precision, and among the former
+    those in float32.
 
     Args:
-        in_training: as `read_training_scores` returns them.
-        afterwards: as `list_scores` returns them.
+        in_training: the result of `read_training_scores`.
+        afterwards: the result of `list_scores`.
     """
     scores = dict(in_training) if is_scored_on_validation_split(config) else {}
     for score in sorted(afterwards, key=lambda score: score["dtype"] == "float32"):
@@ -115,16 +115,16 @@ def choose_validation_split_scores(
 
 
 def describe_score(score: Score, metric: str) -> str:
-    """Format a score with its standard error, the number of items and the precision, as far as they are known."""
+    """Format a score with its standard error, number of items and precision, as far as known."""
     stderr, n, dtype = score.get(f"{metric}_stderr"), score.get("n"), score.get("dtype")
     error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
     return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + (f", in {dtype}" if dtype else "")
 
 
 def build_eval_results(scores: Mapping[str, Score]) -> list[EvalResult]:
-    """Return an entry of a model card's `model-index` for each protocol and metric, its value a fraction.
+    """Return a `model-index` entry for each protocol and metric, with the value as a fraction.
 
-    `ModelCardData(model_name=..., eval_results=...)` takes the list.
+    The list is the `eval_results` of `ModelCardData(model_name=..., eval_results=...)`.
     """
     return [
         EvalResult(
@@ -137,7 +137,7 @@ def build_eval_results(scores: Mapping[str, Score]) -> list[EvalResult]:
             metric_type=metric,
             metric_name=f"{name}, {PROTOCOLS[protocol]}",
             metric_value=round(score[metric], 4),
-            # Not in `dataset_args`: the Hub's library puts all results on a dataset under the arguments of the first.
+            # Not in `dataset_args`: huggingface_hub groups results by dataset and keeps only the first's arguments.
             metric_args={"protocol": protocol, **_collect_details(score, metric)},
         )
         for protocol, score in scores.items()
@@ -151,9 +151,9 @@ def _collect_details(score: Score, metric: str) -> dict[str, Any]:
 
 
 def render_eval_results(scores: Mapping[str, Score]) -> dict[str, str]:
-    """Return the text of each `.eval_results/hellaswag_PROTOCOL.yaml`, which has `acc_norm`, by its path in a folder.
+    """Return the content of each `.eval_results/hellaswag_PROTOCOL.yaml`, with `acc_norm`, keyed by relative path.
 
-    One file a protocol, because the Hub wants several scores on one task in files of their own.
+    There is one file per protocol, because the Hub requires separate files for several scores on one task.
     """
     texts = {}
     for protocol, score in scores.items():

@@ -1,7 +1,7 @@
-"""Publishing beside the training: a thread that uploads checkpoints from the disk, and the finished model at the end.
+"""Publishing during training: a background thread uploads checkpoints, and at the end the finished model.
 
-A checkpoint waits as hard links in the run folder's `hub_upload`, so that the original may be pruned meanwhile, and is
-deleted there once it is on the Hub. What waits when a run is stopped or killed is uploaded when it is resumed.
+Queued checkpoints are hard links in the run folder's `hub_upload`, so that the originals can be pruned in the
+meantime, and are deleted there once uploaded. If a run is stopped or killed, its queue is uploaded when it resumes.
 """
 
 import os
@@ -24,13 +24,13 @@ from .hub import explain_failure, name_address, open_repository, publish_checkpo
 
 
 class Uploader:
-    """Uploads the models of a run. No step waits for it, and no failure of it ends the run.
+    """Uploads the models of a run without blocking or failing it.
 
-    The first failure is reported at once; with each further checkpoint, and at the end, all that waits is tried again.
+    The first failure is reported at once. Each further checkpoint, and the end of the run, retries the whole queue.
 
     Args:
         is_enabled: a disabled uploader does nothing; only one process of a run uploads.
-        say: called with a line on what was published, and on what failed.
+        say: called with a line about each model published and about failures.
     """
 
     def __init__(self, folder: RunFolder, config: TrainingConfig, is_enabled: bool, say: Callable[[str], None]):
@@ -39,14 +39,14 @@ class Uploader:
         self._has_warned = False
         self._is_finishing = False
         self._is_due = threading.Event()
-        # A daemon, so that a run that is asked to stop does not wait for an upload.
+        # A daemon, so that a run can stop without waiting for an upload.
         self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
 
     def check(self, is_resumed: bool) -> None:
-        """Open the repository, so that a mistake shows before the first step.
+        """Open the repository, so that mistakes surface before the first step.
 
         Raises:
-            UserError: a new run could not publish. A resumed one continues where the Hub is merely unreachable.
+            UserError: the run cannot publish. A resumed run only warns if the Hub is unreachable.
         """
         if not self._is_enabled:
             return
@@ -55,13 +55,13 @@ class Uploader:
         except HubUnreachableError as error:
             if not is_resumed:
                 raise UserError(
-                    f"--push_to_hub cannot reach the Hub ({error}): check the connection, or leave it out and publish "
-                    f"the finished run with {self._describe_command()}"
+                    f"--push_to_hub cannot reach the Hub ({error}): check the connection, or drop the flag and "
+                    f"publish the finished run with {self._describe_command()}"
                 ) from error
             self._warn(error)
 
     def start(self, first_step: int | None) -> None:
-        """Begin to upload, first what an earlier attempt left waiting; `None` for a run that starts over."""
+        """Start uploading, first the queue of an earlier attempt; pass `None` for a run that starts over."""
         if not self._is_enabled:
             return
         remove_models(self._folder.hub_upload, after=-1 if first_step is None else first_step)
@@ -69,7 +69,7 @@ class Uploader:
         self._thread.start()
 
     def submit(self, checkpoint: Path) -> None:
-        """Queue a checkpoint to be uploaded; returns at once."""
+        """Queue a checkpoint for upload and return at once."""
         if not self._is_enabled:
             return
         try:
@@ -79,7 +79,7 @@ class Uploader:
         self._is_due.set()
 
     def finish(self) -> None:
-        """Upload the checkpoints that wait and the finished model; returns when done, or reported as failed."""
+        """Upload the queue and the finished model; return when done, or after reporting a failure."""
         if not self._is_enabled:
             return
         self._is_finishing = True
@@ -87,14 +87,14 @@ class Uploader:
         if self._thread.is_alive():
             self._thread.join()
         try:
-            clear_unfinished(self._folder.hub_upload)  # of an earlier process, where this one had no step left to make
+            clear_unfinished(self._folder.hub_upload)  # left by an earlier process, if this one had no steps to run
             repo_id = self._upload_waiting()
             publish_final(repo_id, self._folder)
             shutil.rmtree(self._folder.hub_upload, ignore_errors=True)
         except Exception as error:
             self._say(
-                f"the run is finished and not published: {explain_failure(error)}. The same command, or "
-                f"{self._describe_command()}, tries again"
+                f"the run is finished, but publishing failed: {explain_failure(error)}. Retry with the same command, "
+                f"or with {self._describe_command()}"
             )
         else:
             self._say(f"published   {name_address(repo_id)}")
@@ -120,11 +120,11 @@ class Uploader:
                 return
             try:
                 self._upload_waiting()
-            except Exception as error:  # of the network, the Hub or any library between
+            except Exception as error:  # from the network, the Hub or any library in between
                 self._warn(error)
 
     def _upload_waiting(self) -> str:
-        """Upload the checkpoints that wait, oldest first, and return the repository."""
+        """Upload the queued checkpoints, oldest first, and return the repository id."""
         repo_id = self._open()
         for model in list_models(self._folder.hub_upload):
             publish_checkpoint(repo_id, model, self._folder)
@@ -134,12 +134,12 @@ class Uploader:
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:
-            self._say(f"publishing failed, training continues and it is tried again: {explain_failure(error)}")
+            self._say(f"publishing failed; training continues, retrying later: {explain_failure(error)}")
         self._has_warned = True
 
 
 def link_model(checkpoint: Path, target: Path) -> None:
-    """Link a checkpoint's files, except its training state, into `target`; copy them where there are no links."""
+    """Hard-link a checkpoint's files, except its training state, into `target`; copy them if linking fails."""
     with create_folder_atomically(target) as temporary:
         ignore = shutil.ignore_patterns(TRAINING_STATE)
         shutil.copytree(checkpoint, temporary, copy_function=_link, ignore=ignore, dirs_exist_ok=True)

@@ -36,7 +36,7 @@ def test_summary_says_what_was_reached_and_where_it_is(run_folder, capsys):
     assert main(["summary", str(run_folder)]) == 0
     text, error = capsys.readouterr()
     (line,) = error.splitlines()
-    assert line.endswith("hellaswag_gpt2.json is skipped: it is of the model gpt2") and "hellaswag_gpt2" not in text
+    assert line.endswith("hellaswag_gpt2.json: it was measured with the model gpt2") and "hellaswag_gpt2" not in text
     assert "2 steps, 1,048,576 tokens" in text
     assert "8.2500 nats per token, 3.5000 bits per byte" in text
     assert "hellaswag_items, protocol original: acc_norm 0.5000 ± 0.1000 (standard error), 26 items, in " in text

@@ -339,11 +339,11 @@ def test_command_without_a_tokenizer(tmp_path, capsys):
     assert_same_function(stock, reference, draw_ids(65))
 
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
     other = output.rename(f"{output}.partial")  # which may be somebody's
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err and (other / "config.json").exists()
+    assert "already exists" in capsys.readouterr().err and (other / "config.json").exists()
 
 
 def test_command_leaves_nothing_behind_when_it_refuses(tmp_path, capsys):

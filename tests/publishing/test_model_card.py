@@ -96,9 +96,9 @@ def test_card_tells_data_model_training_and_results(run_folder):
         assert table[name] == "0.5000 ± 0.1250 (standard error), 1,042 items"
     assert table["source"] == "1 local file(s), 300 documents"
     assert table["training split"].startswith("2,") and "tokens" in table["training split"]
-    assert table["order"] == "shuffled by document, seed 0"
+    assert table["order"] == "documents shuffled, seed 0"
     assert (table["blocks"], table["attention heads"], table["width"]) == ("2", "4", "64")
-    assert table["updates"] == "4 of 524,288 tokens"
+    assert table["updates"] == "4, each of 524,288 tokens"
     assert table["tokens seen"] == "2,097,152 (0.500 epochs)"
     assert table["time"].startswith("1 s of updates")
     assert "![Curves of the run](curves.png)" in text
@@ -140,7 +140,7 @@ def test_only_paths_out_of_the_working_folder_are_shortened(run_folder):
 
 def test_versions_are_those_that_the_run_ended_with(run_folder):
     (run_folder / "status.json").write_text(json.dumps({"status": "finished", "versions": {"torch": "1.0"}}))
-    assert "With torch 1.0. " in render_card(run_folder / "final", run_folder)
+    assert ": torch 1.0. " in render_card(run_folder / "final", run_folder)
 
 
 def test_metadata_are_what_the_hub_reads(run_folder):
@@ -219,8 +219,8 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
     ("name", "row", "flag"),
     [
         ("openai-community/gpt2", "`openai-community/gpt2`, 50,257 ids", "openai-community/gpt2"),
-        ("./toks/mine", "saved here with the model, from `./toks/mine`, 50,257 ids", "./toks/mine"),
-        ("/home/me/toks/mine", "saved here with the model, from `PATH/TO/mine`, 50,257 ids", "PATH/TO/mine"),
+        ("./toks/mine", "saved with the model, from `./toks/mine`, 50,257 ids", "./toks/mine"),
+        ("/home/me/toks/mine", "saved with the model, from `PATH/TO/mine`, 50,257 ids", "PATH/TO/mine"),
     ],
 )
 def test_a_local_tokenizer_is_not_taken_for_one_of_the_hub(run_folder, data_folder, tmp_path, name, row, flag):
@@ -247,7 +247,7 @@ def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
 def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
     write_scores(run_folder)
     text = render_card(run_folder / "final", run_folder, step=2)
-    assert "**This is the model after 2 updates" in text and "early words" in text
+    assert "checkpoint after 2 updates" in text and "early words" in text
     assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
     assert "in training | 0.2604 |" in text and "lm_eval" not in text  # what the finished model scored
 
@@ -268,7 +268,7 @@ def test_numbers_of_an_earlier_model_are_not_the_models(run_folder, step):
     assert (
         table["validation loss of an earlier model, at step 2"].startswith("7.2500") and "validation loss" not in table
     )
-    assert table["updates"] == "3 of 524,288 tokens"
+    assert table["updates"] == "3, each of 524,288 tokens"
 
 
 def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
@@ -281,12 +281,12 @@ def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
     assert "lm_eval" not in render_card(run_folder / "final", run_folder)
     lines = capsys.readouterr().err.splitlines()
     for name, reason in {
-        "damaged": "it is damaged, or holds no scores",
-        "gpt2": "it is of the model openai-community/gpt2",
-        "odd": "it is damaged, or holds no scores",
+        "damaged": "it is damaged or contains no scores",
+        "gpt2": "it was measured with the model openai-community/gpt2",
+        "odd": "it is damaged or contains no scores",
         "old": f"it is older than {run_folder / 'final'}",
     }.items():
-        assert lines.pop(0) == f"{run_folder / f'hellaswag_{name}.json'} is skipped: {reason}"
+        assert lines.pop(0) == f"skipping {run_folder / f'hellaswag_{name}.json'}: {reason}"
     assert not lines
 
 
@@ -302,7 +302,7 @@ def test_scores_are_known_by_the_weights_wherever_the_run_lies(run_folder, tmp_p
     assert not capsys.readouterr().err
     write_scores(copy, weights=weights[::-1])
     assert "lm_eval" not in render_card(copy / "final", copy)
-    assert "hellaswag.json is skipped: it is of other weights than those in" in capsys.readouterr().err
+    assert "hellaswag.json: it was measured with other (or earlier) weights" in capsys.readouterr().err
 
 
 def test_scores_in_float32_come_before_those_in_less(run_folder):
@@ -334,7 +334,7 @@ def test_card_says_less_where_records_and_data_are_gone(run_folder, data_folder,
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"data_dir": str(tmp_path / "gone")}))
     text = render_card(run_folder / "final", run_folder)
-    for words in ("Nothing was measured.", "None were drawn.", "`gone`, a folder without a manifest", "not recorded"):
+    for words in ("Nothing was measured.", "No samples", "`gone`, a folder without a manifest", "not recorded"):
         assert words in text
     assert "curves.png" not in text
     ModelCard(text)
@@ -351,4 +351,4 @@ def test_a_card_that_cannot_be_written_anew_stays_and_is_told_of(run_folder, tmp
     files = collect_model(run_folder / "final", RunFolder(run_folder), "me/run")
     assert files[CARD].read_text() == "as it was"
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"the model card stays as it is, since its data, {tmp_path / 'gone'}, are not here"
+    assert line.startswith("keeping the existing model card") and str(tmp_path / "gone") in line
