@@ -44,8 +44,14 @@ quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Runs every benchmark alone, one after the other, in about 45 minutes on two cores, and writes docs/benchmarks.md. A
+# benchmark that fails does not stop the others. HellaSwag's items are read from .gpu/hellaswag_val.jsonl.gz if it exists.
 bench: install
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev,bench]'
+	failed=; for script in benchmarks/bench_*.py; do \
+		echo "== $$script"; $(BIN)/python $$script || failed="$$failed $$script"; \
+	done; \
+	$(BIN)/python benchmarks/write_page.py && test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # Bad input by chance, and FUZZ_FACTOR times as much of it as `make test` has. What fails is kept in .hypothesis and
 # comes first when this runs again; FUZZ_ARGS="--hypothesis-seed=N" repeats a whole run by the seed that it printed, and

@@ -1,18 +1,14 @@
-"""What saving and resuming cost: GPT-2 124M on a folder of the reproduction's size.
+"""Save and resume time of GPT-2 124M, with a data folder of the full run's size.
 
-    python benchmarks/bench_checkpoint.py [--model_size 124M] [--rounds 3]
+    python benchmarks/bench_checkpoint.py [--model_size 124M] [--rounds 5]
 
-Training stands still while a checkpoint is written; on resuming its files are compared with their checksums and read.
-What else resuming costs is the way to the first batch, which is timed at step 0 and at step 10,000 of a folder of ten
-billion tokens (empty files of that length, which take no room on most disks). Figures are of this machine's disk.
+Training stands still while a checkpoint is written. On resuming, its files are compared with their checksums. The time
+to the first batch is measured at step 0 and at step 10,000 of a folder of ten billion tokens (sparse files, which take
+no room on most disks). All of it depends on the disk.
 """
 
-import argparse
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
+from benchmarks.measurements import SHAPES, Report, build_parser, time_call
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.data.dataset import TokenDataset, prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
@@ -28,16 +25,6 @@ from modeling_gpt2_repro.training.checkpoint import TrainingState, check_reload,
 from modeling_gpt2_repro.training.optim import build_adamw
 
 N_SHARDS, SHARD_TOKENS, WINDOWS_PER_STEP = 100, 100_000_000, 512
-
-
-def measure(function: Callable[[], object], rounds: int) -> float:
-    """Return the median seconds of a call."""
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 def make_empty_shards(folder: Path) -> None:
@@ -59,12 +46,14 @@ def read_first_batch(folder: Path, step: int) -> None:
     batches.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="124M", choices=MODEL_SIZES)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[arguments.model_size]))
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "checkpoint")
+    parser.add_argument("--model_size", default="124M", choices=SHAPES)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(argv)
+    report, part = Report("checkpoint", options), f"checkpoint of {options.model_size}"
+
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPES[options.model_size]))
     optimizer = build_adamw(model, 6e-4, 0.1, (0.9, 0.95))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -73,16 +62,25 @@ def main() -> None:
     state = TrainingState(step=10_000, tokens=0, experiment={}, skips=[], tracker_run_id="")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save = measure(lambda: save_checkpoint(folder, state, model, tokenizer, optimizer), arguments.rounds)
+
+        def save() -> None:
+            save_checkpoint(folder, state, model, tokenizer, optimizer)
+
+        report.add_median(
+            part, "writing it (training stands still)", [time_call(save) for _ in range(options.rounds)], "s"
+        )
         checkpoint = folder / "step_0010000"
         size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-        print(f"saving            {save:6.2f} s, in which training stands still; {size / 1e9:.2f} GB")
-        print(f"checking it       {measure(lambda: check_whole(checkpoint), arguments.rounds):6.2f} s, on resuming")
+        report.add(part, "size", size / 1e9, "GB")
+        seconds = [time_call(lambda: check_whole(checkpoint)) for _ in range(options.rounds)]
+        report.add_median(part, "comparing it with its checksums", seconds, "s")
         check_reload(checkpoint, model, optimizer)
         make_empty_shards(folder)
         for step in (0, 10_000):
-            seconds = measure(lambda step=step: read_first_batch(folder, step), 3 * arguments.rounds)
-            print(f"first batch       {1e3 * seconds:6.1f} ms after opening ten billion tokens, at step {step:,}")
+            seconds = [time_call(lambda step=step: read_first_batch(folder, step)) for _ in range(3 * options.rounds)]
+            milliseconds = [1e3 * each for each in seconds]
+            report.add_median("folder of ten billion tokens", f"first batch, at step {step:,}", milliseconds, "ms")
+    report.write(options.output)
 
 
 if __name__ == "__main__":

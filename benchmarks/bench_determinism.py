@@ -1,10 +1,10 @@
-"""What it costs that a CPU gives the same bits at every call: steps with that and without, in turns.
+"""The cost of a CPU's reproducible bits: training steps with and without them, taking turns.
 
     python benchmarks/bench_determinism.py [--model_size 124M] [--batch_size 2] [--sequence_length 1024] [--rounds 30]
 
-Both are the step of `bench_training_step.py` as train.py makes it, each compiled in a process of its own. They take
-turns, and which of the two comes first alternates. The figure is the median of the ratios of two neighbouring steps;
-the interval is the one between order statistics that covers the median with a probability of 95 %.
+Both are the step of `bench_training_step.py` as train.py makes it, each compiled in a process of its own. The one that
+comes first alternates. The result is the median ratio of two neighboring steps' times, with the interval between order
+statistics that contains the true median with a probability of 95 %.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -22,16 +21,14 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_training_step import WARMUP_STEPS, OurLoop
-from benchmarks.measurements import Result, describe_machine, format_table, write_results
-from modeling_gpt2_repro import MODEL_SIZES
+from benchmarks.measurements import SHAPES, Report, build_parser, time_call
 from modeling_gpt2_repro.core import launch
 
-RESULTS = Path(__file__).resolve().parent / "results" / "determinism.json"
 PEERS = ("deterministic", "free")
 
 
 def serve(name: str, options: argparse.Namespace, connection: Connection) -> None:
-    """Build a step, and send its seconds whenever it is asked for one."""
+    """Build a training loop, and send the seconds of a step for each request."""
     if name == "free":
         mock.patch.object(launch, "compute_deterministically", lambda is_wanted: None).start()
     loop = OurLoop(options, options.compile)
@@ -39,9 +36,7 @@ def serve(name: str, options: argparse.Namespace, connection: Connection) -> Non
         loop.step()
     connection.send(True)
     while connection.recv():
-        started = time.perf_counter()
-        loop.step()
-        connection.send(time.perf_counter() - started)
+        connection.send(time_call(loop.step))
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
@@ -51,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     for name in PEERS:
         connections[name], theirs = context.Pipe()
         context.Process(target=serve, args=(name, options, theirs), daemon=True).start()
-        theirs.close()  # or a peer's death would not show as the end of its connection
+        theirs.close()  # or the death of a peer would not end its connection
         connections[name].recv()
     seconds: dict[str, list[float]] = {name: [] for name in PEERS}
     for number in range(options.rounds):
@@ -64,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def find_median_interval(values: list[float], coverage: float = 0.95) -> tuple[float, float]:
-    """Return the narrowest pair of order statistics, the same number from either end, that covers the median."""
+    """Return the narrowest pair of order statistics, equally far from both ends, that covers the median."""
     n, left_out, outside = len(values), 0, 0.0
     while (outside := outside + 2 * math.comb(n, left_out) / 2**n) <= 1 - coverage:
         left_out += 1
@@ -72,32 +67,27 @@ def find_median_interval(values: list[float], coverage: float = 0.95) -> tuple[f
     return ordered[max(0, left_out - 1)], ordered[-max(1, left_out)]
 
 
-def main() -> None:
-    """Print the ratio of the steps' seconds, and write it down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="124M", choices=MODEL_SIZES)
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences at once")
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "determinism")
+    parser.add_argument("--model_size", default="124M", choices=SHAPES)
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences per step")
     parser.add_argument("--sequence_length", type=int, default=1024, help="tokens")
     parser.add_argument("--compile", default="on", choices=["on", "off"])
     parser.add_argument("--rounds", type=int, default=30, help="measured steps of each")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    report = Report("determinism", options)
 
-    machine = describe_machine()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         seconds = measure(options)
+    part = f"{options.model_size}, {options.batch_size} x {options.sequence_length} tokens, compile {options.compile}"
+    for name, times in seconds.items():
+        report.add_median(part, name, times, "s per step")
     ratios = [ours / theirs for ours, theirs in zip(*(seconds[name] for name in PEERS), strict=True)]
     low, high = find_median_interval(ratios)
-    part = f"{options.model_size}, {options.batch_size} x {options.sequence_length}, compile {options.compile}"
-    results = [Result(part, name, statistics.median(times), "s") for name, times in seconds.items()]
-    results += [
-        Result(part, "deterministic / free", statistics.median(ratios), "median ratio"),
-        Result(part, "deterministic / free", low, "95 % from"),
-        Result(part, "deterministic / free", high, "95 % to"),
-    ]
-    print(format_table(results, []))
-    write_results(options.output, "determinism", results, [], machine)
+    statistic = f"median of {len(ratios)} neighboring pairs, 95 % interval"
+    report.add(part, "deterministic / free", statistics.median(ratios), "x", statistic=statistic, low=low, high=high)
+    report.write(options.output)
 
 
 if __name__ == "__main__":

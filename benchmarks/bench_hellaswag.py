@@ -1,13 +1,14 @@
-"""HellaSwag items a second: ours, lm-evaluation-harness and a loop that takes one item at a time, on the same model.
+"""HellaSwag throughput of this package, of lm-evaluation-harness and of a loop over single items, on the same model.
 
-    python benchmarks/bench_hellaswag.py [--data_file FILE.jsonl] [--items 200] [--rounds 3]
+    python benchmarks/bench_hellaswag.py [--data_file FILE.jsonl] [--items 60] [--rounds 3]
 
-The model is transformers' GPT-2 of the 124M shape with random weights. In float32 the harness runs at the best of its
-batch sizes, and ours in the protocol of whom it is compared with; ours runs in bfloat16 as well. They take turns, and
-the medians are compared, of seconds by the clock and of seconds of the processor's: the latter hold on a machine with
-other work, with OMP_NUM_THREADS=1. Everything from text to sums is timed, building the harness's requests is not. Also
-printed: the ratio of floating-point operations to rows without padding, the largest difference between the sums, and
-on how many items bfloat16 picks the same ending.
+The model is transformers' GPT-2 in the 124M shape with random weights. The harness runs at the best of its batch
+sizes. This package runs in the peer's protocol, in float32 like the peer, and in bfloat16. They take turns. Wall time
+and processor time are both measured: the latter is valid on a busy machine, with OMP_NUM_THREADS=1. Everything from
+text to log-probabilities is timed, except building the harness's requests. Also reported: the ratio of floating-point
+operations to rows without padding, the largest difference between the log-probabilities, and how often bfloat16 picks
+the same ending. Without --data_file the items are those of .gpu/hellaswag_val.jsonl.gz, or, if there is no such file,
+the package's own 48 items in HellaSwag's format.
 """
 
 import argparse
@@ -21,35 +22,35 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # which point the harness at a local file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # for harness.py
 
 import torch
 from harness import HFLM, build_task, silence_harness
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.measurements import Report, build_parser, find_hellaswag
 from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
-from modeling_gpt2_repro.evaluation.hellaswag_data import HellaSwagItem, load_hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, HellaSwagItem, load_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, encode_hellaswag
 from modeling_gpt2_repro.evaluation.multiple_choice import pick_endings
 
-REAL_FILE = Path(__file__).resolve().parents[2] / "shared" / "data" / "hellaswag_val.jsonl"
 BATCH_SIZES = (1, 4, 8, 16, 32)
-# As many items as it takes to tell the harness's batch sizes apart.
+# Enough items to choose among the harness's batch sizes.
 TRIAL_ITEMS = 12
 Sums = list[list[float]]
 
 
 def build_model(seed: int) -> GPT2LMHeadModel:
-    """Return GPT-2 124M with random weights, large enough that its answers differ as those of a trained model do."""
+    """Return GPT-2 124M with random weights, large enough for its answers to vary like those of a trained model."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(GPT2Config(initializer_range=0.05, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
 
 
 @torch.no_grad()
 def score_one_at_a_time(model: GPT2LMHeadModel, tokenizer, items: list[HellaSwagItem]) -> Sums:
-    """Score the `original` protocol as one writes it first: four padded rows an item, and all of their logits."""
+    """Score the `original` protocol in the straightforward way: four padded rows per item, and all of their logits."""
     sums = []
     for item in items:
         context_ids = tokenizer(item.ctx)["input_ids"]
@@ -66,7 +67,7 @@ def score_one_at_a_time(model: GPT2LMHeadModel, tokenizer, items: list[HellaSwag
 
 
 def build_harness(model: GPT2LMHeadModel, tokenizer, items: list[HellaSwagItem]) -> Callable[[int], Sums]:
-    """Return what scores the harness's requests of these items at a batch size."""
+    """Return a function that scores the harness's requests for these items at a batch size."""
     lm = HFLM(pretrained=model, tokenizer=tokenizer)
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps(vars(item)) + "\n" for item in items)
@@ -82,23 +83,24 @@ def build_harness(model: GPT2LMHeadModel, tokenizer, items: list[HellaSwagItem])
     return score
 
 
-def score_ours(model: torch.nn.Module, tokenizer, items: list[HellaSwagItem], protocol: str) -> Sums:
+def score_with_package(model: torch.nn.Module, tokenizer, items: list[HellaSwagItem], protocol: str) -> Sums:
     result = evaluate_hellaswag(model, encode_hellaswag(items, tokenizer, protocol), show_progress=False)
     return [list(item.nll) for item in result.scored_items]
 
 
 def measure(function: Callable[[], Sums]) -> tuple[tuple[float, float], Sums]:
-    """Return seconds by the clock and of the processor's, and the sums."""
+    """Return the seconds of wall time and of processor time, and the result."""
     start = time.perf_counter(), time.process_time()
     sums = function()
     return (time.perf_counter() - start[0], time.process_time() - start[1]), sums
 
 
-def count_flops(model: GPT2LMHeadModel, encoded: EncodedHellaSwag) -> tuple[int, int]:
-    """Return the operations of matrix products for plain rows without padding, and for rows that share a context."""
-    head = model.lm_head.weight.numel()
-    body = sum(parameter.numel() for name, parameter in model.transformer.h.named_parameters() if parameter.dim() == 2)
-    attention = 2 * model.config.n_layer * model.config.n_embd  # of a token and one that it may look at
+def count_flops(encoded: EncodedHellaSwag) -> tuple[int, int]:
+    """Return the operations of GPT-2 124M's products for plain rows without padding, and for shared contexts."""
+    config = GPT2Config()
+    head = config.vocab_size * config.n_embd
+    body = 12 * config.n_layer * config.n_embd**2
+    attention = 2 * config.n_layer * config.n_embd  # per pair of tokens
     plain = shared = 0
     for item in encoded.items:
         n_context = len(item.context_ids)
@@ -110,62 +112,85 @@ def count_flops(model: GPT2LMHeadModel, encoded: EncodedHellaSwag) -> tuple[int,
     return plain, shared
 
 
-def main() -> None:
-    """Print items a second, and what they are worth beside each other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_file", type=Path, default=REAL_FILE, help="HellaSwag items")
-    parser.add_argument("--items", type=int, default=200)
+def find_batch_size(trial: Callable[[int], Sums]) -> int:
+    """Return the harness's fastest batch size on the trial items, by processor time."""
+    trial(1)  # warm-up
+    return min(BATCH_SIZES, key=lambda size: measure(partial(trial, size))[0][1])
+
+
+def build_peers(options: argparse.Namespace, tokenizer, items: list[HellaSwagItem]) -> dict[str, Callable[[], Sums]]:
+    """Return the scoring functions by name; the harness runs at its best batch size."""
+    model, in_bf16 = build_model(options.seed), build_model(options.seed).bfloat16()
+    harness, trial = build_harness(model, tokenizer, items), build_harness(model, tokenizer, items[:TRIAL_ITEMS])
+    batch_size = find_batch_size(trial)
+    return {
+        "this package, lm_eval": partial(score_with_package, model, tokenizer, items, "lm_eval"),
+        f"lm-evaluation-harness, batch size {batch_size}": partial(harness, batch_size),
+        "this package, original": partial(score_with_package, model, tokenizer, items, "original"),
+        "one item at a time": partial(score_one_at_a_time, model, tokenizer, items),
+        "this package, lm_eval, bf16": partial(score_with_package, in_bf16, tokenizer, items, "lm_eval"),
+        "this package, original, bf16": partial(score_with_package, in_bf16, tokenizer, items, "original"),
+    }
+
+
+def report_rates(report: Report, part: str, seconds: dict[str, list[tuple[float, float]]], n_items: int) -> None:
+    """Report items per second, and per second of processor time, and their ratios to the peers."""
+    for name, times in seconds.items():
+        for unit, column in (("items/s", 0), ("items/s of processor time", 1)):
+            report.add_median(part, name, [n_items / each[column] for each in times], unit)
+    lm_eval, harness, original, single, *in_bf16 = seconds
+    for name, peer in zip((lm_eval, original, *in_bf16), (harness, single) * 2, strict=True):
+        report.compare(part, name, peer)
+
+
+def report_agreement(report: Report, tokenizer, items: list[HellaSwagItem], sums: dict[str, Sums]) -> None:
+    """Report by how much the sums differ, how often bfloat16 picks the same ending, and the ratio of operations."""
+    lm_eval, harness, original, single, *in_bf16 = sums
+    for protocol, name, peer, bf16 in (
+        ("lm_eval", lm_eval, harness, in_bf16[0]),
+        ("original", original, single, in_bf16[1]),
+    ):
+        encoded, part = encode_hellaswag(items, tokenizer, protocol), f"protocol {protocol}"
+        plain, shared = count_flops(encoded)
+        report.add(part, "floating-point operations, without and with a shared context", plain / shared, "x")
+        difference = (torch.tensor(sums[name]) - torch.tensor(sums[peer])).abs().max().item()
+        report.add(part, "log-probabilities in float32, largest difference from the peer", difference, "nats")
+        same = (pick_all(encoded, sums[name]) == pick_all(encoded, sums[bf16])).double().mean(dim=0)
+        for score, share in zip(("acc", "acc_norm"), same.tolist(), strict=True):
+            report.add(part, f"items on which bfloat16 picks the same ending, {score}", 100 * share, "%")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "hellaswag")
+    parser.add_argument(
+        "--data_file", type=Path, default=find_hellaswag(SAMPLE_FILE), help="HellaSwag's validation items (JSON lines)"
+    )
+    parser.add_argument("--items", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the items and of the weights")
-    options = parser.parse_args()
-    if not options.data_file.exists():
-        print(f"{options.data_file} is missing: give HellaSwag's validation items by --data_file")
-        return
+    options = parser.parse_args(argv)
     prepare_cpu_process()
     silence_harness()
-    tokenizer, model = load_tokenizer(), build_model(options.seed)
-    items = random.Random(options.seed).sample(load_hellaswag(options.data_file), options.items)
-    harness, trial = build_harness(model, tokenizer, items), build_harness(model, tokenizer, items[:TRIAL_ITEMS])
-    trial(1)  # warms up
-    trials = {batch_size: measure(partial(trial, batch_size))[0] for batch_size in BATCH_SIZES}
-    batch_size = min(trials, key=lambda size: trials[size][1])
-    in_bf16 = build_model(options.seed).bfloat16()
-    peers = {
-        "ours, lm_eval": partial(score_ours, model, tokenizer, items, "lm_eval"),
-        "harness": partial(harness, batch_size),
-        "ours, original": partial(score_ours, model, tokenizer, items, "original"),
-        "one at a time": partial(score_one_at_a_time, model, tokenizer, items),
-        "ours, lm_eval, bf16": partial(score_ours, in_bf16, tokenizer, items, "lm_eval"),
-        "ours, original, bf16": partial(score_ours, in_bf16, tokenizer, items, "original"),
-    }
+    report, tokenizer = Report("hellaswag", options), load_tokenizer()
+    items = load_hellaswag(options.data_file)
+    items = random.Random(options.seed).sample(items, min(options.items, len(items)))
+    peers = build_peers(options, tokenizer, items)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
     sums: dict[str, Sums] = {}
     for _ in range(options.rounds):
         for name, peer in peers.items():
             elapsed, sums[name] = measure(peer)
             seconds[name].append(elapsed)
-            print(f"{name}: {elapsed[0]:.1f} s, {elapsed[1]:.1f} s of the processor", flush=True)
-
-    print(f"GPT-2 124M, {len(items)} items, {torch.get_num_threads()} threads, medians of {options.rounds}")
-    print(f"harness at batch size {batch_size}, the best of {', '.join(map(str, BATCH_SIZES))}")
-    rate = {name: len(items) / torch.tensor(times).median(dim=0).values for name, times in seconds.items()}
-    for name in peers:
-        print(f"{name:22} {rate[name][0]:7.2f} items/s, {rate[name][1]:7.2f} a second of the processor")
-    for protocol, other in (("lm_eval", "harness"), ("original", "one at a time")):
-        ours, bf16 = f"ours, {protocol}", f"ours, {protocol}, bf16"
-        encoded = encode_hellaswag(items, tokenizer, protocol)
-        plain, shared = count_flops(model, encoded)
-        difference = (torch.tensor(sums[ours]) - torch.tensor(sums[other])).abs().max().item()
-        for name in (ours, bf16):
-            by_clock, by_processor = (rate[name] / rate[other]).tolist()
-            print(f"{name} / {other}: {by_clock:.2f} times, {by_processor:.2f} by the processor")
-        print(f"  FLOP ratio {plain / shared:.2f}; float32 sums within {difference:.1e}")
-        picked, picked_in_bf16 = (pick_all(encoded, sums[name]) for name in (ours, bf16))
-        shares = (picked == picked_in_bf16).double().mean(dim=0).tolist()
-        print(f"  the same ending in bf16: {shares[0]:.1%} by acc, {shares[1]:.1%} by acc_norm")
+            print(f"{name}: {elapsed[0]:.1f} s, {elapsed[1]:.1f} s of processor time", flush=True)
+    kind = "the package's own items in HellaSwag's format" if options.data_file == SAMPLE_FILE else "HellaSwag items"
+    part = f"GPT-2 124M, {len(items)} {kind}, {torch.get_num_threads()} threads"
+    report_rates(report, part, seconds, len(items))
+    report_agreement(report, tokenizer, items, sums)
+    report.write(options.output)
 
 
 def pick_all(encoded: EncodedHellaSwag, sums: Sums) -> torch.Tensor:
+    """Return the ending picked for each item by acc and by acc_norm, int64 of shape `(items, 2)`."""
     return torch.tensor(
         [pick_endings(nll, item.ending_lengths) for nll, item in zip(sums, encoded.items, strict=True)]
     )

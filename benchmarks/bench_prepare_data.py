@@ -1,151 +1,87 @@
-"""Tokens a second of prepare_data.py beside build-nanogpt's method, a process pool of tiktoken workers.
+"""Throughput of prepare_data.py and of other programs that turn parquet files into token files.
 
-    python benchmarks/bench_prepare_data.py [--tokens 10e6 100e6] [--rounds 5] [--num_workers N]
+    python benchmarks/bench_prepare_data.py [--tokens 10e6 100e6] [--texts zipfian documentation] [--rounds 3]
 
-For each size both read the same parquet file, of FineWeb-Edu's shape, and write uint16 shards to a temporary folder;
-they take turns, and the medians are compared. Everything from the file to the finished shards is timed, start-up
-included; ours also shuffles, checks and synchronises its shards to disk. What is not timed: the imports of both, and
-the tokenizer of the baseline, whose reader is leaner than the original's too (texts alone instead of whole rows). The
-text is the documentation of the installed packages, over and over with its paragraphs in another order, so that no two
-documents are equal; it has no more distinct words than once, which a cache of words profits from.
+The peers are a process pool over gigatoken (the engine of prepare_data.py, without the rest of it), a pool over
+tiktoken (build-nanogpt's method), and datatrove's DocumentTokenizer if it is installed (`pip install datatrove`). All
+read the same parquet files and write uint16 tokens with --num_workers processes. They take turns, and the first one
+changes from round to round. Everything from the files to the finished shards is timed, starting workers included;
+imports and loading the tokenizers of the peers are not. What each peer leaves out is in the `notes` of the results.
+
+The zipfian text repeats no sentence, and new words never cease. The documentation repeats the same paragraphs in
+another order, so its words soon lie in the cache of gigatoken, which remembers each word that it has encoded: that
+flatters prepare_data.py and the gigatoken pool. `corpora.py` describes both.
 """
 
 import argparse
-import contextlib
-import io
-import json
-import multiprocessing
-import statistics
+import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
-import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import prepare_data
+from benchmarks.corpora import count_words, write_documentation, write_zipfian
+from benchmarks.measurements import Report, build_parser
+from benchmarks.tokenizer_peers import NOTES, PEERS, find_missing_package
 from modeling_gpt2_repro.core.devices import count_cores
-from modeling_gpt2_repro.data.shards import load_manifest
-from modeling_gpt2_repro.data.sources.corpus import build_docstring_corpus
-from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 
-# tiktoken_ext/openai_public.py, gpt2
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-SHARD_SIZE = 100_000_000
-BYTES_PER_TOKEN = 3.9
-ROWS_PER_GROUP = 1000
-SCHEMA = pa.schema({"text": pa.string(), "id": pa.string(), "url": pa.string(), "language_score": pa.float64()})
+TEXTS = {"zipfian": write_zipfian, "documentation": write_documentation}
 
 
-def build_tiktoken(folder: Path) -> tiktoken.Encoding:
-    """Build tiktoken's GPT-2 encoding from the tokenizer's own files, so that no download is needed."""
-    tokenizer = load_tokenizer()
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "encoder.json").write_text(json.dumps(definition["vocab"]))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in definition["merges"]]
-    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
-    return tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
-    )
+def describe_text(report: Report, part: str, source: Path, n_tokens: int) -> None:
+    """Report what the text of a folder consists of."""
+    n_documents, n_bytes, n_words, n_distinct = count_words(source)
+    report.add(part, "text", n_tokens, "tokens")
+    report.add(part, "text", n_documents, "documents")
+    report.add(part, "text", n_bytes / n_tokens, "bytes per token")
+    report.add(part, "text", 100 * n_distinct / n_words, "distinct words per 100 words")
 
 
-def tokenize(text: str) -> np.ndarray:
-    """Encode one document in a worker."""
-    return np.array([50256, *encoding.encode_ordinary(text)], dtype=np.uint16)
+def measure(report: Report, part: str, source: Path, peers: list[str], options: argparse.Namespace) -> None:
+    """Measure the throughput of the peers on a folder of parquet files, taking turns."""
+    rates: dict[str, list[float]] = {name: [] for name in peers}
+    tokens: dict[str, int] = {}
+    for number in range(options.rounds):
+        first = number % len(peers)
+        for name in peers[first:] + peers[:first]:
+            os.sync()  # or a peer would wait for the disk to write the previous one's files
+            with tempfile.TemporaryDirectory() as target:
+                seconds, tokens[name] = PEERS[name](source, Path(target), options.num_workers)
+            rates[name].append(tokens[name] / seconds)
+            print(f"{part}, {name}: {rates[name][-1]:,.0f} tokens/s", flush=True)
+    # datatrove recognizes an end-of-text token in a text; the others encode its letters.
+    if max(tokens.values()) > 1.001 * min(tokens.values()):
+        raise RuntimeError(f"the peers disagree on the number of tokens: {tokens}")
+    describe_text(report, part, source, tokens[peers[0]])
+    for name in peers:
+        report.add_median(part, name, rates[name], "tokens/s")
+    report.compare(part, peers[0], *peers[1:])
 
 
-def iterate_texts(path: Path) -> Iterator[str]:
-    """Yield the documents of a parquet file, one at a time."""
-    for batch in pa.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-        yield from batch.column(0).to_pylist()
-
-
-def list_documents() -> list[list[str]]:
-    """Return the built-in corpus as documents of paragraphs."""
-    batches = (batch for task in build_docstring_corpus().tasks for batch in task.read_batches())
-    return [text.split("\n\n") for batch in batches for text in batch.to_pylist()]
-
-
-def write_corpus(path: Path, n_bytes: int, documents: list[list[str]]) -> None:
-    """Write at least `n_bytes` of text as parquet, with an id and an address of its own for each document."""
-    generator = np.random.default_rng(0)
-    written, rows = 0, []
-    with pa.parquet.ParquetWriter(path, SCHEMA) as writer:
-        while written < n_bytes:
-            for paragraphs in documents:
-                text = "\n\n".join(paragraphs[index] for index in generator.permutation(len(paragraphs)))
-                written += len(text.encode())
-                name = generator.bytes(16).hex()
-                rows.append({"text": text, "id": name, "url": f"https://example.org/{name}", "language_score": 1.0})
-                if len(rows) == ROWS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                    rows = []
-                    if written >= n_bytes:
-                        return
-
-
-def run_baseline(path: Path, folder: Path, num_workers: int) -> tuple[float, int]:
-    """Return seconds and tokens of the process pool, which keeps the source order."""
-    started = time.perf_counter()
-    shard = np.empty(SHARD_SIZE, dtype=np.uint16)
-    filled = shards = tokens = 0
-    with multiprocessing.get_context("fork").Pool(num_workers) as pool:
-        for ids in pool.imap(tokenize, iterate_texts(path), chunksize=16):
-            tokens += len(ids)
-            while filled + len(ids) >= SHARD_SIZE:
-                shard[filled:] = ids[: SHARD_SIZE - filled]
-                np.save(folder / f"train_{shards:06d}.npy", shard)
-                ids = ids[SHARD_SIZE - filled :]
-                filled, shards = 0, shards + 1
-            shard[filled : filled + len(ids)] = ids
-            filled += len(ids)
-    np.save(folder / f"train_{shards:06d}.npy", shard[:filled])
-    return time.perf_counter() - started, tokens
-
-
-def run_ours(path: Path, folder: Path, num_workers: int) -> tuple[float, int]:
-    """Return seconds and tokens of prepare_data.py."""
-    started = time.perf_counter()
-    flags = ["--files", path, "--output_dir", folder / "ours", "--num_workers", num_workers, "--overwrite"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = prepare_data.main([str(flag) for flag in flags])
-    assert code == 0
-    return time.perf_counter() - started, load_manifest(folder / "ours").read.tokens
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, nargs="+", default=[10e6, 100e6], help="sizes of the corpus, about")
-    parser.add_argument("--rounds", type=int, default=5)
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "prepare_data")
+    parser.add_argument("--tokens", type=float, nargs="+", default=[10e6, 100e6], help="approximate sizes")
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num_workers", type=int, default=count_cores())
-    arguments = parser.parse_args()
-    global encoding  # the workers inherit it
-    documents = list_documents()
-    print("  tokens        prepare_data.py       tiktoken pool       ratio   (medians, tokens/s)")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        encoding = build_tiktoken(folder)
-        for n_tokens in arguments.tokens:
-            path = folder / "corpus.parquet"
-            write_corpus(path, int(n_tokens * BYTES_PER_TOKEN), documents)
-            speeds: dict[str, list[float]] = {"ours": [], "baseline": []}
-            for _ in range(arguments.rounds):
-                for method, run in (("ours", run_ours), ("baseline", run_baseline)):
-                    seconds, tokens = run(path, folder, arguments.num_workers)
-                    speeds[method].append(tokens / seconds)
-            ours, baseline = (statistics.median(values) for values in speeds.values())
-            spread = "; ".join(
-                f"{method} {min(values) / 1e6:.1f} to {max(values) / 1e6:.1f} M" for method, values in speeds.items()
-            )
-            print(f"{tokens:12,} {ours:18,.0f} {baseline:18,.0f} {ours / baseline:12.1f}   ({spread})", flush=True)
+    options = parser.parse_args(argv)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes of datatrove occupy the cores
+    report = Report("prepare_data", options)
+    peers = [name for name in options.peers if find_missing_package(name) is None]
+    for name in options.peers:
+        if name in peers:
+            report.notes[name] = NOTES[name]
+        else:
+            package = find_missing_package(name)
+            report.omit("all", name, f"not installed: pip install --constraint constraints.txt {package}")
+    for text in options.texts:
+        for n_tokens in options.tokens:
+            with tempfile.TemporaryDirectory() as name:
+                TEXTS[text](Path(name), n_tokens, n_files=options.num_workers)
+                measure(report, f"{text} text, {n_tokens / 1e6:g} M tokens", Path(name), peers, options)
+    report.write(options.output)
 
 
 if __name__ == "__main__":

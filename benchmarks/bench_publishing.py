@@ -1,17 +1,15 @@
-"""What publishing beside the training costs: checkpoints of GPT-2 124M, to a stand-in for the Hub on this machine.
+"""The cost of publishing during training: checkpoints of GPT-2 124M, to a stand-in for the Hub on this machine.
 
     python benchmarks/bench_publishing.py [--model_size 124M] [--checkpoints 3]
 
-Handing a checkpoint over is timed by itself, because training stands still for it. Then updates of a small model are
-timed while nothing is uploaded, and while checkpoints are: on a CPU the two share its cores, and so does the stand-in,
-which reads what is sent and computes its checksum; on a GPU they would not.
+Submitting a checkpoint is timed alone, because training stands still for it. Then updates of a small model are timed
+while nothing is uploaded, and while checkpoints are. On a CPU the uploads share the cores with training, as does the
+stand-in, which receives the files and computes their checksums. A GPU's steps would share no core with them.
 """
 
-import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,30 +30,22 @@ with LoopbackHub() as hub:
 
 
 def time_updates(update: Callable[[], None], is_over: Callable[[int], bool]) -> list[float]:
-    """Return the seconds of each update until `is_over(number of them)`."""
-    seconds: list[float] = []
-    while not is_over(len(seconds)):
+    """Return the milliseconds of each update until `is_over(number of updates)`."""
+    milliseconds: list[float] = []
+    while not is_over(len(milliseconds)):
         started = time.perf_counter()
         update()
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-def describe(name: str, seconds: list[float]) -> str:
-    ordered = sorted(seconds)
-    longest = ordered[int(0.99 * (len(ordered) - 1))]
-    return (
-        f"{name:32} median {1e3 * statistics.median(seconds):7.1f} ms, 99th percentile {1e3 * longest:7.1f} ms, "
-        f"{len(seconds)} updates"
-    )
+        milliseconds.append(1e3 * (time.perf_counter() - started))
+    return milliseconds
 
 
 def main() -> None:
-    # After the address of the Hub is set: it is read on import.
+    # Only now, because the Hub's address is read on import.
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
+    from benchmarks.measurements import SHAPES, Report, build_parser
+    from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
     from modeling_gpt2_repro.core.arguments import write_config
     from modeling_gpt2_repro.model.folder import save_model
     from modeling_gpt2_repro.publishing.uploader import Uploader
@@ -64,10 +54,11 @@ def main() -> None:
     from modeling_gpt2_repro.training.run_folder import RunFolder
 
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="124M", choices=MODEL_SIZES)
+    parser = build_parser(__doc__, "publishing")
+    parser.add_argument("--model_size", default="124M", choices=SHAPES)
     parser.add_argument("--checkpoints", type=int, default=3)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
+    report, part = Report("publishing", options), f"checkpoints of {options.model_size}"
     no_ids = {"bos_token_id": None, "eos_token_id": None}
     small = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=1000, **no_ids))
     optimizer = build_adamw(small, 6e-4, 0.1, (0.9, 0.95))
@@ -83,12 +74,12 @@ def main() -> None:
         config = TrainingConfig(run_name="bench", push_to_hub=True, data_dir=str(run_folder))
         run_folder.path.mkdir()
         write_config(config, run_folder.config)
-        steps = range(1, arguments.checkpoints + 1)
+        steps = range(1, options.checkpoints + 1)
         run_folder.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
         checkpoints = [run_folder.checkpoints / f"step_{step:07d}" for step in steps]
         for seed, checkpoint in enumerate(checkpoints):
             torch.manual_seed(seed)
-            save_model(checkpoint, GPT2ReproForCausalLM(GPT2ReproConfig(**MODEL_SIZES[arguments.model_size])), None)
+            save_model(checkpoint, GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPES[options.model_size])), None)
         publisher = Uploader(run_folder, config, True, lambda text: print(f"  {text}", flush=True))
         publisher.check(is_resumed=False)
         time_updates(update, lambda number: number >= 20)
@@ -97,15 +88,19 @@ def main() -> None:
         waiting = []
         started = time.perf_counter()
         for checkpoint in checkpoints:
-            handed_over = time.perf_counter()
+            submitted = time.perf_counter()
             publisher.submit(checkpoint)
-            waiting.append(time.perf_counter() - handed_over)
-            shutil.rmtree(checkpoint)  # as a run prunes them
+            waiting.append(1e3 * (time.perf_counter() - submitted))
+            shutil.rmtree(checkpoint)  # as a run prunes old ones
         beside = time_updates(update, lambda number: not any(run_folder.hub_upload.glob("step_*")))
-        print(f"uploading {len(checkpoints)} checkpoints took {time.perf_counter() - started:.1f} s")
-        print(f"handing a checkpoint over        median {1e3 * statistics.median(waiting):7.1f} ms")
-        print(describe("update, nothing uploaded", alone))
-        print(describe("update, checkpoints uploaded", beside))
+        report.add(part, f"uploading {len(checkpoints)}", time.perf_counter() - started, "s", statistic="single run")
+        report.add_median(part, "submitting one (training stands still)", waiting, "ms")
+        part = "updates of a small model"
+        for name, milliseconds in (("nothing uploaded", alone), ("checkpoints uploaded", beside)):
+            report.add_median(part, name, milliseconds, "ms")
+            report.add(part, name, sorted(milliseconds)[int(0.99 * (len(milliseconds) - 1))], "ms, 99th percentile")
+        report.compare(part, "checkpoints uploaded", "nothing uploaded")
+    report.write(options.output)
 
 
 if __name__ == "__main__":

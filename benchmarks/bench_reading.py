@@ -1,12 +1,11 @@
-"""The time to the first and the next batch of a folder of a hundred shards, beside copying shards to int64.
+"""The time to the first and the next batch of a folder of a hundred shards, and to copy a shard to int64.
 
     python benchmarks/bench_reading.py [--shards 100] [--shard_tokens 10e6] [--rounds 5]
 
-The peer is what build-nanogpt's loader does at the start of every shard: read it whole and make an int64 tensor of it.
-It takes turns with ours. The shards are in the page cache for both. A batch is 64 windows of 1,025 tokens.
+The peer is build-nanogpt's loader at the start of each shard: it reads the whole shard into an int64 tensor. The two
+take turns. The shards are in the page cache for both. A batch is 64 windows of 1,025 tokens.
 """
 
-import argparse
 import re
 import statistics
 import sys
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measurements import Report, build_parser, time_call
 from modeling_gpt2_repro.data.dataset import TokenDataset, prefetch
 from modeling_gpt2_repro.data.order import WindowOrder
 
@@ -33,10 +33,8 @@ def write_shards(folder: Path, n_shards: int, shard_tokens: int) -> None:
 
 
 def time_copying(path: Path) -> float:
-    """Return the seconds in which a shard becomes an int64 tensor."""
-    started = time.perf_counter()
-    torch.tensor(np.load(path).astype(np.int32), dtype=torch.long)
-    return time.perf_counter() - started
+    """Return the seconds to read a shard into an int64 tensor."""
+    return time_call(lambda: torch.tensor(np.load(path).astype(np.int32), dtype=torch.long))
 
 
 def read_anonymous_megabytes() -> float:
@@ -54,58 +52,64 @@ def open_batches(folder: Path, first_permuted_epoch: int):
     return dataset, micro_batches, prefetch(dataset, micro_batches, torch.device("cpu"))
 
 
-def time_finding_windows(n_windows: int, step: int) -> float:
-    """Return the median seconds in which the 512 windows of a permuted step are found."""
+def time_finding_windows(n_windows: int, step: int) -> list[float]:
+    """Return the milliseconds to compute which 512 windows a permuted step reads, for each of fifty steps."""
     order = WindowOrder(n_windows, seed=0)
-    seconds = []
-    for offset in range(50):
-        started = time.perf_counter()
-        order.windows_of_step(step + offset, 512)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return [1e3 * time_call(lambda offset=offset: order.windows_of_step(step + offset, 512)) for offset in range(50)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_epoch(folder: Path, first_permuted_epoch: int) -> tuple[list[float], float]:
+    """Return the milliseconds of each batch of an epoch, and the growth of anonymous memory in MB."""
+    dataset, micro_batches, batches = open_batches(folder, first_permuted_epoch)
+    batches.close()
+    dataset.read(next(micro_batches))
+    before = read_anonymous_megabytes()
+    waits = [1e3 * time_call(lambda windows=windows: dataset.read(windows)) for windows in micro_batches]
+    return waits, read_anonymous_megabytes() - before
+
+
+def read_first_batch(folder: Path) -> float:
+    """Return the milliseconds from opening a folder to its first batch."""
+    started = time.perf_counter()
+    _, _, batches = open_batches(folder, first_permuted_epoch=1)
+    next(batches)
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    batches.close()
+    return milliseconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "reading")
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--shard_tokens", type=float, default=10e6)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    first, copying, waits = [], [], {"in order": [], "permuted": []}
-    growth = {}
+    options = parser.parse_args(argv)
+    report = Report("reading", options)
+    first, copying, growth = [], [], {}
+    waits: dict[str, list[float]] = {"next batch, in order": [], "next batch, permuted": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_shards(folder, arguments.shards, int(arguments.shard_tokens))
-        for round_ in range(arguments.rounds):
-            started = time.perf_counter()
-            _, _, batches = open_batches(folder, first_permuted_epoch=1)
-            next(batches)
-            first.append(time.perf_counter() - started)
-            batches.close()
-            copying.append(time_copying(folder / f"x_train_{round_ % arguments.shards + 1:06d}.npy"))
-            for order, first_permuted_epoch in (("in order", 1), ("permuted", 0)):
-                dataset, micro_batches, batches = open_batches(folder, first_permuted_epoch)
-                batches.close()
-                dataset.read(next(micro_batches))
-                before = read_anonymous_megabytes()
-                for windows in micro_batches:
-                    started = time.perf_counter()
-                    dataset.read(windows)
-                    waits[order].append(time.perf_counter() - started)
-                growth[order] = read_anonymous_megabytes() - before
-    copy = statistics.median(copying)
-    print(f"first batch       {1e3 * statistics.median(first):8.2f} ms after opening {arguments.shards} shards")
+        write_shards(folder, options.shards, int(options.shard_tokens))
+        for number in range(options.rounds):
+            first.append(read_first_batch(folder))
+            copying.append(1e3 * time_copying(folder / f"x_train_{number % options.shards + 1:06d}.npy"))
+            for order, first_permuted_epoch in zip(waits, (1, 0), strict=True):
+                times, growth[order] = read_epoch(folder, first_permuted_epoch)
+                waits[order] += times
+    part = f"{options.shards} shards of {options.shard_tokens / 1e6:g} M tokens"
+    copy = "copying a shard to int64"
+    report.add_median(part, "first batch, after opening the folder", first, "ms")
+    report.add_median(part, copy, copying, "ms")
+    for order, times in waits.items():
+        report.add(part, order, statistics.median(times), "ms", statistic=f"median of {len(times):,}")
+        report.add(part, order, np.quantile(times, 0.999), "ms, 99.9th percentile")
+        report.add(part, order, growth[order], "MB of anonymous memory per epoch", statistic="last epoch")
+        report.compare(part, order, copy)
     for n_windows in (10**4, 10**7, 10**10):
-        near, far = (1e3 * time_finding_windows(n_windows, step) for step in (1, 10**9))
-        print(f"windows of a step {near:8.2f} ms at step 1 and {far:.2f} ms at step 10^9, of {n_windows:,} windows")
-    print(f"copying a shard   {1e3 * copy:8.2f} ms of {arguments.shard_tokens / 1e6:.0f} M tokens")
-    for order, seconds in waits.items():
-        median, worst = statistics.median(seconds), np.quantile(seconds, 0.999)
-        print(
-            f"next batch        {1e3 * median:8.2f} ms {order}, {1e3 * worst:.2f} ms at the 99.9th percentile (which "
-            f"straddle shards too): copying takes {copy / median:.0f} times as long; "
-            f"RssAnon grew by {growth[order]:.1f} MB in an epoch"
-        )
+        for step in (1, 10**9):
+            times = time_finding_windows(n_windows, step)
+            report.add_median("windows of a permuted step", f"{n_windows:,} windows, step {step:,}", times, "ms")
+    report.write(options.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What a step waits for its record: the run's files alone, and with a tracker that is fed from them.
+"""How long a step waits for its metrics to be logged: to the run's files alone, and with each tracker.
 
     python benchmarks/bench_tracking.py [--steps 1000]
 
-Nothing is trained: the numbers of a step are recorded, and some milliseconds pass. wandb runs offline.
+Nothing is trained: a step's metrics are logged, then two milliseconds pass. wandb runs offline.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import Accelerator
 
+from benchmarks.measurements import Report, build_parser
 from modeling_gpt2_repro.training.config import TRACKERS, TrainingConfig
 from modeling_gpt2_repro.training.record import RunRecord
 from modeling_gpt2_repro.training.run_folder import RunFolder
@@ -40,7 +40,7 @@ PAUSE_SECONDS = 0.002
 
 
 def time_records(folder: Path, report_to: str, n_steps: int) -> list[float]:
-    """Return the milliseconds that each step's numbers take."""
+    """Return the milliseconds that logging each step takes."""
     record = RunRecord(RunFolder(folder), Accelerator(), print, choose_trackers(report_to))
     record.start(TrainingConfig(report_to=report_to), None)
     times = []
@@ -54,19 +54,18 @@ def time_records(folder: Path, report_to: str, n_steps: int) -> list[float]:
     return times
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "tracking")
     parser.add_argument("--steps", type=int, default=1000)
-    n_steps = parser.parse_args().steps
+    options = parser.parse_args(argv)
+    report, part = Report("tracking", options), f"logging one step's {len(STEP_METRICS)} metrics"
     with tempfile.TemporaryDirectory() as scratch:
         for report_to in ("none", *TRACKERS):
-            times = sorted(time_records(Path(scratch) / report_to, report_to, n_steps))
-            print(
-                f"{report_to:<12} median {statistics.median(times):.2f} ms, 99 of 100 within "
-                f"{times[int(0.99 * n_steps)]:.1f} ms",
-                flush=True,
-            )
+            times = sorted(time_records(Path(scratch) / report_to, report_to, options.steps))
+            name = "metrics.jsonl alone" if report_to == "none" else f"with {report_to}"
+            report.add(part, name, statistics.median(times), "ms", statistic=f"median of {len(times)}")
+            report.add(part, name, times[int(0.99 * len(times))], "ms, 99th percentile")
+    report.write(options.output)
 
 
 if __name__ == "__main__":

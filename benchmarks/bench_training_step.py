@@ -1,23 +1,20 @@
-"""One optimizer step of GPT-2, everything included, beside the straightforward loop: tokens a second and peak memory.
+"""A full optimizer step of train.py and of the straightforward loop: throughput and peak memory.
 
     python benchmarks/bench_training_step.py [--batch_size 2] [--sequence_length 1024] [--rounds 7]
 
 The straightforward loop is transformers' `GPT2LMHeadModel` called with `labels` under autocast, `clip_grad_norm_` and
-torch's default AdamW, eager and compiled; ours is built and stepped as train.py does it. A step is forward, backward,
+torch's default AdamW, eager and compiled. train.py's step is built as train.py builds it. A step is forward, backward,
 clipping, the update, and reading the loss. All have the same weights, tokens, hyperparameters and no dropout.
 
-Each peer is a process of its own, so that each has the allocator that its loop has, and its peak resident memory is
-that of compiling (nothing is cached) and three steps, libraries included. The processes take turns, one step at a
-time, and the medians are compared.
+Each peer is a process of its own with the allocator settings of its loop. Its peak resident memory includes compiling
+(nothing is cached), three steps and the libraries. The processes take turns, one step at a time.
 """
 
 import argparse
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,21 +24,22 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, logging
 
-from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
+from benchmarks.measurements import SHAPES, Report, build_parser, time_call
+from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process
 from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.optim import build_adamw, set_learning_rate
 
-PEERS = ("eager", "compiled", "ours")
+PEERS = ("train.py", "eager loop", "compiled loop")
 WARMUP_STEPS = 3
-CONFIG = TrainingConfig()  # the defaults are the reproduction
+CONFIG = TrainingConfig()  # the defaults are those of the full run
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def draw_weights(model: torch.nn.Module) -> None:
-    """Give every class that has GPT-2's parameters the same ones."""
+    """Draw the same weights for every class with GPT-2's parameters."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,20 +48,21 @@ def draw_weights(model: torch.nn.Module) -> None:
 
 
 def draw_windows(options: argparse.Namespace) -> torch.Tensor:
+    """Return random token ids, int64 of shape `(batch_size, sequence_length + 1)`."""
     size = (options.batch_size, options.sequence_length + 1)
     return torch.randint(0, 50257, size, generator=torch.Generator().manual_seed(1))
 
 
 class StockLoop:
-    """The loop that one writes first."""
+    """The straightforward loop over `GPT2LMHeadModel`."""
 
     def __init__(self, options: argparse.Namespace, compiles: bool):
-        shape = MODEL_SIZES[options.model_size] | {"n_positions": max(1024, options.sequence_length)}
+        shape = SHAPES[options.model_size] | {"n_positions": max(1024, options.sequence_length)}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = GPT2LMHeadModel(GPT2Config(**shape, **NO_DROPOUT)).to(self.device).train()
         draw_weights(self.model)
         self.forward = torch.compile(self.model) if compiles else self.model
-        # All T+1 tokens are too many for the positions; its loss is of one target fewer in each window.
+        # There are only T positions, so each window has one target fewer than in `OurLoop`.
         self.inputs = draw_windows(options)[:, :-1].contiguous().to(self.device)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
@@ -74,7 +73,7 @@ class StockLoop:
         self.optimizer = torch.optim.AdamW(groups, lr=CONFIG.learning_rate, betas=(CONFIG.beta1, CONFIG.beta2))
 
     def step(self) -> float:
-        """Make an update and return the loss before it."""
+        """Make an update, and return the loss before it."""
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.forward(self.inputs, labels=self.inputs).loss
@@ -85,13 +84,13 @@ class StockLoop:
 
 
 class OurLoop:
-    """What train.py does between reading a batch and writing the metrics."""
+    """train.py between reading a batch and logging the metrics."""
 
     def __init__(self, options: argparse.Namespace, compiles: str = CONFIG.compile):
         prepare_cpu_process()
         self.accelerator = start_accelerator(CONFIG.mixed_precision, tf32=CONFIG.tf32)
         self.device = self.accelerator.device
-        shape = MODEL_SIZES[options.model_size] | {"n_positions": max(1024, options.sequence_length)}
+        shape = SHAPES[options.model_size] | {"n_positions": max(1024, options.sequence_length)}
         self.model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape)).to(self.device).train()
         draw_weights(self.model)
         self.optimizer = build_adamw(
@@ -106,7 +105,7 @@ class OurLoop:
         self.loss_model, self.optimizer = self.accelerator.prepare(fit.loss_model, self.optimizer)
 
     def step(self) -> float:
-        """Make an update and return the loss before it."""
+        """Make an update, and return the loss before it."""
         set_learning_rate(self.optimizer, CONFIG.learning_rate)
         loss = self.loss_model(self.windows)
         self.accelerator.backward(loss)
@@ -117,27 +116,25 @@ class OurLoop:
 
 
 def serve(name: str, options: argparse.Namespace, connection: Connection) -> None:
-    """Build a peer, send its losses and peak memory over its first steps, then the seconds of a step while asked."""
+    """Build a peer, send losses and peak memory of its first steps, then the seconds of a step for each request."""
     logging.set_verbosity_error()
-    loop = OurLoop(options) if name == "ours" else StockLoop(options, compiles=name == "compiled")
+    loop = OurLoop(options) if name == "train.py" else StockLoop(options, compiles=name == "compiled loop")
     losses = [loop.step() for _ in range(WARMUP_STEPS)]
     connection.send((losses, measure_peak_memory(loop.device)))
     while connection.recv():
-        start = time.perf_counter()
-        loop.step()
-        connection.send(time.perf_counter() - start)
+        connection.send(time_call(loop.step))
 
 
 def measure(options: argparse.Namespace) -> tuple[dict, dict, dict]:
     """Return the first losses, the peak memory in GB and the seconds of each measured step, by peer."""
     context = multiprocessing.get_context("spawn")
     connections, losses, memory = {}, {}, {}
-    for name in PEERS:
+    for name in options.peers:
         connections[name], theirs = context.Pipe()
         context.Process(target=serve, args=(name, options, theirs), daemon=True).start()
-        theirs.close()  # or a peer's death would not show as the end of its connection
+        theirs.close()  # or the death of a peer would not end its connection
         losses[name], memory[name] = connections[name].recv()
-    seconds = {name: [] for name in PEERS}
+    seconds: dict[str, list[float]] = {name: [] for name in options.peers}
     for _ in range(options.rounds):
         for name, connection in connections.items():
             connection.send(True)
@@ -147,28 +144,27 @@ def measure(options: argparse.Namespace) -> tuple[dict, dict, dict]:
     return losses, memory, seconds
 
 
-def main() -> None:
-    """Print each peer's tokens a second and peak memory, and how ours compares."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="124M", choices=MODEL_SIZES)
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences at once")
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser(__doc__, "training_step")
+    parser.add_argument("--model_size", default="124M", choices=SHAPES)
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences per step")
     parser.add_argument("--sequence_length", type=int, default=1024, help="tokens")
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each peer")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    report = Report("training_step", options)
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         losses, memory, seconds = measure(options)
     n_tokens = options.batch_size * options.sequence_length
-    rate = {name: n_tokens / statistics.median(times) for name, times in seconds.items()}
-    print(f"{options.model_size}, {options.batch_size} x {options.sequence_length} tokens, bfloat16")
-    for name in PEERS:
-        spread = f"{n_tokens / max(seconds[name]):,.0f} to {n_tokens / min(seconds[name]):,.0f}"
-        first_losses = " ".join(f"{loss:.3f}" for loss in losses[name])
-        print(f"{name:9} {rate[name]:10,.0f} tokens/s ({spread}) {memory[name]:6.2f} GB   losses {first_losses}")
-    for name in ("eager", "compiled"):
-        speed, space = rate["ours"] / rate[name], memory["ours"] / memory[name]
-        print(f"ours / {name:9} {speed:5.2f} speed {space:5.2f} memory")
+    part = f"{options.model_size}, {options.batch_size} x {options.sequence_length} tokens, bfloat16"
+    for name in options.peers:
+        report.add_median(part, name, [n_tokens / each for each in seconds[name]], "tokens/s")
+        report.add(part, name, memory[name], "GB at peak", statistic="single run")
+        print(f"{name}: first losses {' '.join(f'{loss:.3f}' for loss in losses[name])}")
+    report.compare(part, *PEERS)
+    report.write(options.output)
 
 
 if __name__ == "__main__":

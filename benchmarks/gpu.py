@@ -1,13 +1,13 @@
-"""What this project does on a GPU: proven and measured by one command, each part within ten minutes.
+"""Tests and measurements on a GPU, in parts of ten minutes at most.
 
     python benchmarks/gpu.py correct                 # tests/gpu
-    python benchmarks/gpu.py speed                   # one training step, and all that happens beside the steps
+    python benchmarks/gpu.py speed                   # one training step, evaluation, checkpoints
     python benchmarks/gpu.py train --data_dir D      # 120 real steps, stopped by SIGTERM half-way and resumed
-    python benchmarks/gpu.py sizes --data_dir D      # 350M, 774M and 1558M, each tried out by `train.py --smoke`
+    python benchmarks/gpu.py sizes --data_dir D      # 350M, 774M and 1558M, each tried with `train.py --smoke`
 
-Parts may be named together. Each has a deadline and is a process of its own, each measurement in it its own try, so
-that one that fails costs no other. Figures are written to JSON after every part and printed as a table at the end; on
-an H100, what was predicted stands beside them. Without a GPU, or with --toy, the same code runs at toy size.
+Several parts can be given at once. Each has a deadline and is a process of its own, and a measurement that fails does
+not affect the others. Figures are written to JSON after every part and printed as a table at the end, on an H100 with
+the predicted values. Without a GPU, or with --toy, the same code runs at toy size.
 """
 
 import argparse
@@ -38,16 +38,16 @@ from transformers import logging as transformers_logging
 
 from benchmarks.measurements import (
     RESULTS,
-    Failure,
+    ROOT,
+    Figure,
+    Omission,
     Recorder,
-    Result,
-    describe_machine,
-    format_table,
+    Report,
+    find_hellaswag,
     free_memory,
     measure_ms,
     read_entries,
     synchronize,
-    write_results,
 )
 from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core.devices import (
@@ -70,7 +70,6 @@ from modeling_gpt2_repro.training.optim import build_adamw
 from modeling_gpt2_repro.training.plan import count_flops_per_token
 from modeling_gpt2_repro.training.throughput import choose_peak, measure_peak_flops
 
-ROOT = Path(__file__).resolve().parent.parent
 DEADLINES = {"correct": 560, "speed": 540, "train": 540, "sizes": 540}  # seconds
 CONFIG = TrainingConfig()
 BACKENDS = {
@@ -78,8 +77,8 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# For one H100, before any of this ran there, by (measurement, unit): counted in the code that the compiler generates,
-# its products at 610 TFLOP/s, its attention at 230 (flash) and 330 (cuDNN), all else at 3.0 TB/s.
+# For one H100, before anything ran there, by (measurement, unit): counted in the code that the compiler generates,
+# with products at 610 TFLOP/s, attention at 230 (flash) and 330 TFLOP/s (cuDNN), and everything else at 3.0 TB/s.
 PREDICTED = {
     ("step, first", "ms a micro-step"): 131,
     ("step, first", "tokens/s"): 500_000,
@@ -105,7 +104,7 @@ PREDICTED = {
 
 
 class Loop:
-    """A training loop whose micro-steps and updates can be timed apart: `micro_step()` and `finish()`."""
+    """A training loop whose micro-steps (`micro_step()`) and updates (`finish()`) are timed separately."""
 
     model: nn.Module
     device: torch.device
@@ -115,7 +114,7 @@ class Loop:
     others_gb: float
 
     def time(self, rounds: int) -> dict[str, float]:
-        """Return what `rounds` of micro-steps, with a loss read and an update after each, come to."""
+        """Return the figures of `rounds` updates, each of several micro-steps, by unit."""
         reset_peak_memory(self.device)
         micro, last = [], []
         for number in range(rounds + 1):
@@ -127,7 +126,7 @@ class Loop:
             middle = time.perf_counter()
             self.finish()
             synchronize(self.device)
-            if number:  # the first round makes the optimizer's state
+            if number:  # the first round allocates the optimizer's state
                 micro.append((middle - started) / self.micro_steps)
                 last.append(time.perf_counter() - middle)
         ms, update_ms = 1e3 * statistics.median(micro), 1e3 * statistics.median(last)
@@ -146,12 +145,12 @@ class Loop:
 
 
 def measure_allocated_gb(device: torch.device) -> float:
-    """Return what lies on a CUDA device already, which is no part of what is measured next."""
+    """Return the memory already allocated on a CUDA device, which the next measurement subtracts."""
     return torch.cuda.memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 class OurLoop(Loop):
-    """What train.py does of an update, on random tokens."""
+    """train.py's update, on random tokens."""
 
     def __init__(self, bench: "Speed", size: int, compile: str = "on"):
         self.accelerator, self.device, self.micro_steps = bench.accelerator, bench.device, bench.micro_steps
@@ -159,13 +158,13 @@ class OurLoop(Loop):
         self.model = bench.build_model()
         optimizer = build_adamw(self.model, 6e-4, 0.1, (0.9, 0.95))
         self.windows = bench.draw_windows(size)
-        torch._dynamo.reset()  # so that the graphs of other loops are not counted with this one's
-        self.accelerator.free_memory()  # it keeps whatever it prepared
+        torch._dynamo.reset()  # or the graphs of other loops would count toward its recompile limit
+        self.accelerator.free_memory()  # it keeps references to all that it prepared
         self.others_gb = measure_allocated_gb(self.device)
         started = time.perf_counter()
         fit = fit_micro_batch(WindowLoss(self.model), self.windows, [size], compile, self.accelerator, print)
         self.start_seconds = time.perf_counter() - started
-        assert compile == "off" or isinstance(fit.loss_model, torch._dynamo.OptimizedModule), "it is compiled"
+        assert compile == "off" or isinstance(fit.loss_model, torch._dynamo.OptimizedModule), "not compiled"
         self.windows = self.windows.to(self.device)
         self.loss_model, self.optimizer = self.accelerator.prepare(fit.loss_model, optimizer)
 
@@ -182,7 +181,7 @@ class OurLoop(Loop):
 
 
 class StockLoop(Loop):
-    """The straightforward loop: transformers' own model, compiled, called with labels, and fused AdamW."""
+    """The straightforward loop: transformers' model, compiled and called with labels, and fused AdamW."""
 
     def __init__(self, bench: "Speed", size: int):
         self.device, self.micro_steps, self.peak_flops = bench.device, bench.micro_steps, bench.peak_flops
@@ -208,11 +207,11 @@ class StockLoop(Loop):
 
 
 class Speed:
-    """The part `speed`: one step in many forms, and what a run does beside its steps."""
+    """The part `speed`: one step in many forms, evaluation, and a checkpoint."""
 
     def __init__(self, recorder: Recorder, options: argparse.Namespace):
         self.recorder, self.is_toy = recorder, options.toy
-        self.hellaswag_file = options.hellaswag_file or find_hellaswag()
+        self.hellaswag_file = options.hellaswag_file or find_hellaswag(SAMPLE_FILE)
         self.accelerator = start_accelerator("bf16", tf32=True)
         self.device = self.accelerator.device
         self.peak_flops = choose_peak(self.device, self.accelerator.mixed_precision).flops
@@ -230,7 +229,7 @@ class Speed:
         return torch.randint(0, 50257, (size, self.sequence_length + 1), generator=generator)
 
     def run(self) -> None:
-        """Make all measurements, the ones that matter most first."""
+        """Make all measurements, the most important ones first."""
         measure, seconds = self.recorder.measure, 0 if self.is_toy else 45
         measure("machine", self.measure_machine)
         measure("step, first", self.measure_first_step)
@@ -265,7 +264,7 @@ class Speed:
 
     @cached_property
     def loop(self) -> OurLoop:
-        """The step that is measured first and last; its model is what is evaluated and saved."""
+        """The loop that is measured first and last; its model is evaluated and saved."""
         return OurLoop(self, self.size)
 
     def measure_first_step(self) -> dict[str, float]:
@@ -293,7 +292,7 @@ class Speed:
             torch._dynamo.reset()
             free_memory()
         ours, theirs = [], []
-        for _ in range(1 if self.is_toy else 3):  # they take turns
+        for _ in range(1 if self.is_toy else 3):  # taking turns
             free_memory()
             ours.append(self.loop.time(1)["tokens/s"])
             free_memory()
@@ -304,11 +303,11 @@ class Speed:
             "ms a micro-step": theirs[-1]["ms a micro-step"],
             "tokens/s": rate,
             "GB at most": theirs[-1]["GB at most"],
-            f"times as fast: ours, {self.size} sequences at once": statistics.median(ours) / rate,
+            f"x as fast: GPT2ReproForCausalLM, {self.size} sequences at once": statistics.median(ours) / rate,
         }
 
     def profile(self) -> dict[str, float]:
-        """Divide a micro-step's time on the device by kind of kernel; what no kernel fills is idle."""
+        """Return the device time of a micro-step by kind of kernel, and the idle time."""
         is_cuda, n_steps = self.device.type == "cuda", 3
         activities = [torch.profiler.ProfilerActivity.CUDA if is_cuda else torch.profiler.ProfilerActivity.CPU]
         self.loop.micro_step()
@@ -326,7 +325,7 @@ class Speed:
             if is_kernel and is_cuda == (event.device_type == torch.autograd.DeviceType.CUDA):
                 time_us = event.self_device_time_total if is_cuda else event.self_cpu_time_total
                 shares[classify_kernel(event.key)] += time_us / 1e3 / n_steps
-        assert sum(shares.values()) > 0, "the profiler saw kernels"
+        assert sum(shares.values()) > 0, "the profiler recorded no kernels"
         shares["idle"] = max(0.0, elapsed - sum(shares.values()))
         return {f"ms {kind}": ms for kind, ms in shares.items()}
 
@@ -409,7 +408,7 @@ class Speed:
 
 
 class CompiledForward(nn.Module):
-    """A model's loss through a compiled forward pass, to be evaluated as the model is."""
+    """A model with a compiled forward pass, for `evaluate_loss`."""
 
     def __init__(self, model: GPT2ReproForCausalLM):
         super().__init__()
@@ -432,32 +431,26 @@ KERNEL_KINDS = {
 
 
 def classify_kernel(name: str) -> str:
-    """Return what a kernel computes, by its name. Triton's are the compiler's, named after all that they fuse."""
+    """Return the kind of a kernel by its name. The compiler's (Triton) are named after all operations they fuse."""
     if name.startswith("triton_") and not name.startswith("triton_tem"):
         return "element-wise"
     return next((kind for kind, pattern in KERNEL_KINDS.items() if pattern.search(name)), "element-wise")
 
 
-def find_hellaswag() -> Path:
-    """Return HellaSwag's validation items where they were brought along, or the package's own few in their format."""
-    brought = (ROOT / ".gpu" / "hellaswag_val.jsonl.gz", ROOT / ".gpu" / "hellaswag_val.jsonl")
-    return next((path for path in brought if path.exists()), SAMPLE_FILE)
-
-
 def measure_correctness(recorder: Recorder, options: argparse.Namespace) -> None:
-    """Run tests/gpu, and count what passed; a test that failed is a failure, and so is one skipped on a GPU."""
+    """Run tests/gpu and count the outcomes; a failed test is an omission, as is one that was skipped on a GPU."""
     with tempfile.TemporaryDirectory() as name:
         report = Path(name) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", "tests/gpu"]
         command += ["-k", options.tests] if options.tests else []
         environment = os.environ | ({"GPU_TESTS_DEVICE": "cpu"} if options.toy else {})
-        # A group of its own, because tests start processes, which must not outlive them on the device.
+        # A process group, because tests start processes, which must not outlive them on the device.
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         try:
             process.wait(recorder.seconds_left - 25)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # pytest reports what it has got to
-            recorder.note_failure("all tests", "the deadline came before their end")
+            process.send_signal(signal.SIGINT)  # pytest writes its report
+            recorder.omit("all tests", "the deadline passed before they ended")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(15)
         finally:
@@ -467,29 +460,29 @@ def measure_correctness(recorder: Recorder, options: argparse.Namespace) -> None
 
 
 def read_report(path: Path, recorder: Recorder, skips_fail: bool) -> dict[str, float]:
-    """Return how many tests passed by pytest's report, noting others as failures."""
+    """Return the number of tests by outcome from pytest's report; record failed and skipped ones as omissions."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for case in ElementTree.parse(path).iter("testcase"):
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         outcome = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
         counts[outcome] += 1
         if outcome == "failed" or (outcome == "skipped" and skips_fail):
-            recorder.note_failure(case.get("name"), f"{outcome}: {problem.get('message')}")
-    assert sum(counts.values()) > 0, "pytest found tests"
+            recorder.omit(case.get("name"), f"{outcome}: {problem.get('message')}")
+    assert sum(counts.values()) > 0, "pytest found no tests"
     return counts
 
 
 def train_and_resume(recorder: Recorder, options: argparse.Namespace) -> None:
-    """Make 120 steps of the reproduction as a user does, asked to stop by SIGTERM half-way, and resumed."""
+    """Make 120 steps of the full run with train.py, stopped by SIGTERM half-way and resumed."""
     n_steps, stop_at = (12, 6) if options.toy else (120, 60)
     with tempfile.TemporaryDirectory() as name:
         flags = [f"--data_dir={options.data_dir}", f"--output_dir={name}", "--run_name=run", "--report_to=none"]
-        flags += [f"--hellaswag_file={options.hellaswag_file or find_hellaswag()}"]
+        flags += [f"--hellaswag_file={options.hellaswag_file or find_hellaswag(SAMPLE_FILE)}"]
         flags += list_toy_flags() if options.toy else ["--max_steps=19073"]
         folder = Path(name) / "run"
 
         def run_until(step: int) -> float:
-            """Run train.py, ask it to stop once it has made that many steps, and return the seconds to the first."""
+            """Run train.py, stop it after that many steps, and return the seconds to its first one."""
             first, started = None, time.monotonic()
             n_before, losses = len(read_losses(folder)), {}
             process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT)
@@ -500,12 +493,12 @@ def train_and_resume(recorder: Recorder, options: argparse.Namespace) -> None:
                     if first is None and len(losses) > n_before:
                         first = time.monotonic() - started
                     if recorder.seconds_left < 30:
-                        raise TimeoutError(f"{len(losses)} steps were made by the deadline")
+                        raise TimeoutError(f"only {len(losses)} steps by the deadline")
                 process.send_signal(signal.SIGTERM)
                 code = process.wait(timeout=recorder.seconds_left)
             finally:
                 process.kill()
-            assert code == 75, f"asked to stop, train.py ended with {code} and not with 75"
+            assert code == 75, f"train.py exited with {code} on SIGTERM, expected 75"
             return first
 
         recorder.measure("first half", lambda: {"s to the first step": run_until(stop_at)})
@@ -514,10 +507,10 @@ def train_and_resume(recorder: Recorder, options: argparse.Namespace) -> None:
 
 
 def summarize_run(folder: Path, stop_at: int) -> dict[str, float]:
-    """Return the figures of a run in two halves, and by how much the loss jumps where the second begins."""
+    """Return the figures of a run in two halves, and the jump of the loss where the second one begins."""
     losses, lines = read_losses(folder), read_metrics(folder)
     steps = sorted(losses)
-    assert steps == list(range(1, steps[-1] + 1)), "every step was made once"
+    assert steps == list(range(1, steps[-1] + 1)), "a step is missing or repeated"
     resumed = next(step for step in steps if step > stop_at and step - 1 in read_saved_steps(folder))
     around = [abs(losses[step] - losses[step - 1]) for step in steps[1:] if abs(step - resumed) <= stop_at // 2]
     steady = [line for line in lines if "train/loss" in line and line["step"] not in (1, resumed)]
@@ -542,7 +535,7 @@ def summarize_run(folder: Path, stop_at: int) -> dict[str, float]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl that are whole."""
+    """Return the complete lines of a run's metrics.jsonl."""
     try:
         text = (folder / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -559,7 +552,7 @@ def read_saved_steps(folder: Path) -> set[int]:
 
 
 def list_toy_flags() -> list[str]:
-    """Return the flags of a run that a CPU makes in seconds."""
+    """Return the flags of a run that takes seconds on a CPU."""
     return [
         "--n_layer=2",
         "--n_head=2",
@@ -576,7 +569,7 @@ def list_toy_flags() -> list[str]:
 
 
 def try_sizes(recorder: Recorder, options: argparse.Namespace) -> None:
-    """Try the larger models out, each in a run of ten steps that leaves nothing behind."""
+    """Try the larger models with `train.py --smoke`: ten steps each."""
     expected = {"124M": 0} if options.toy else {"350M": 120, "774M": 180, "1558M": 280}
     for name, seconds in expected.items():
 
@@ -595,7 +588,7 @@ def try_sizes(recorder: Recorder, options: argparse.Namespace) -> None:
 
 
 def read_smoke_test(output: str) -> dict[str, float]:
-    """Return the figures that `train.py --smoke` prints."""
+    """Return the figures from the output of `train.py --smoke`."""
     measured = re.search(r"measured +([\d,]+) tokens/s.* MFU ([\d.]+)%", output)
     return {
         "sequences at once": float(re.search(r"x (\d+) sequence\(s\)", output)[1]),
@@ -614,38 +607,37 @@ PARTS = {"correct": measure_correctness, "speed": measure_speed, "train": train_
 
 
 def run_part(part: str, path: Path, options: argparse.Namespace) -> None:
-    """Make a part's measurements, in a process of its own."""
+    """Make the measurements of a part; called in a process of its own."""
     transformers_logging.set_verbosity_error()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.toy:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     prepare_cpu_process()
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or what is called compiled would be eager unseen
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or a "compiled" figure could be an eager one
     predicted = PREDICTED if "H100" in options.device_name else {}
     recorder = Recorder(part, path, options.deadline or DEADLINES[part], predicted, options.only)
     PARTS[part](recorder, options)
 
 
 def main() -> int:
-    """Run the parts, one after the other; exit with 1 where something failed."""
+    """Run the parts one after the other. Return 1 if anything failed or was left out, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument(
-        "--data_dir", default="data/demo", help="shards to train on, GPT-2's tokens; `make demo` writes some"
+        "--data_dir", default="data/demo", help="shards to train on, with GPT-2's tokens, such as those of `make demo`"
     )
-    parser.add_argument(
-        "--hellaswag_file", help="HellaSwag's validation items; not given: .gpu/hellaswag_val.jsonl.gz"
-    )
-    parser.add_argument("--output", type=Path, help="file of results; not given: benchmarks/results/DEVICE_PARTS.json")
-    parser.add_argument("--deadline", type=float, help="seconds of each part; not given: eight or nine minutes")
-    parser.add_argument("--only", default="", help="make the measurements whose names this expression is found in")
-    parser.add_argument("--tests", help="of correct: an expression for pytest's -k")
-    parser.add_argument("--toy", action="store_true", help="the same code at toy size, on the CPU")
+    parser.add_argument("--hellaswag_file", help="HellaSwag's validation items (default: .gpu/hellaswag_val.jsonl.gz)")
+    parser.add_argument("--output", type=Path, help="file of results (default: benchmarks/results/DEVICE_PARTS.json)")
+    parser.add_argument("--deadline", type=float, help="seconds for each part (default: about nine minutes)")
+    parser.add_argument("--only", default="", help="regular expression: make only the measurements whose names match")
+    parser.add_argument("--tests", help="for correct: pytest's -k")
+    parser.add_argument("--toy", action="store_true", help="run at toy size on the CPU")
     options = parser.parse_args()
     options.toy = options.toy or not torch.cuda.is_available()
     options.data_dir = str(Path(options.data_dir).absolute())
-    context, machine, entries = multiprocessing.get_context("spawn"), describe_machine(), []
-    options.device_name = machine["device"]["name"]
+    context, report = multiprocessing.get_context("spawn"), Report("gpu", options)
+    gpu, entries = report.environment["machine"]["gpu"], []
+    options.device_name = gpu["name"] if gpu else "cpu"
     slug = re.sub(r"\W+", "_", options.device_name.lower())
     default = ROOT / "build" / "gpu_toy.json" if options.toy else RESULTS / f"{slug}_{'_'.join(options.parts)}.json"
     output = options.output or default
@@ -660,12 +652,11 @@ def main() -> int:
                 process.join()
             entries += read_entries(path)
             if process.exitcode != 0:
-                entries.append(Failure(part, "the part as a whole", f"ended with {process.exitcode}"))
-            results = [entry for entry in entries if isinstance(entry, Result)]
-            failures = [entry for entry in entries if isinstance(entry, Failure)]
-            write_results(output, "gpu", results, failures, machine)
-    print(f"\n{machine['device']}\n{machine['versions']}\n\n{format_table(results, failures)}\n-> {output}")
-    return 1 if failures else 0
+                entries.append(Omission(part, "whole part", f"exit code {process.exitcode}"))
+            report.figures = [entry for entry in entries if isinstance(entry, Figure)]
+            report.omissions = [entry for entry in entries if isinstance(entry, Omission)]
+            report.write(output)
+    return 1 if report.omissions else 0
 
 
 if __name__ == "__main__":

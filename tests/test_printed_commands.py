@@ -66,7 +66,7 @@ FOREIGN = {
 FOREIGN_FLAGS = {
     *("config_file", "num_processes", "nodes", "ntasks_per_node", "nnodes", "nproc_per_node", "rdzv_backend"),
     *("rdzv_endpoint", "standalone", "model_args", "tasks", "batch_size", "logdir", "only", "toy", "hypothesis_seed"),
-    *("extra_index_url", "name", "rounds", "check"),
+    *("extra_index_url", "name", "rounds", "check", "tokens", "texts", "items", "compile"),
 }
 
 
@@ -206,7 +206,7 @@ def test_flags_in_a_text_exist(name):
     """Behind a script's name they are the script's; elsewhere they are anybody's."""
     text = list_texts()[name]
     for script in ("train.py", "prepare_data.py", "eval_hellaswag.py"):
-        for given in re.findall(rf"{re.escape(script)}((?: +--[a-z_]+(?:[ =][^\s`\"-][^\s`\"]*)?)+)", text):
+        for given in re.findall(rf"(?<!bench_){re.escape(script)}((?: +--[a-z_]+(?:[ =][^\s`\"-][^\s`\"]*)?)+)", text):
             assert set(re.findall(r"--([a-z_]+)", given)) <= list_flags(script)
     if name != "Makefile":
         known = set().union(*map(list_flags, SETTINGS), FOREIGN_FLAGS)

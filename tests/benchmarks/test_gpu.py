@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks.gpu import classify_kernel, read_report
-from benchmarks.measurements import Recorder, Result, read_entries, read_results
+from benchmarks.measurements import Figure, Recorder, read_entries, read_results
 
 
 def run_toy(output: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -17,21 +17,21 @@ def run_toy(output: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def run_parts(output: Path, *arguments: str) -> list[Result]:
+def run_parts(output: Path, *arguments: str) -> list[Figure]:
     """Run parts to their end, and return their figures."""
     result = run_toy(output, *arguments)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.rstrip().splitlines()[-1] == f"-> {output}"
-    content, results, failures = read_results(output)
-    assert failures == [] and content["device"]["name"]
-    assert all(each.value >= 0 and each.predicted is None for each in results)  # predictions are of an H100
-    return results
+    content, figures, omissions = read_results(output)
+    assert omissions == [] and content["machine"]["cpu"]
+    assert all(each.value >= 0 and each.predicted is None for each in figures)  # predictions are for an H100
+    return figures
 
 
 @pytest.mark.slow
 def test_parts_run_to_their_end_and_write_their_figures(shards, tmp_path):
-    results = run_parts(tmp_path / "gpu.json", "speed", "sizes", f"--data_dir={shards}")
-    assert {each.name for each in results if each.part == "speed"} >= {
+    figures = run_parts(tmp_path / "gpu.json", "speed", "sizes", f"--data_dir={shards}")
+    assert {each.subject for each in figures if each.part == "speed"} >= {
         "machine",
         "step, first",
         "stock GPT-2, compiled",
@@ -45,7 +45,7 @@ def test_parts_run_to_their_end_and_write_their_figures(shards, tmp_path):
         "step, eager",
         "step, attention math",
     }
-    values = {(each.name, each.unit): each.value for each in results}
+    values = {(each.subject, each.unit): each.value for each in figures}
     assert values["124M", "tokens/s"] > 0
     assert values["step, first", "tokens/s"] > values["step, eager", "tokens/s"] / 3
     assert values["validation, eager", "nats"] == pytest.approx(values["validation, compiled", "nats"], abs=1e-3)
@@ -53,8 +53,8 @@ def test_parts_run_to_their_end_and_write_their_figures(shards, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_stops_goes_on_and_writes_its_figures(shards, tmp_path):
-    results = run_parts(tmp_path / "gpu.json", "train", f"--data_dir={shards}")
-    values = {(each.name, each.unit): each.value for each in results}
+    figures = run_parts(tmp_path / "gpu.json", "train", f"--data_dir={shards}")
+    values = {(each.subject, each.unit): each.value for each in figures}
     assert values["run", "steps"] >= 12
     assert values["run", "nats, last step"] < values["run", "nats, first step"]
     assert values["run", "nats of jump at the resume"] <= values["run", "nats of jump, largest around it"]
@@ -63,9 +63,9 @@ def test_a_run_stops_goes_on_and_writes_its_figures(shards, tmp_path):
 def test_a_part_past_its_deadline_is_noted_and_costs_no_other(tmp_path):
     result = run_toy(tmp_path / "gpu.json", "train", "--deadline=-1", f"--data_dir={tmp_path}")
     assert result.returncode == 1
-    _, _, failures = read_results(tmp_path / "gpu.json")
-    assert {failure.name for failure in failures} == {"first half", "second half, resumed", "run"}
-    assert "FAILED  train" in result.stdout
+    _, _, omissions = read_results(tmp_path / "gpu.json")
+    assert {omission.subject for omission in omissions} == {"first half", "second half, resumed", "run"}
+    assert "NOT MEASURED  train" in result.stdout
 
 
 def test_correctness_counts_tests_and_names_those_that_did_not_pass(tmp_path):
@@ -79,8 +79,8 @@ def test_correctness_counts_tests_and_names_those_that_did_not_pass(tmp_path):
     counts = {"passed": 1, "failed": 1, "skipped": 1}
     assert read_report(tmp_path / "report.xml", recorder, skips_fail=True) == counts
     bad, skipped = read_entries(tmp_path / "entries")
-    assert (bad.name, skipped.name) == ("test_bad", "test_not_here")
-    assert bad.error.startswith("failed") and "no GPU" in skipped.error
+    assert (bad.subject, skipped.subject) == ("test_bad", "test_not_here")
+    assert bad.reason.startswith("failed") and "no GPU" in skipped.reason
     assert read_report(tmp_path / "report.xml", recorder, skips_fail=False) == counts
     assert len(list(read_entries(tmp_path / "entries"))) == 3
 
