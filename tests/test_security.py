@@ -154,9 +154,9 @@ def test_a_pickle_as_the_optimizers_state_is_refused_unread(shards, tmp_path, tr
     assert "optimizer.pt cannot be read" in capsys.readouterr().err
 
 
-def test_a_pickle_as_a_shard_is_refused_unread(shards, tmp_path, trap, capsys):
+def test_a_pickle_as_a_shard_is_refused_unread(gpt2_shards, tmp_path, trap, capsys):
     folder = tmp_path / "data"
-    shutil.copytree(shards, folder)
+    shutil.copytree(gpt2_shards, folder)
     np.save(folder / "story_train_000001.npy", np.array([trap], dtype=object), allow_pickle=True)
     assert train.main(flags(data_dir=folder, output_dir=tmp_path, report_to="none")) == 2
     (folder / "story_train_000001.npy").write_bytes(pickle.dumps(trap))
@@ -205,23 +205,25 @@ def load_both_ways(folder: Path, shards: Path, tmp_path: Path, capsys) -> list[s
     return messages
 
 
-def test_pickled_weights_are_not_loaded(model_folder, shards, tmp_path, trap, capsys):
+def test_pickled_weights_are_not_loaded(model_folder, gpt2_shards, tmp_path, trap, capsys):
     (model_folder / "model.safetensors").unlink()
     torch.save(trap, model_folder / "pytorch_model.bin")
-    assert all("model.safetensors" in message for message in load_both_ways(model_folder, shards, tmp_path, capsys))
+    assert all(
+        "model.safetensors" in message for message in load_both_ways(model_folder, gpt2_shards, tmp_path, capsys)
+    )
 
 
-def test_an_index_of_weights_cannot_lead_out_of_its_folder(model_folder, shards, tmp_path, capsys):
+def test_an_index_of_weights_cannot_lead_out_of_its_folder(model_folder, gpt2_shards, tmp_path, capsys):
     (model_folder / "model.safetensors").rename(model_folder.parent / "other.safetensors")
     names = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=16)).state_dict()
     for name in ("../other.safetensors", str(model_folder.parent / "other.safetensors"), ".."):
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
         (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        for message in load_both_ways(model_folder, shards, tmp_path, capsys):
+        for message in load_both_ways(model_folder, gpt2_shards, tmp_path, capsys):
             assert "which is not a file of its folder" in message
 
 
-def test_code_of_a_model_runs_only_when_asked_for(model_folder, shards, tmp_path, trap, capsys, monkeypatch):
+def test_code_of_a_model_runs_only_when_asked_for(model_folder, gpt2_shards, tmp_path, trap, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question nobody is there to answer"))
     (model_folder / "theirs.py").write_text(f"open({trap.path!r}, 'w')\n")
     for name, entry in (
@@ -233,13 +235,13 @@ def test_code_of_a_model_runs_only_when_asked_for(model_folder, shards, tmp_path
     ):
         path = model_folder / name
         path.write_text(json.dumps(json.loads(path.read_text()) | entry))
-    load_both_ways(model_folder, shards, tmp_path, capsys)
+    load_both_ways(model_folder, gpt2_shards, tmp_path, capsys)
 
 
-def test_names_in_a_manifest_and_in_a_training_state_cannot_leave_their_folder(shards, tmp_path, capsys):
+def test_names_in_a_manifest_and_in_a_training_state_cannot_leave_their_folder(gpt2_shards, tmp_path, capsys):
     """A training state names no file; a manifest does, and is also read by every other command (bad_input)."""
     secret, data = tmp_path / "secret", tmp_path / "data"
-    shutil.copytree(shards, data)
+    shutil.copytree(gpt2_shards, data)
     (data / "story_train_000001.npy").rename(secret)
     counts = {"documents": 1, "tokens": 5000, "bytes": 1}
     manifest = {
@@ -269,7 +271,7 @@ SECRETS = {
 NETRC_SECRET = "fedcba9876543210fedcba9876543210fedcba98"
 
 
-def test_no_secret_is_told(shards, tokenizer, tmp_path):
+def test_no_secret_is_told(gpt2_shards, tokenizer, tmp_path):
     """A whole run with wandb, offline, and a Hub to publish on, in a process whose environment and home hold keys."""
     home, runs = tmp_path / "home", tmp_path / "runs"
     (home / ".cache" / "huggingface").mkdir(parents=True)
@@ -278,7 +280,7 @@ def test_no_secret_is_told(shards, tokenizer, tmp_path):
     (home / ".cache" / "huggingface" / "token").write_text(SECRETS["HF_TOKEN"])
     settings = {"eval_every": 1, "eval_tokens": 64, "sample_every": 1, "sample_tokens": 12, "report_to": "auto"}
     settings |= {"push_to_hub": True}
-    command = [sys.executable, str(REPOSITORY / "train.py"), *flags(data_dir=shards, output_dir=runs, **settings)]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *flags(data_dir=gpt2_shards, output_dir=runs, **settings)]
     with LoopbackHub() as hub:
         hub.users = {SECRETS["HF_TOKEN"]: User("me")}
         tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import real_pictures
 from safetensors.torch import load_file
 from small_runs import N_STEPS, SMALL, flags, launch, read_losses, read_series, run_training
 from tiny_tokenizers import FAMILIES
@@ -30,13 +31,14 @@ from modeling_gpt2_repro.training.metrics import read_metrics
 
 @pytest.fixture(scope="module")
 def finished_run(shards, tmp_path_factory) -> Path:
-    return run_training(shards, tmp_path_factory.mktemp("runs"))
+    with real_pictures():
+        return run_training(shards, tmp_path_factory.mktemp("runs"))
 
 
 def test_loss_falls_and_validation_follows(finished_run):
     losses, val_losses = read_losses(finished_run), read_series(finished_run, "val/loss")
     assert list(losses) == list(range(1, N_STEPS + 1))
-    assert losses[1] == pytest.approx(math.log(50257), abs=0.1)
+    assert losses[1] == pytest.approx(math.log(1000), abs=0.1)
     assert losses[N_STEPS] < losses[1] - 2
     assert list(val_losses) == [0, 6, 12]
     assert val_losses[12] == pytest.approx(losses[12], abs=0.5)
@@ -191,7 +193,7 @@ def test_models_that_are_not_whole_or_of_another_shape_are_refused(shards, tmp_p
     assert "--sequence_length 64 is longer than the 32 positions" in longer
     few_ids = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=100, n_positions=32))
     few_ids.save_pretrained(tmp_path / "few_ids")
-    assert "has vocab_size 100, but the data's tokenizer says 50257" in complain(tmp_path / "few_ids", **shape)
+    assert "has vocab_size 100, but the data's tokenizer says 1000" in complain(tmp_path / "few_ids", **shape)
     broken = tmp_path / "broken"
     shutil.copytree(finished_run / "final", broken)
     config = json.loads((broken / "config.json").read_text())
@@ -233,11 +235,11 @@ def test_two_processes_run_the_experiment_of_one(shards, tmp_path):
     assert together == (alone / "samples.jsonl").read_text()
 
 
-def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(shards, tmp_path, tokenizer):
+def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(gpt2_shards, tmp_path, tokenizer):
     """The same windows, accumulation, clipping, schedule and optimizer, on transformers' own model."""
     n_steps, settings = 20, {"learning_rate": 1e-3, "eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
     run = run_training(
-        shards, tmp_path, max_steps=n_steps, micro_batch_size=2, grad_clip=0.5, shuffle_windows="off", **settings
+        gpt2_shards, tmp_path, max_steps=n_steps, micro_batch_size=2, grad_clip=0.5, shuffle_windows="off", **settings
     )
 
     shape = TrainingConfig(n_layer=2, n_head=2, n_embd=16, sequence_length=32)
@@ -251,7 +253,7 @@ def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(shards, tmp_path, toke
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
     tokens = torch.from_numpy(
-        np.concatenate([np.load(path) for path in sorted(shards.glob("*_train_*.npy"))]).astype(int)
+        np.concatenate([np.load(path) for path in sorted(gpt2_shards.glob("*_train_*.npy"))]).astype(int)
     )
     losses, norms = {}, {}
     for step in range(n_steps):
@@ -306,19 +308,23 @@ def test_speed_is_of_training_alone(shards, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def random_shards(tmp_path) -> Path:
+def random_shards(shards, tmp_path) -> Path:
     """Shards of random ids, no two windows of which begin alike."""
     folder = tmp_path / "random"
-    folder.mkdir()
-    ids = np.random.default_rng(0).integers(0, 50256, 5000).astype(np.uint16)
-    np.save(folder / "x_val_000000.npy", ids[:1000])
-    np.save(folder / "x_train_000001.npy", ids[1000:])
+    shutil.copytree(shards, folder)
+    paths = sorted(folder.glob("*_train_*.npy"))
+    sizes = [len(np.load(path)) for path in paths]
+    chance = np.random.default_rng(0)
+    ids = chance.integers(0, 1000, sum(sizes), dtype=np.uint16)
+    ids[::32] = chance.permutation(1000)[: len(ids[::32])]
+    for path, part in zip(paths, np.split(ids, np.cumsum(sizes)[:-1]), strict=True):
+        np.save(path, part)
     return folder
 
 
 def poison(monkeypatch, shards: Path, update: int, fault) -> None:
     """Let `fault(loss)` take the place of the loss of the windows of one update, wherever it is computed."""
-    forward, dataset = WindowLoss.forward, TokenDataset(str(shards), "train", 32, 50257)
+    forward, dataset = WindowLoss.forward, TokenDataset(str(shards), "train", 32, 1000)
     bad = set(dataset.read(range(8 * (update - 1), 8 * update))[:, 0].tolist())
 
     def poisoned(self, windows: torch.Tensor) -> torch.Tensor:

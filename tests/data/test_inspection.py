@@ -145,15 +145,15 @@ def test_the_choice_is_the_seeds(tmp_path):
     assert choose(8, 1) == choose(99, 2) == everything
 
 
-def test_folder_without_manifest_is_taken_for_gpt2s(shards, tokenizer):
-    inspected = inspect_folder(shards, 3, 0, 50)
+def test_folder_without_manifest_is_taken_for_gpt2s(gpt2_shards, tokenizer):
+    inspected = inspect_folder(gpt2_shards, 3, 0, 50)
     assert inspected.manifest is None
     assert (len(inspected.tokenizer), inspected.tokenizer.eos_token_id) == (50257, 50256)
     assert [(split.split, split.documents) for split in inspected.splits] == [("val", 16), ("train", 144)]
     for document in inspected.documents:
         assert "lighthouse" in tokenizer.decode(document.ids) or document.tokens > 51
     # The text that the tokens stand for, to the byte.
-    val = tokenizer.decode(np.load(next(shards.glob("*val*"))), skip_special_tokens=True)
+    val = tokenizer.decode(np.load(next(gpt2_shards.glob("*val*"))), skip_special_tokens=True)
     assert inspected.splits[0].text_bytes == len(val.encode())
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, STORY
+from conftest import REPOSITORY
 from loopback_hub import LoopbackHub
+from small_corpora import STORY
 from small_runs import run_training
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, Trainer, TrainingArguments, pipeline
 

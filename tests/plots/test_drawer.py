@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, real_pictures
 from written_runs import build_lines, write_run
 
 from modeling_gpt2_repro.plots import drawer
@@ -20,8 +20,9 @@ PATIENCE_SECONDS = 120
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures_meanwhile():
-    """Here they are drawn."""
+def _pictures():
+    with real_pictures():
+        yield
 
 
 def wait_for(condition: Callable[[], object]) -> None:

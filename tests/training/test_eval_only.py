@@ -17,6 +17,7 @@ import train
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import BASELINES_NAME, list_checksums
 from modeling_gpt2_repro.data.text_bytes import TextBytes
+from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer
 from modeling_gpt2_repro.evaluation import baseline as baseline_module
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 from modeling_gpt2_repro.training.eval_only import measure_validation
@@ -47,6 +48,7 @@ def read_entries(data_dir: Path) -> list[dict]:
 def save_gpt2(folder: Path, tokenizer, **changes) -> Path:
     torch.manual_seed(0)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 256, "initializer_range": 0.3, **changes}
+    sizes["vocab_size"] = len(tokenizer)
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -55,6 +57,11 @@ def save_gpt2(folder: Path, tokenizer, **changes) -> Path:
 @pytest.fixture
 def data(shards, tmp_path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shards):
+    return load_data_tokenizer(shards)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +175,7 @@ def test_a_data_folder_that_cannot_be_written_does_not_lose_the_result(gpt2, dat
 def test_prepared_data_stays_what_it_is(gpt2, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("One lighthouse, one keeper, many ships. " * 200)
     prepare = [f"--files={tmp_path / 'text.txt'}", f"--output_dir={tmp_path / 'data'}", "--val_tokens=200"]
+    prepare.append(f"--tokenizer={gpt2}")
     assert prepare_data.main(prepare) == 0
     assert evaluate(tmp_path / "data", gpt2, hellaswag_every=0) == 0
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
@@ -201,7 +209,7 @@ def test_a_model_of_another_tokenizer_is_refused(data, tmp_path, tokenizer, caps
     folder = save_gpt2(tmp_path / "other", tokenizer)
     definition = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = definition["model"]["vocab"]
-    vocabulary["Ġthe"], vocabulary["Ġa"] = vocabulary["Ġa"], vocabulary["Ġthe"]
+    vocabulary["Ġthe"], vocabulary["a"] = vocabulary["a"], vocabulary["Ġthe"]
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     assert evaluate(data, folder) == 2
     printed, errors = capsys.readouterr()
