@@ -23,7 +23,8 @@ DATASET_REVISION = "218ec52e09a7e7462a5400043bb9a69a41d06b76"
 VALIDATION_LABEL_COUNTS = (2515, 2485, 2584, 2458)
 
 # 48 items written for this package in HellaSwag's two styles. They illustrate the format and let the demo run offline;
-# scores on them are not comparable with scores on HellaSwag.
+# scores on them are not comparable with scores on HellaSwag. Each ending is right in one item and wrong in three, and
+# the endings of an item have nearly one length, so that a model which ignores the context scores 0.25.
 SAMPLE_FILE = Path(__file__).with_name("hellaswag_sample.jsonl")
 
 N_ENDINGS = 4
