@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from fork_server import serve_forks
+from fork_server import QUICKER, serve_forks
 from small_corpora import draw_documents, write_story_data
 
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
@@ -62,8 +62,11 @@ def gpt2_shards(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def forks():
-    """Processes of their own of `train`, whose imports are waited for once."""
-    with serve_forks(["train"], {**os.environ, "PYTHONPATH": str(REPOSITORY)}) as server:
+    """Processes of their own of the scripts and commands, whose imports are waited for once."""
+    modules = ["train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.__main__", "standard_streams", "cases"]
+    path = os.pathsep.join(str(REPOSITORY / name) for name in ("", "tests", "tests/bad_input"))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    with serve_forks(modules, environment, QUICKER) as server:
         yield server
 
 

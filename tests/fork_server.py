@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 # In the forks a wait, as for a Hub that asks for patience, is short.
 SERVER = """
-import ctypes, importlib, json, os, signal, subprocess, sys, time, traceback
+import ctypes, gc, importlib, json, os, signal, subprocess, sys, time, traceback
 exec(sys.argv[1])
 for name in sys.argv[2:]:
     importlib.import_module(name)
+gc.collect()
+gc.freeze()  # or each fork would copy the pages of all objects when it collects garbage
 sleep = time.sleep
 def trace(options):
     ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: where only parents may trace
@@ -47,6 +49,18 @@ for line in sys.stdin:
         sys.stderr.flush()
         os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+# A `setup` without what costs time and changes no file: the probe of a peak, the drawing of a picture, and the process
+# that draws beside the run, whose pictures the run draws once more at its end.
+QUICKER = """
+import matplotlib.figure
+import modeling_gpt2_repro.training.run
+from modeling_gpt2_repro.plots.drawer import CurveDrawer
+from modeling_gpt2_repro.training.throughput import Peak
+modeling_gpt2_repro.training.run.choose_peak = lambda *_: Peak(1e12, "not measured")
+CurveDrawer.request = lambda self: None
+matplotlib.figure.Figure.savefig = lambda self, stream, **_: stream.write(bytes(100_000))
 """
 
 # What a launcher does, but in forks.

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
-from fork_server import serve_forks
 from written_runs import build_lines, write_run
 
 from modeling_gpt2_repro.__main__ import COMMANDS, main
@@ -23,12 +22,6 @@ FORWARDS = {
 
 # What `python -m MODULE` does with a module.
 RUN_MODULE = "import runpy\nsys.argv[1:] = run['argv']\nrunpy.run_module({module!r}, run_name='__main__')"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serve_forks([PACKAGE], {**os.environ, "PYTHONPATH": str(REPOSITORY)}) as server:
-        yield server
 
 
 def test_help_lists_the_commands_in_a_line_each(capsys):
@@ -64,20 +57,20 @@ def test_the_package_runs_as_a_module(tmp_path):
 
 
 @pytest.mark.parametrize("module", FORWARDS)
-def test_an_earlier_name_does_what_the_command_does(server, tmp_path, module):
+def test_an_earlier_name_does_what_the_command_does(forks, tmp_path, module):
     script = RUN_MODULE.format(module=f"{PACKAGE}.{module}")
-    forwarded = server.run(PACKAGE, ["--help"], tmp_path, script=script)
+    forwarded = forks.run(PACKAGE, ["--help"], tmp_path, script=script)
     assert (forwarded.code, forwarded.err) == (0, "")
     assert forwarded.out.startswith(f"usage: python -m {PACKAGE} {FORWARDS[module]} ")
-    assert server.run(PACKAGE, ["--modle=x"], tmp_path, script=script).code == 2
+    assert forks.run(PACKAGE, ["--modle=x"], tmp_path, script=script).code == 2
 
 
 @pytest.mark.parametrize(
     "module, argv",
     [("reporting.summary", ["RUN"]), ("reporting.plots", ["--hours", "RUN", "--tokens_per_step=1000"])],
 )
-def test_an_earlier_name_takes_the_same_arguments(server, tmp_path, capsys, module, argv):
+def test_an_earlier_name_takes_the_same_arguments(forks, tmp_path, capsys, module, argv):
     argv = [str(write_run(tmp_path / "run", build_lines(5))) if each == "RUN" else each for each in argv]
-    forwarded = server.run(PACKAGE, argv, tmp_path, script=RUN_MODULE.format(module=f"{PACKAGE}.{module}"))
+    forwarded = forks.run(PACKAGE, argv, tmp_path, script=RUN_MODULE.format(module=f"{PACKAGE}.{module}"))
     assert main([FORWARDS[module], *argv]) == forwarded.code == 0
     assert forwarded.out == capsys.readouterr().out

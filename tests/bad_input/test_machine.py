@@ -12,15 +12,14 @@ from types import SimpleNamespace
 import pytest
 from cases import TINY, build_originals, open_case, to_flags
 from conftest import REPOSITORY
-from fork_server import serve_forks
 from test_flags import EVALUATE, PREPARE
 
 from modeling_gpt2_repro import __main__ as commands
 
 PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for name in ("", "bad_input"))])
 COMMANDS = "modeling_gpt2_repro.__main__"
-MODULES = ("train", "prepare_data", "eval_hellaswag", COMMANDS, "cases")
-HELPFUL = {module: (module, []) for module in MODULES[:4]} | {name: (COMMANDS, [name]) for name in commands.COMMANDS}
+MODULES = ("train", "prepare_data", "eval_hellaswag", COMMANDS)
+HELPFUL = {module: (module, []) for module in MODULES} | {name: (COMMANDS, [name]) for name in commands.COMMANDS}
 # Then a file that its owner may not read is refused to root as well: linux/capability.h, without the first three.
 NO_PRIVILEGES = """
 import ctypes
@@ -40,12 +39,6 @@ except SystemExit as end:  # of --help
 sys.stdout.flush()
 os._exit(code)
 """
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with serve_forks(MODULES, os.environ | {"PYTHONPATH": PATH, "PYTHONDONTWRITEBYTECODE": "1"}) as server:
-        yield server
 
 
 def run(forks, case, program: str, settings: dict, hindrance: str = NO_PRIVILEGES) -> SimpleNamespace:

@@ -7,8 +7,6 @@ from encodings.aliases import aliases
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
-from fork_server import serve_forks
 from small_corpora import write_small_data
 from small_runs import N_STEPS, flags, read_losses, run_training
 
@@ -31,22 +29,14 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def server():
-    modules = ["train", "prepare_data", "eval_hellaswag", COMMANDS, "standard_streams"]
-    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
-    with serve_forks(modules, {**os.environ, "PYTHONPATH": path}) as server:
-        yield server
-
-
 @pytest.fixture
-def run_script(server, tmp_path):
+def run_script(forks, tmp_path):
     """Return what runs a script with standard streams that `prepare` makes, in a process of its own."""
 
     def run(prepare: str, module: str, argv: list[object]):
         call = f"importlib.import_module({module!r}).main({[str(each) for each in argv]!r})"
         script = f"import importlib\nfrom standard_streams import *\n{prepare}\nend({call})"
-        return server.run("standard_streams", [], tmp_path, script=script)
+        return forks.run("standard_streams", [], tmp_path, script=script)
 
     return run
 
@@ -126,20 +116,20 @@ def test_a_command_ends_as_others_do_where_nobody_reads(finished_run, run_script
     assert "Traceback" not in result.err and result.err.count("\n") == (code == 2), result.err
 
 
-def test_a_terminal_that_closes_costs_nothing(data, tmp_path, server):
+def test_a_terminal_that_closes_costs_nothing(data, tmp_path, forks):
     """The system sends the run SIGHUP, and nothing can be written to it any more."""
     run, argv = tmp_path / "run", flags(data, tmp_path, **QUICK | {"save_every": 0, "max_steps": 100_000})
     script = f"from standard_streams import *\nend(run_on_terminal({argv!r}, Path({str(run)!r})))"
-    assert server.run("standard_streams", [], tmp_path, script=script).code == 75
+    assert forks.run("standard_streams", [], tmp_path, script=script).code == 75
     status = json.loads((run / "status.json").read_text())
     assert status["status"] == "preempted" and status["step"] >= 3
     assert (run / "checkpoints" / f"step_{status['step']:07d}").is_dir()
 
 
-def test_of_two_runs_of_one_name_one_is_told_of_the_other(data, tmp_path, server):
+def test_of_two_runs_of_one_name_one_is_told_of_the_other(data, tmp_path, forks):
     """As by `srun -n 2 python train.py`, or a requeue that overlaps."""
     argv = flags(data, tmp_path, **QUICK | {"sample_every": 0, "save_every": 0, "max_steps": 300})
-    result = server.run(
+    result = forks.run(
         "standard_streams", [], tmp_path, script=f"from standard_streams import *\nrun_twice(train.main, {argv!r})"
     )
     codes = {int(code): int(process) for process, code in map(str.split, result.out.splitlines()[-2:])}

@@ -1,12 +1,9 @@
 """Every system call of prepare_data.py that changes a file may be its last one, or fail."""
 
-import os
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from crashing import Crasher, CrashTests, Scenario, list_tree
-from fork_server import serve_forks
 from small_corpora import list_data_flags, write_corpus, write_tokenizer
 
 import prepare_data
@@ -22,13 +19,6 @@ WAYS = ("new", "overwritten", "in stages")
 
 
 @pytest.fixture(scope="module")
-def server():
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with serve_forks(["prepare_data"], environment) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[Path, Path]:
     """Two files of text, which are two tasks, and a tokenizer."""
     folder = tmp_path_factory.mktemp("inputs")
@@ -39,7 +29,7 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def crasher(request, server, inputs, tmp_path_factory) -> Crasher:
+def crasher(request, forks, inputs, tmp_path_factory) -> Crasher:
     folder = tmp_path_factory.mktemp("data")
     overwrites, in_stages = request.param == "overwritten", request.param == "in stages"
 
@@ -70,7 +60,7 @@ def crasher(request, server, inputs, tmp_path_factory) -> Crasher:
     def script(here):
         return STAGES.format(flags=list_flags(here)) if in_stages else ""
 
-    return Crasher(server, Scenario("prepare_data", list_flags, start, check_kept, check_end, script), folder)
+    return Crasher(forks, Scenario("prepare_data", list_flags, start, check_kept, check_end, script), folder)
 
 
 class TestData(CrashTests):

@@ -1,12 +1,9 @@
 """Every system call of what writes, replaces and removes files and folders may be its last one, or fail."""
 
-import os
 import textwrap
 
 import pytest
-from conftest import REPOSITORY
 from crashing import Crasher, CrashTests, Scenario, list_tree
-from fork_server import serve_forks
 
 from modeling_gpt2_repro.core.files import REPLACED_SUFFIX
 
@@ -59,19 +56,12 @@ def build(name: str, exists: bool) -> Scenario:
     return Scenario("json", lambda folder: (), start, check_kept, check_end, script)
 
 
-@pytest.fixture(scope="module")
-def server():
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with serve_forks(["modeling_gpt2_repro.core.files"], environment) as server:
-        yield server
-
-
 CASES = [(name, exists) for name in SCRIPTS for exists in (False, True) if exists or "removed" not in name]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def crasher(request, server, tmp_path_factory) -> Crasher:
-    return Crasher(server, build(*request.param), tmp_path_factory.mktemp("files"))
+def crasher(request, forks, tmp_path_factory) -> Crasher:
+    return Crasher(forks, build(*request.param), tmp_path_factory.mktemp("files"))
 
 
 class TestFiles(CrashTests):

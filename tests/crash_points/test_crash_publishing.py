@@ -5,10 +5,10 @@ import os
 import pytest
 from conftest import REPOSITORY
 from crashing import Crasher, CrashTests, Scenario
-from fork_server import serve_forks
+from fork_server import QUICKER, serve_forks
 from loopback_hub import LoopbackHub, User
 from small_corpora import write_small_data
-from test_crash_run import QUICKER, list_flags, read_weights
+from test_crash_run import list_flags, read_weights
 
 TOKEN, REPO = "hf_me0123456789", "models/me/run"
 BARE = {"eval_every": 0, "sample_every": 0, "max_steps": 4}

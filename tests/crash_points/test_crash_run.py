@@ -1,16 +1,13 @@
 """Every system call of a run that changes a file may be its last one, or fail."""
 
 import json
-import os
 import re
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from crashing import Crasher, CrashTests, Scenario, list_tree
-from fork_server import serve_forks
 from small_corpora import write_small_data
 from tracing import Call
 
@@ -25,17 +22,6 @@ SETTINGS = {
     **{"eval_tokens": 64, "hellaswag_every": 0, "sample_every": 4, "sample_tokens": 12, "sample_prompt": "The old"},
     **{"save_every": 2, "save_best": True, "keep_checkpoints": 1, "keep_weights_every": 4, "report_to": "none"},
 }
-# Without what costs time and changes no file: the probe of a peak, the drawing of a picture, and the process
-# that draws beside the run, whose pictures the run draws once more at its end.
-QUICKER = """
-import matplotlib.figure
-import modeling_gpt2_repro.training.run
-from modeling_gpt2_repro.plots.drawer import CurveDrawer
-from modeling_gpt2_repro.training.throughput import Peak
-modeling_gpt2_repro.training.run.choose_peak = lambda *_: Peak(1e12, "not measured")
-CurveDrawer.request = lambda self: None
-matplotlib.figure.Figure.savefig = lambda self, stream, **_: stream.write(bytes(100_000))
-"""
 TIMES = re.compile(r"tokens_per_second|mfu|seconds|memory")
 
 
@@ -45,18 +31,11 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server():
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with serve_forks(["train"], environment, QUICKER) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def reference(server, data, tmp_path_factory) -> Path:
+def reference(forks, data, tmp_path_factory) -> Path:
     """The folder of a run to which nothing happens, and which keeps everything; `initial/` is the model of step 0."""
     folder = tmp_path_factory.mktemp("reference")
     for name, changes in (("run", {}), ("short", {"max_steps": 1, "learning_rate": 1e-30})):
-        result = server.run("train", list_flags(data, folder, run_name=name, keep_checkpoints=0, **changes), folder)
+        result = forks.run("train", list_flags(data, folder, run_name=name, keep_checkpoints=0, **changes), folder)
         assert result.code == 0, result.err
     shutil.copytree(folder / "short" / "best", folder / "run" / "initial")
     return folder / "run"
@@ -136,11 +115,11 @@ def check_end(reference: Path, expected_tree: list[str], folder: Path, was_kille
 
 
 @pytest.fixture(scope="module")
-def crasher(server, data, reference, tmp_path_factory) -> Crasher:
+def crasher(forks, data, reference, tmp_path_factory) -> Crasher:
     folder = tmp_path_factory.mktemp("run")
     undisturbed = folder / "here"
     undisturbed.mkdir()
-    result = server.run("train", list_flags(data, undisturbed), folder)
+    result = forks.run("train", list_flags(data, undisturbed), folder)
     assert result.code == 0, result.err
     expected_tree = sorted(list_tree(undisturbed / "run"))
     scenario = Scenario(
@@ -150,7 +129,7 @@ def crasher(server, data, reference, tmp_path_factory) -> Crasher:
         partial(check_kept, reference),
         partial(check_end, reference, expected_tree),
     )
-    return Crasher(server, scenario, folder)
+    return Crasher(forks, scenario, folder)
 
 
 class TestRun(CrashTests):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
-from fork_server import serve_forks
+from fork_server import QUICKER, serve_forks
 from loopback_hub import LoopbackHub, User
 from safetensors.torch import load
 from small_runs import flags, list_launch_command, read_losses, run_training
@@ -73,7 +73,7 @@ def environment(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(environment):
-    with serve_forks(["train", "eval_hellaswag", COMMANDS], environment) as server:
+    with serve_forks(["train", "eval_hellaswag", COMMANDS], environment, QUICKER) as server:
         yield server
 
 
