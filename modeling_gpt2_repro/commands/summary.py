@@ -1,12 +1,31 @@
-"""A run in a few lines."""
+"""What a run reached, in a block that fits the terminal."""
 
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.arguments import Config, setting
 from ..core.errors import UserError
-from ..publishing.scores import describe_score, list_scores
-from ..training.metrics import find_last_validation, format_validation, merge_metrics
+from ..core.terminal import get_columns, wrap_text
+from ..data.shards import MAX_VOCAB_SIZE, load_manifest
+from ..data.unigram import measure_unigram_loss
+from ..publishing.scores import ACCURACIES, describe_score, list_scores, read_training_scores
+from ..training.building import build_skeleton
+from ..training.config import TrainingConfig
+from ..training.console import format_duration
+from ..training.metrics import Metrics, find_last_validation, format_validation, merge_metrics, read_json_object
+from ..training.plan import GPT2_VOCAB_SIZE, count_flops_per_token
 from ..training.run_folder import RunFolder
+
+LABEL_COLUMNS = 18
+# The tokens of configs/gpt2_124M.yaml, in round numbers.
+FULL_RUN_TOKENS = 10e9
+# Of the full run, above which it is said to be made for GPUs.
+LONG_SECONDS = 30 * 86400
+
+Row = tuple[str, str]  # a label and a text
 
 
 @dataclass
@@ -18,11 +37,11 @@ class SummaryConfig(Config):
 
 def run(config: SummaryConfig) -> None:
     """Print what a run reached."""
-    print("\n".join(summarize(RunFolder(config.folder))))
+    print("\n".join(summarize(RunFolder(config.folder), get_columns())))
 
 
-def summarize(folder: RunFolder) -> list[str]:
-    """Return lines on what a run reached and where its files are.
+def summarize(folder: RunFolder, columns: int) -> list[str]:
+    """Return lines of at most `columns` columns, paths aside, on what a run reached and where its files are.
 
     Raises:
         UserError: the folder has no metrics.
@@ -30,20 +49,99 @@ def summarize(folder: RunFolder) -> list[str]:
     metrics = folder.read_metrics()
     if not metrics:
         raise UserError(f"{folder} has no {folder.metrics.name}: give the folder of a run that has begun")
-    last, validation = merge_metrics(metrics), find_last_validation(metrics)
+    last, indent = merge_metrics(metrics), " " * LABEL_COLUMNS
     lines = [f"{folder}: {last['step']:,} steps, {last.get('train/tokens', 0):,} tokens"]
-    if validation is not None:
-        when = "" if validation["step"] == last["step"] else f", at step {validation['step']:,}"
-        lines.append(f"  validation loss  {format_validation(validation)}{when}")
-    lines += [
-        f"  {score['file']}, protocol {score['protocol']}: acc_norm {describe_score(score, 'acc_norm')}, acc "
-        f"{score['acc']:.4f}"
-        for score in list_scores(folder)
+    rows = [
+        *describe_losses(folder, metrics),
+        *describe_samples(folder.read_samples(), last["step"]),
+        *describe_speed(metrics),
+        *describe_scores(folder, last),
     ]
-    samples = folder.read_samples()
-    if samples:
-        lines.append(f"  sample           {samples[-1].get('text')!r}")
-    for path, what in ((folder.final, "model"), (folder.curves, "curves"), (folder.metrics, "numbers")):
-        if path.exists():
-            lines.append(f"  {what:16} {path}")
-    return lines
+    for label, text in rows:
+        first, *others = wrap_text(text, columns, indent)
+        lines += [_start_line(label) + first, *others]
+    places = {"model": folder.final, "curves": folder.curves, "numbers": folder.metrics}
+    return lines + [_start_line(label) + str(path) for label, path in places.items() if path.exists()]
+
+
+def _start_line(label: str) -> str:
+    return f"  {label}".ljust(LABEL_COLUMNS)
+
+
+def describe_losses(folder: RunFolder, metrics: Sequence[Metrics]) -> Iterator[Row]:
+    """Describe the last validation loss, beside those of a unigram model and of chance."""
+    validation = find_last_validation(metrics)
+    if validation is None:
+        return
+    when = "" if validation["step"] == merge_metrics(metrics)["step"] else f", at step {validation['step']:,}"
+    yield "validation loss", f"{format_validation(validation)}{when}"
+    try:
+        config = folder.read_config()
+        vocab_size = find_vocab_size(folder, config)
+        n_windows = config.eval_tokens // config.sequence_length
+        loss = measure_unigram_loss(config.data_dir, n_windows, config.sequence_length, vocab_size)
+        yield "unigram entropy", f"{loss:.4f}, the loss of a model that knows only how frequent each token is"
+    except UserError as error:
+        vocab_size = find_vocab_size(folder, None)
+        yield "unigram entropy", f"not available: {error}"
+    yield "chance", f"{math.log(vocab_size):.4f}, the logarithm of the vocabulary size, {vocab_size:,}"
+
+
+def find_vocab_size(folder: RunFolder, config: TrainingConfig | None) -> int:
+    """Return the vocabulary size of a run's model or, before it is finished, of its data; else GPT-2's.
+
+    Raises:
+        UserError: there is no data folder, or its manifest is damaged.
+    """
+    vocab_size = read_json_object(folder.final / "config.json").get("vocab_size")
+    if type(vocab_size) is int and 0 < vocab_size <= MAX_VOCAB_SIZE:
+        return vocab_size
+    manifest = load_manifest(config.data_dir) if config is not None else None
+    return manifest.vocab_size if manifest is not None else GPT2_VOCAB_SIZE
+
+
+def describe_samples(samples: Sequence[dict[str, Any]], last_step: int) -> Iterator[Row]:
+    """Describe how the model continued one prompt at first and at last."""
+    first = min(samples, key=lambda sample: sample["step"], default=None)
+    last = next((sample for sample in samples if sample["step"] == max(each["step"] for each in samples)), None)
+    for sample in (first, last) if first is not last else (last,):
+        if sample is not None:
+            names = {0: "before training", last_step: "after training"}
+            yield names.get(sample["step"], f"step {sample['step']:,}"), str(sample.get("text"))
+
+
+def describe_speed(metrics: Sequence[Metrics]) -> Iterator[Row]:
+    """Describe the median rate of training, and how long the full run would take at the same rate of arithmetic."""
+    rates = [line["train/tokens_per_second"] for line in metrics if line.get("train/tokens_per_second", 0) > 0]
+    if not rates:
+        return
+    rate, last = statistics.median(rates), merge_metrics(metrics)
+    yield "speed", f"{rate:,.0f} tokens/s (median)"
+    full = TrainingConfig()
+    full_flops = count_flops_per_token(build_skeleton(full, GPT2_VOCAB_SIZE), full.sequence_length)
+    flops = last.get("train/flops", 0) / tokens if (tokens := last.get("train/tokens", 0)) > 0 else 0
+    seconds = FULL_RUN_TOKENS * (full_flops / flops if flops > 0 else 1) / rate
+    model = (
+        f"{full_flops / 1e6:,.0f} M FLOPs per token, against {flops / 1e6:,.0f} M here"
+        if flops > 0
+        else "if this model costs as much per token, which the metrics do not record"
+    )
+    advice = "; it is made for GPUs" if seconds > LONG_SECONDS else ""
+    yield (
+        "full run",
+        f"at this rate, the full run of 10 B tokens (124M model: {model}) would take {format_duration(seconds)}"
+        f"{advice}",
+    )
+
+
+def describe_scores(folder: RunFolder, last: Metrics) -> Iterator[Row]:
+    """Describe the HellaSwag scores of the finished model by eval_hellaswag.py or, without any, those in training."""
+    scores = list_scores(folder)
+    for name in dict.fromkeys(score["data"] for score in scores):
+        yield "HellaSwag items", name
+        for score in (score for score in scores if score["data"] == name):
+            for metric in ACCURACIES:
+                yield f"{score['protocol']}", f"{metric} {describe_score(score, metric)}"
+    if not scores:
+        for protocol, score in read_training_scores(last).items():
+            yield f"{protocol}", f"acc_norm {describe_score(score, 'acc_norm')}, in training"

@@ -63,8 +63,13 @@ class Console:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration as people read it: `45 s`, `12 min`, `3.4 h`, `11 days`."""
-    for unit, length, digits in (("days", 86400, 0), ("h", 3600, 1), ("min", 60, 0)):
-        if seconds >= (2 * length if unit == "days" else 1.5 * length):
+    """Write a duration as people read it: `45 s`, `12 min`, `3.4 h`, `11 days`, `2.4 years`."""
+    for unit, length, least, digits in (
+        ("years", 365.25 * 86400, 2, 1),
+        ("days", 86400, 2, 0),
+        ("h", 3600, 1.5, 1),
+        ("min", 60, 1.5, 0),
+    ):
+        if seconds >= least * length:
             return f"{seconds / length:.{digits}f} {unit}"
     return f"{seconds:.0f} s"

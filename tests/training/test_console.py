@@ -51,7 +51,8 @@ def test_only_one_process_speaks(capsys):
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(45, "45 s"), (720, "12 min"), (3.4 * 3600, "3.4 h"), (11 * 86400, "11 days")]
+    "seconds, text",
+    [(45, "45 s"), (720, "12 min"), (3.4 * 3600, "3.4 h"), (11 * 86400, "11 days"), (876.6 * 86400, "2.4 years")],
 )
 def test_durations_as_people_write_them(seconds, text):
     assert format_duration(seconds) == text

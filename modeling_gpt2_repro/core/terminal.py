@@ -1,0 +1,52 @@
+"""Text that fits a terminal."""
+
+import shutil
+import unicodedata
+from collections.abc import Iterator
+
+from .errors import escape_controls
+
+# Of an output that is not a terminal.
+DEFAULT_COLUMNS = 80
+
+
+def get_columns() -> int:
+    """Return the width of the terminal that stdout is, or 80."""
+    return shutil.get_terminal_size((DEFAULT_COLUMNS, 24)).columns
+
+
+def count_columns(text: str) -> int:
+    """Return how many columns a terminal uses for a text: two for wide characters, none for combining ones."""
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
+
+
+def wrap_text(text: str, columns: int, indent: str = "") -> list[str]:
+    """Break a text between words, or inside words that are too long, into lines of at most `columns` columns.
+
+    Line breaks and runs of spaces become single spaces, and control characters escapes. `indent` begins all lines but
+    the first, for which the caller has written as many columns already.
+    """
+    room = max(columns - count_columns(indent), 1)
+    lines = [""]
+    for word in escape_controls(" ".join(text.split())).split(" "):
+        candidate = f"{lines[-1]} {word}" if lines[-1] else word
+        if count_columns(candidate) <= room:
+            lines[-1] = candidate
+        else:
+            pieces = list(_break_word(word, room))
+            lines = [*lines, *pieces] if lines[-1] else pieces
+    return [lines[0], *(indent + line for line in lines[1:])]
+
+
+def _break_word(word: str, room: int) -> Iterator[str]:
+    """Yield a word in pieces of at most `room` columns, or of a single character."""
+    piece = ""
+    for character in word:
+        if piece and count_columns(piece + character) > room:
+            yield piece
+            piece = ""
+        piece += character
+    yield piece

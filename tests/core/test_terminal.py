@@ -1,0 +1,31 @@
+"""Text that fits a terminal."""
+
+import pytest
+
+from modeling_gpt2_repro.core.terminal import count_columns, get_columns, wrap_text
+
+
+def test_text_is_broken_between_words_and_indented():
+    lines = wrap_text("one  two\nthree four", 12, "    ")
+    assert lines == ["one two", "    three", "    four"]
+    assert wrap_text("", 12) == [""]
+
+
+@pytest.mark.parametrize("columns", [5, 7, 20])
+def test_no_line_is_wider_than_the_terminal(columns):
+    text = "a word, averyveryverylongword 小さな船が港に入る e\u0301e\u0301e\u0301e\u0301 end"
+    lines = wrap_text(text, columns, "  ")
+    assert max(map(count_columns, lines)) <= columns
+    assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+def test_control_characters_are_escaped():
+    assert wrap_text("a\x1b[31mb\x07", 40) == ["a\\x1b[31mb\\x07"]
+
+
+def test_an_output_that_is_no_terminal_has_80_columns(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("sys.__stdout__", None)
+    assert get_columns() == 80
+    monkeypatch.setenv("COLUMNS", "120")
+    assert get_columns() == 120
