@@ -123,7 +123,7 @@ def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
     with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
         step = train(run, preemption, curves, uploader)
         if step < run.plan.last_step:
-            curves.leave_as_they_are()  # a preempted job has seconds left
+            curves.skip_final_figure()  # a preempted job has seconds left
             return stop_early(run, step)
     finish = finish_smoke_test if run.config.smoke else write_final
     if run.accelerator.is_main_process:

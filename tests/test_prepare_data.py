@@ -390,7 +390,7 @@ def test_inspect_tells_of_a_validation_split_that_ends_inside_a_document(run, tm
     run("--files", tmp_path / "play.txt", "--val_tokens", 501)
     _, out, _ = run("--inspect", 9)
     statistics, documents = split_shown(out)
-    assert "the last validation document goes on in the training split" in statistics
+    assert "the last validation document continues in the training split" in statistics
     assert "train begins inside a document" in statistics
     assert "1 of 1 documents" in statistics
     assert [document[:4] for document in documents] == [("val", "play_val_000000.npy", 0, 501)]
@@ -410,7 +410,7 @@ def test_inspect_reads_other_programs_shards(run, tmp_path):
         code, out, err = run("--inspect", 5, output_dir=tmp_path / folder)
         assert code == 0, err
         statistics, documents = split_shown(out)
-        assert "no manifest: taken for ids of openai-community/gpt2" in statistics
+        assert "no manifest: assuming ids of openai-community/gpt2" in statistics
         assert "train begins inside a document: its 1 tokens" in statistics
         assert [(split, tokens, text) for split, _, _, tokens, text in documents] == [
             ("val", 3, "Hello world"),
@@ -585,7 +585,9 @@ def test_inspect_tells_what_the_manifest_counts_otherwise(run, corpus, tmp_path)
     tokens[np.flatnonzero(tokens == EOT)[5]] = 3
     tokens.flush()
     documents = load_manifest(tmp_path / "out").train.documents
-    assert f"train has {documents:,} documents by the manifest: --verify" in run("--inspect", 0)[1]
+    assert (
+        f"train has {documents:,} documents according to the manifest: check with --verify" in run("--inspect", 0)[1]
+    )
 
 
 def make_bad(name, content):

@@ -39,7 +39,7 @@ class PlotsConfig(Config):
 
 def run(config: PlotsConfig) -> None:
     """Draw the figure and print the results of each run."""
-    runs = name_apart([load_curves(path, config.tokens_per_step) for path in config.runs], config.runs)
+    runs = disambiguate_names([load_curves(path, config.tokens_per_step) for path in config.runs], config.runs)
     first = RunFolder(config.runs[0])
     if config.spectrum:
         name, figure, lines = SPECTRUM, build_spectrum_figure(runs), [describe_spectrum(run) for run in runs]
@@ -52,7 +52,7 @@ def run(config: PlotsConfig) -> None:
     print("\n".join([*lines, f"drawn as {path}"]))
 
 
-def name_apart(runs: Sequence[Curves], paths: Sequence[str]) -> list[Curves]:
+def disambiguate_names(runs: Sequence[Curves], paths: Sequence[str]) -> list[Curves]:
     """Rename runs that share a name to their paths."""
     counts = Counter(run.name for run in runs)
     return [replace(run, name=path) if counts[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]

@@ -1,4 +1,4 @@
-"""A data folder in one picture."""
+"""Figure of a data folder: document lengths, token frequencies and the most common tokens."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,21 +14,21 @@ from ..core.files import follow_links
 from ..data.inspection import Inspection, SplitStatistics
 from ..data.shards import INSPECTION_NAME
 from ..data.tokenizer import spell_tokens
-from .figures import SPLIT_COLOURS, build_figure, default_style, finish_axes, make_drawable, save_figure
+from .figures import SPLIT_COLORS, build_figure, default_style, finish_axes, make_drawable, save_figure
 
 LENGTH_BINS = 48
 MOST_COMMON = 20
-TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib
+TOKEN_FONT = "DejaVu Sans Mono"  # shipped with matplotlib
 LABEL_CHARACTERS = 18
-# Zipf: the English word of rank r makes up about a tenth of all words, divided by r.
+# Zipf's law: the English word of rank r has a share of about 0.1 / r of all words.
 ZIPF_SHARE = 0.1
 
 
 def draw_inspection(inspection: Inspection) -> Path:
-    """Draw a data folder as `inspection.png` in it, and return the picture's path.
+    """Draw a data folder, write the figure to `inspection.png` in it, and return its path.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder is not writable.
     """
     path = inspection.folder / INSPECTION_NAME
     save_figure(build_inspection_figure(inspection), path)
@@ -38,7 +38,7 @@ def draw_inspection(inspection: Inspection) -> Path:
 @default_style()
 def build_inspection_figure(inspection: Inspection) -> Figure:
     """Build three panels: document lengths, token frequencies by rank, and the most common tokens."""
-    splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller is drawn over the larger
+    splits = sorted(inspection.splits, key=lambda split: -split.tokens)  # the smaller split is drawn on top
     figure = build_figure(15, 5.6)
     grid = figure.add_gridspec(1, 3, width_ratios=(1.15, 1, 1))
     _draw_lengths(figure.add_subplot(grid[0]), [split for split in splits if split.documents])
@@ -51,7 +51,7 @@ def build_inspection_figure(inspection: Inspection) -> Figure:
 
 
 def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[str]:
-    """Return each id's text in quotes, or its bytes if they are only a part of a character."""
+    """Return the quoted text of each id, or its quoted bytes if they are not whole characters."""
 
     def quote(spelling: bytes) -> str:
         try:
@@ -63,20 +63,20 @@ def quote_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list
 
 
 def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
-    axes.set(title="document lengths", xlabel="tokens a document", ylabel="share of documents", xscale="log")
+    axes.set(title="document lengths", xlabel="tokens per document", ylabel="share of documents", xscale="log")
     finish_axes(axes)
     if not splits:
         axes.text(0.5, 0.5, "no end-of-text id", transform=axes.transAxes, ha="center")
         return
     edges = list_length_edges(min(split.find_length(0) for split in splits), max(s.find_length(100) for s in splits))
     for split in splits:
-        colour = SPLIT_COLOURS[split.split]
+        color = SPLIT_COLORS[split.split]
         counts, _ = np.histogram(split.lengths, edges, weights=split.length_counts)
         shares = counts / split.documents
         label = f"{split.split}: median {split.find_length(50):,}, mean {split.mean_length:,.0f}"
-        axes.stairs(shares, edges, color=colour, fill=True, alpha=0.18)
-        axes.stairs(shares, edges, color=colour, linewidth=1.4, label=label)
-        axes.axvline(split.find_length(50), color=colour, linestyle=":", linewidth=1)
+        axes.stairs(shares, edges, color=color, fill=True, alpha=0.18)
+        axes.stairs(shares, edges, color=color, linewidth=1.4, label=label)
+        axes.axvline(split.find_length(50), color=color, linestyle=":", linewidth=1)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
@@ -84,9 +84,9 @@ def _draw_lengths(axes: Axes, splits: list[SplitStatistics]) -> None:
 
 
 def list_length_edges(shortest: int, longest: int) -> np.ndarray:
-    """Return ascending int64 edges, evenly spaced on a logarithmic axis, that enclose all lengths.
+    """Return ascending int64 bin edges, evenly spaced on a logarithmic axis, that cover all lengths.
 
-    They are whole numbers, as lengths are: other edges would make bins that no length can fall into.
+    The edges are integers, like lengths, because fractional edges would create bins that are always empty.
     """
     return np.unique(np.ceil(np.geomspace(shortest, longest + 1, LENGTH_BINS)).astype(np.int64))
 
@@ -97,20 +97,20 @@ def _draw_frequencies(axes: Axes, splits: list[SplitStatistics]) -> None:
         shares = np.sort(split.token_counts[split.token_counts > 0])[::-1] / split.tokens
         label = f"{split.split}: {split.ids_in_use:,} ids in use"
         ranks = np.arange(1, len(shares) + 1)
-        axes.loglog(ranks, shares, color=SPLIT_COLOURS[split.split], label=label, drawstyle="steps-mid")
+        axes.loglog(ranks, shares, color=SPLIT_COLORS[split.split], label=label, drawstyle="steps-mid")
     ranks = np.array([1, max(split.ids_in_use for split in splits)])
-    axes.plot(ranks, ZIPF_SHARE / ranks, color="grey", linestyle=":", label=f"Zipf's law, {ZIPF_SHARE} / rank")
+    axes.plot(ranks, ZIPF_SHARE / ranks, color="gray", linestyle=":", label=f"Zipf's law, {ZIPF_SHARE} / rank")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     finish_axes(axes)
 
 
 def _draw_most_common(axes: Axes, splits: list[SplitStatistics], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Draw the most common tokens of the first split as bars, and their shares of another one as dots."""
+    """Draw the shares of the first split's most common tokens as bars, and their shares in other splits as dots."""
     ids = splits[0].list_most_common(MOST_COMMON)
     rows = np.arange(len(ids))
     for split in splits:
-        style = {"color": SPLIT_COLOURS[split.split], "label": split.split}
+        style = {"color": SPLIT_COLORS[split.split], "label": split.split}
         shares = split.token_counts[ids] / max(1, split.tokens)
         if split is splits[0]:
             axes.barh(rows, shares, height=0.7, alpha=0.75, **style)

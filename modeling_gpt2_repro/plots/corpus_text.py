@@ -1,4 +1,4 @@
-"""A data folder as text: its statistics in a table, and documents in a form that is safe to print to a terminal."""
+"""Text report of a data folder: a table of statistics, and documents in a form that is safe for a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,16 +10,16 @@ from ..data.shards import Manifest
 from ..data.tokenizer import GPT2_TOKENIZER
 
 PREVIEW_CHARACTERS = 600
-# A character is at most four tokens, one for each byte of its UTF-8; one more shows that the text continues.
+# A character has at most four tokens, one per UTF-8 byte. One more token shows that the text continues.
 PREVIEW_IDS = 4 * PREVIEW_CHARACTERS + 1
 FILES_NAMED = 3
 PERCENTILES = (("shortest", 0), ("10 %", 10), ("median", 50), ("90 %", 90), ("longest", 100))
 
 
 def describe_inspection(inspection: Inspection, encoding: str) -> str:
-    """Return the source of a folder's text, its statistics, and the documents that were read.
+    """Return a report of the folder's source, its statistics, and the documents that were read.
 
-    The text has no control characters, and can be printed in `encoding`.
+    The report contains no control characters and is printable in `encoding`.
     """
     splits, tokenizer = inspection.splits, inspection.tokenizer
     blocks = [
@@ -40,7 +40,7 @@ def _describe_origin(inspection: Inspection) -> list[str]:
     name = manifest.tokenizer if manifest is not None else GPT2_TOKENIZER
     described = f"{name}, {len(tokenizer):,} ids, end-of-text id {tokenizer.eos_token_id}"
     if manifest is None:
-        return [f"  no manifest: taken for ids of {described}"]
+        return [f"  no manifest: assuming ids of {described}"]
     order = f"shuffled with seed {manifest.seed}" if manifest.shuffled else "in source order"
     read, copies = manifest.read, manifest.validation_copies
     return [
@@ -49,14 +49,14 @@ def _describe_origin(inspection: Inspection) -> list[str]:
         f"  order      training documents {order}",
         f"  read       {read.documents:,} documents, {read.tokens:,} tokens; {manifest.empty_documents:,} empty "
         "documents skipped",
-        f"  repeats    {manifest.duplicates:,} training documents repeat an earlier one; {copies.documents:,} that "
-        "copy a validation document left out",
+        f"  repeats    {manifest.duplicates:,} training documents repeat an earlier one; {copies.documents:,} copies "
+        "of validation documents removed",
     ]
 
 
 def _describe_source(manifest: Manifest) -> str:
     source = {name: value for name, value in manifest.source.items() if value is not None}
-    name, files = source.pop("id", "not known"), source.pop("files", None)
+    name, files = source.pop("id", "unknown"), source.pop("files", None)
     if files is None:
         return ", ".join([str(name), *(f"{key} {value}" for key, value in source.items())])
     more = f" and {len(files) - FILES_NAMED:,} more" if len(files) > FILES_NAMED else ""
@@ -78,21 +78,21 @@ def _count(split: SplitStatistics, vocab_size: int) -> dict[str, str]:
         "tokens": f"{split.tokens:,}",
         "documents": f"{split.documents:,}",
         "bytes of text": f"{split.text_bytes:,}",
-        "bytes a token": f"{split.text_bytes / max(1, split.tokens):.3f}",
+        "bytes per token": f"{split.text_bytes / max(1, split.tokens):.3f}",
         "ids in use": f"{split.ids_in_use:,}",
         f"  of {vocab_size:,}": f"{split.ids_in_use / vocab_size:.1%}",
-        "tokens a document": "",
+        "tokens per document": "",
         "  mean": f"{split.mean_length:,.1f}" if split.documents else "-",
         **{f"  {name}": describe_length(percent) for name, percent in PERCENTILES},
     }
 
 
 def _describe_oddities(inspection: Inspection) -> list[str]:
-    """Return a line for each reason why the counts are not what they seem."""
+    """Return a line for each peculiarity that affects how to read the counts."""
     lines, manifest = [], inspection.manifest
     for split in inspection.splits:
         if not split.documents:
-            lines.append(f"{split.split} has no end-of-text id, and so no documents")
+            lines.append(f"{split.split} has no end-of-text id, and hence no documents")
         if split.tokens_before_first:
             lines.append(
                 f"{split.split} begins inside a document: its {split.tokens_before_first:,} tokens before the first "
@@ -103,11 +103,11 @@ def _describe_oddities(inspection: Inspection) -> list[str]:
             lines.append(f"{split.split} has {without_text:,} documents without text")
         expected = getattr(manifest, split.split).documents if manifest is not None else split.documents
         if expected != split.documents:
-            lines.append(f"{split.split} has {expected:,} documents by the manifest: --verify says where it differs")
+            lines.append(f"{split.split} has {expected:,} documents according to the manifest: check with --verify")
     if manifest is not None and manifest.validation_ends_inside_document:
         lines.append(
-            "the last validation document goes on in the training split: its length here is that of its part in val, "
-            "and its rest, which has no end-of-text id, counts to the training document in front of it"
+            "the last validation document continues in the training split: its length here is that of its part in "
+            "val, and the rest, which has no end-of-text id, counts toward the training document before it"
         )
     return lines
 
@@ -120,7 +120,7 @@ def _describe_document(document: Document, tokenizer: PreTrainedTokenizerFast) -
 
 
 def _align(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Join cells to lines, the first column aligned to the left, the others to the right."""
+    """Join the cells of each row, the first column left-aligned and the others right-aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -1,4 +1,4 @@
-"""The numbers of a run by step: from its folder, or from the log of the original script."""
+"""Metrics of a run by step, from its folder or from a log of the original script."""
 
 import math
 from collections import defaultdict
@@ -20,14 +20,14 @@ from .references import (
     list_validation_split_references,
 )
 
-# build-nanogpt's total_batch_size: its log counts steps, not tokens.
+# build-nanogpt's total_batch_size. Its log records steps, not tokens.
 LOGGED_TOKENS_PER_STEP = 524_288
 LOGGED_METRICS = {"train": "train/loss", "val": "val/loss", "hella": "hellaswag/acc_norm"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric's values, each of the model after so many steps: two float64 arrays of one length, steps ascending."""
+    """Values of a metric by number of steps: two float64 arrays of equal length, with ascending steps."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -36,15 +36,15 @@ class Series:
         return len(self.steps)
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no plain equality
+@dataclass(frozen=True, eq=False)  # comparing arrays gives arrays
 class Curves:
-    """The numbers of a run.
+    """The metrics of a run.
 
     Attributes:
-        series: by metric; the ones that were recorded.
-        items: the name of the HellaSwag-format items that it was scored on.
-        validation: a key of its validation windows, equal for equal windows; `None` where they are not known.
-        loss_references, score_references: known results of other models on the same tokens and items.
+        series: the recorded series, keyed by metric.
+        items: name of the HellaSwag-format items that the run was scored on.
+        validation: key of the validation windows, equal for equal windows; `None` if unknown.
+        loss_references, score_references: results of other models on the same tokens and items.
     """
 
     name: str
@@ -57,34 +57,34 @@ class Curves:
 
     @property
     def last_step(self) -> int:
-        """The last step with a value of any metric."""
+        """The last step with a value for any metric."""
         return int(max(series.steps[-1] for series in self.series.values()))
 
     def get(self, metric: str) -> Series:
-        """Return a metric's series, empty where none was recorded."""
+        """Return the series of a metric, which is empty if none was recorded."""
         return self.series.get(metric, Series(np.array([]), np.array([])))
 
     def count_hours(self, steps: np.ndarray) -> np.ndarray:
-        """Return the hours from the run's start to each step, interpolated between the recorded ones.
+        """Return the hours from the start of the run to each step, interpolated between recorded times.
 
         Raises:
             UserError: no times were recorded.
         """
         elapsed = self.get("train/elapsed_seconds")
         if not len(elapsed):
-            raise UserError(f"{self.name} has no times: draw it over tokens, without --hours")
+            raise UserError(f"{self.name} has no recorded times: omit --hours to draw it over tokens")
         return np.interp(steps, elapsed.steps, elapsed.values) / 3600
 
 
 def load_curves(path: str | Path, logged_tokens_per_step: int = LOGGED_TOKENS_PER_STEP) -> Curves:
-    """Read a run's numbers.
+    """Read the metrics of a run.
 
     Args:
-        path: a run folder, a log in the original script's format, or the folder of one.
-        logged_tokens_per_step: tokens of an optimizer update in such a log.
+        path: a run folder, a log in the original script's format, or the folder of such a log.
+        logged_tokens_per_step: tokens per optimizer update in such a log.
 
     Raises:
-        UserError: it is neither, or holds no numbers, or the run's settings cannot be read.
+        UserError: `path` is neither, has no metrics, or the run's settings cannot be read.
     """
     folder = RunFolder(path)
     if folder.path.name == folder.metrics.name:
@@ -93,22 +93,22 @@ def load_curves(path: str | Path, logged_tokens_per_step: int = LOGGED_TOKENS_PE
         return load_run(folder)
     log = folder.log if folder.path.is_dir() else folder.path
     if not log.exists():
-        raise UserError(f"{path} has neither {folder.metrics.name} nor {folder.log.name}: give a run folder or a log")
+        raise UserError(f"{path} has neither {folder.metrics.name} nor {folder.log.name}: pass a run folder or a log")
     return _load_log(log, logged_tokens_per_step)
 
 
 def load_run(folder: RunFolder) -> Curves:
-    """Read the numbers of a run folder.
+    """Read the metrics of a run folder.
 
     Raises:
-        UserError: it holds no numbers, or the run's settings cannot be read.
+        UserError: there are no metrics, or the run's settings cannot be read.
     """
     config = folder.read_config()
     series = collect_series(
         (line["step"], name, value) for line in folder.read_metrics() for name, value in line.items() if name != "step"
     )
     if not series:
-        raise UserError(f"{folder.metrics} holds no numbers yet: draw it when the run has begun")
+        raise UserError(f"{folder.metrics} contains no metrics yet: draw it once the run has started")
     return Curves(
         name=config.run_name,
         tokens_per_step=config.tokens_per_step,
@@ -126,21 +126,21 @@ def _load_log(path: Path, tokens_per_step: int) -> Curves:
     lines = content.decode("utf-8-sig", errors="replace").splitlines()
     series = collect_series(point for point in map(_parse_log_line, lines) if point is not None)
     if not series:
-        raise UserError(f"{path} is not a log of the original script, whose lines look like `250 train 5.9`")
+        raise UserError(f"{path} is not a log of the original script: expected lines such as `250 train 5.9`")
     stem = path.name.removesuffix(".txt").removesuffix(".log")
     name = path.absolute().parent.name if stem == "log" else stem
-    # The script always scores the whole validation set.
+    # The original script always scores the full validation split.
     return Curves(
         name, tokens_per_step, series, name_items(None, None), score_references=list_validation_split_references()
     )
 
 
 def _parse_log_line(line: str) -> tuple[int, str, float] | None:
-    """Return step, metric and value; `None` for any other line, and for a value that is not finite."""
+    """Return step, metric and value, or `None` for any other line and for values that are not finite."""
     try:
         step, kind, text = line.split()
         value = float(text)
-        # Its "train n" is the loss of update n + 1.
+        # "train n" is the loss of update n + 1.
         point = int(step) + (kind == "train"), LOGGED_METRICS[kind], value
     except (ValueError, KeyError):
         return None
@@ -148,7 +148,7 @@ def _parse_log_line(line: str) -> tuple[int, str, float] | None:
 
 
 def collect_series(points: Iterable[tuple[int, str, float]]) -> dict[str, Series]:
-    """Group (step, metric, value) into series, sorted by step; equal steps stay in order."""
+    """Group (step, metric, value) tuples into series, stably sorted by step."""
     columns: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for step, metric, value in points:
         columns[metric].append((step, value))

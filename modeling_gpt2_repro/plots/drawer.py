@@ -1,6 +1,6 @@
-"""Drawing a run's curves beside its training, in a process that no step waits for.
+"""Drawing a run's curves during training, in a background process.
 
-The process lives as long as the run: to load torch takes it seconds of a core, which training may want.
+The process lives as long as the run, because starting one takes seconds of CPU time to import torch.
 """
 
 import contextlib
@@ -15,18 +15,17 @@ from ..core.errors import UserError, format_line, reports_user_errors
 from ..training.run_folder import RunFolder
 from .run_figure import draw_curves
 
-NICENESS = 19  # the training comes first wherever both want the same core
+NICENESS = 19  # training takes precedence when both need the same core
 
 
 class CurveDrawer(contextlib.AbstractContextManager):
     """Keeps a run's curves up to date with its metrics.
 
-    Inside the context, `request` returns at once. On exit, also by an exception, the last picture is drawn in
-    this process, where no step is left to wait for it. The first picture that fails is reported, and training
-    continues.
+    Inside the context, `request` returns at once. On exit, even by an exception, the final figure is drawn in this
+    process, because it no longer delays training. The first failure is reported, and training continues.
 
     Args:
-        warn: called with a line on the failure.
+        warn: called with a line about the failure.
         enabled: whether to draw at all; only one process of a run should.
     """
 
@@ -37,28 +36,28 @@ class CurveDrawer(contextlib.AbstractContextManager):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()  # a picture appears whole or not at all
+            self._process.kill()  # safe, because figures are written atomically
             self._process.communicate()
-        if self._is_wanted() and (kind is None or issubclass(kind, Exception)):  # a signal allows no time to draw
+        if self._can_draw() and (kind is None or issubclass(kind, Exception)):  # a signal allows no time to draw
             self._attempt(lambda: draw_curves(self._folder))
 
-    def leave_as_they_are(self) -> None:
-        """Draw no last picture on exit."""
+    def skip_final_figure(self) -> None:
+        """Draw no figure on exit."""
         self._enabled = False
 
     def request(self) -> None:
-        """Have the curves drawn once the process that draws is free; requests that wait for it become one."""
-        if self._is_wanted():
-            self._attempt(self._ask)
+        """Request a redraw; requests made while the process is busy are merged into one."""
+        if self._can_draw():
+            self._attempt(self._send_request)
 
-    def _is_wanted(self) -> bool:
+    def _can_draw(self) -> bool:
         return self._enabled and self._folder.metrics.exists()  # a run that only samples has none at its start
 
-    def _ask(self) -> None:
+    def _send_request(self) -> None:
         ended = self._process if self._process is not None and self._process.poll() is not None else None
         if self._process is ended:
             self._process = start_drawing(self._folder)
-        with contextlib.suppress(BrokenPipeError, BlockingIOError):  # it has just ended, or has requests enough
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):  # it has just exited, or its pipe is full
             self._process.stdin.write(b"\n")
         if ended is not None:
             raise_if_failed(ended)
@@ -69,12 +68,12 @@ class CurveDrawer(contextlib.AbstractContextManager):
         except Exception as error:
             if not self._has_warned:
                 name = self._folder.curves.name
-                self._warn(f"{name} was not drawn, training continues: {format_line(str(error))}")
+                self._warn(f"drawing {name} failed, training continues: {format_line(str(error))}")
             self._has_warned = True
 
 
 def start_drawing(folder: RunFolder) -> subprocess.Popen:
-    """Start a process, of low priority, that draws a run's curves for each byte on its stdin, until that ends."""
+    """Start a low-priority process that draws a run's curves whenever its stdin receives data, until end of file."""
     path = os.pathsep.join(filter(None, [str(PACKAGE_FOLDER.parent), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", f"{PACKAGE_FOLDER.name}.plots.drawer", os.path.abspath(folder.path)],
@@ -83,7 +82,7 @@ def start_drawing(folder: RunFolder) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,  # a Ctrl-C is for the run
+        start_new_session=True,  # Ctrl-C should reach only the run
     )
     os.set_blocking(process.stdin.fileno(), False)
     os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
@@ -91,19 +90,19 @@ def start_drawing(folder: RunFolder) -> subprocess.Popen:
 
 
 def raise_if_failed(process: subprocess.Popen) -> None:
-    """Raise a `UserError` if a process of `start_drawing` ended by a picture that failed, or by a kill."""
+    """Raise a `UserError` if a process of `start_drawing` failed to draw or was killed."""
     lines = process.communicate()[1].decode(errors="replace").splitlines()
     if process.returncode > 0:
-        raise UserError(lines[-1].partition(" error: ")[2] or lines[-1] if lines else "it said nothing")
-    if process.returncode not in (0, -signal.SIGTERM):  # of a batch system that asks all processes of a run to stop
-        raise UserError("the process that draws it was killed")
+        raise UserError(lines[-1].partition(" error: ")[2] or lines[-1] if lines else "no error message")
+    if process.returncode not in (0, -signal.SIGTERM):  # a batch system may send SIGTERM to all processes of a run
+        raise UserError("the drawing process was killed")
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the curves of a run whenever something comes in on stdin; the first failure ends this."""
+    """Draw the curves of a run whenever stdin receives data, until end of file or the first failure."""
     folder = RunFolder((sys.argv[1:] if argv is None else argv)[0])
-    while os.read(sys.stdin.fileno(), 65536):  # all requests that have come meanwhile
+    while os.read(sys.stdin.fileno(), 65536):  # all pending requests
         draw_curves(folder)
     return 0
 

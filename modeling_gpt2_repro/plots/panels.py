@@ -1,4 +1,4 @@
-"""The panels of a picture of runs: losses, HellaSwag scores, and small ones for what else was recorded."""
+"""Panels of the curves figure: losses, HellaSwag scores, and small ones for other recorded metrics."""
 
 from collections.abc import Sequence
 
@@ -9,38 +9,38 @@ from matplotlib.ticker import MaxNLocator
 
 from ..training.metrics import EVERY_STEP
 from .curves import Curves, Series
-from .figures import RUN_COLOURS, TRAIN_COLOUR, VAL_COLOUR, finish_axes, format_count, make_drawable
+from .figures import RUN_COLORS, TRAIN_COLOR, VAL_COLOR, finish_axes, format_count, make_drawable
 from .references import Reference
 
-REFERENCE_COLOUR = "#444444"
-SMOOTHED_SHARE = 0.01  # of a run's steps make up a smoothed point
-# The values before this share of the width may lie above the upper edge: a loss that falls from 11 to 3 within the
-# first steps would squash the rest.
+REFERENCE_COLOR = "#444444"
+SMOOTHED_SHARE = 0.01  # window of the moving average, as a share of the run's steps
+# Values in this first share of the x-axis do not extend the y-axis: a loss that falls from 11 to 3 in the first steps
+# would flatten the rest of the curve.
 BEGINNING_SHARE = 0.03
 TRAIN_LOSS_PERCENTILES = (0.5, 99.5)
-SMALL_PANEL_PERCENTILES = (2, 97)  # are inside, so that a gradient out of hand does not squash the rest either
-STEPS_SHOWN_WHOLE = 200  # a run that is no longer is shown with its beginning
+SMALL_PANEL_PERCENTILES = (2, 97)  # within the y-axis, so that an exploding gradient does not flatten the rest either
+STEPS_SHOWN_WHOLE = 200  # runs up to this length are shown from their beginning
 ORIGINAL_SCORE, LM_EVAL_SCORE = "hellaswag/acc_norm", "hellaswag_lm_eval/acc_norm"
 SCORES = {
     ORIGINAL_SCORE: {"protocol": "original", "style": {"marker": "o"}},
     LM_EVAL_SCORE: {"protocol": "lm_eval", "style": {"marker": "s", "linestyle": ":", "fillstyle": "none"}},
 }
-FAINT = {"alpha": 0.22, "linewidth": 0.6}  # the values behind their mean
+FAINT = {"alpha": 0.22, "linewidth": 0.6}  # raw values behind their moving average
 CHANCE = 0.25
-SMALLEST_SCORE_SPAN = 0.04  # four standard errors on HellaSwag's validation set are as much
+SMALLEST_SCORE_SPAN = 0.04  # about ±4 standard errors on HellaSwag's validation split
 SMALL_PANELS = {
     "train/lr": "learning rate",
     "train/grad_norm": "gradient norm",
-    "train/tokens_per_second": "tokens a second",
+    "train/tokens_per_second": "tokens per second",
     "val/bpb": "validation, bits per byte",
 }
 
 
 class Axis:
-    """The horizontal axis that all panels of a figure share, and what is drawn along it.
+    """The x-axis shared by all panels of a figure, with the runs drawn along it.
 
     Attributes:
-        is_comparison: there are several runs, each with a colour and a name of its own.
+        is_comparison: whether there are several runs, each with its own color and name.
     """
 
     def __init__(self, runs: Sequence[Curves], over_hours: bool):
@@ -50,29 +50,29 @@ class Axis:
         self.end = max(float(self.place(run, np.array([run.last_step]))[0]) for run in runs)
 
     def place(self, run: Curves, steps: np.ndarray) -> np.ndarray:
-        """Return the positions of a run's steps."""
+        """Return the x-coordinates of a run's steps, in hours or tokens."""
         return run.count_hours(steps) if self.over_hours else steps * run.tokens_per_step
 
-    def choose_colour(self, run: Curves, single: str) -> str:
-        """Return a run's colour: `single` for the only run of a figure."""
-        return RUN_COLOURS[self.runs.index(run) % len(RUN_COLOURS)] if self.is_comparison else single
+    def choose_color(self, run: Curves, single: str) -> str:
+        """Return the color of a run, which is `single` if the figure has only one."""
+        return RUN_COLORS[self.runs.index(run) % len(RUN_COLORS)] if self.is_comparison else single
 
     def plot(
         self, axes: Axes, run: Curves, series: Series, marker: str = "", markersize: float = 3.0, **style
     ) -> None:
-        """Draw a series as a line; a single point is marked."""
+        """Draw a series as a line, or a single point as a marker."""
         marker = marker or ("o" if len(series) == 1 else "")
         axes.plot(self.place(run, series.steps), series.values, marker=marker, markersize=markersize, **style)
 
     def skip_beginning(self, run: Curves, series: Series) -> np.ndarray:
-        """Return the values after the picture's first part; all values if hardly any come later."""
+        """Return the values after the first `BEGINNING_SHARE` of the axis, or all values if fewer than two remain."""
         if run.last_step <= STEPS_SHOWN_WHOLE:
             return series.values
         later = series.values[self.place(run, series.steps) >= BEGINNING_SHARE * self.end]
         return later if len(later) > 1 else series.values
 
     def finish(self, axes: Axes, with_steps: bool = False) -> None:
-        """Label the axis; `with_steps` also in optimizer steps, on top, if those of all runs have one size."""
+        """Label the axis. `with_steps` adds optimizer steps at the top, if all runs have the same step size."""
         if self.end:
             axes.set_xlim(-0.01 * self.end, 1.01 * self.end)
         axes.set_xlabel("hours" if self.over_hours else "tokens")
@@ -84,22 +84,22 @@ class Axis:
             steps = axes.secondary_xaxis("top", functions=(lambda x: x / size, lambda x: x * size))
             steps.xaxis.set_major_formatter(format_count)
             steps.xaxis.set_major_locator(MaxNLocator(integer=True))
-            steps.tick_params(labelsize=8, colors="grey", length=2)
+            steps.tick_params(labelsize=8, colors="gray", length=2)
             steps.spines["top"].set_visible(False)
-            steps.set_xlabel(f"steps of {size:,} tokens", fontsize=8, color="grey")
+            steps.set_xlabel(f"steps of {size:,} tokens", fontsize=8, color="gray")
 
 
 def draw_losses(axes: Axes, axis: Axis) -> None:
-    """Draw train and validation losses, with what GPT-2 reaches on the same tokens."""
-    shown = []  # values that have to be inside the panel
+    """Draw train and validation losses, with GPT-2's loss on the same tokens."""
+    shown = []  # values that the y-axis must include
     for run in axis.runs:
         prefix = f"{_label(run)}: " if axis.is_comparison else ""
         if len(run.get("train/loss")):
             shown += _draw_train_loss(axes, axis, run, prefix)
         if len(val := run.get("val/loss")):
             label = f"{prefix}validation {val.values[-1]:.3f}"
-            colour = axis.choose_colour(run, VAL_COLOUR)
-            axis.plot(axes, run, val, marker="o", markersize=3.5, color=colour, label=label)
+            color = axis.choose_color(run, VAL_COLOR)
+            axis.plot(axes, run, val, marker="o", markersize=3.5, color=color, label=label)
             shown += list(axis.skip_beginning(run, val))
     references = _draw_references(axes, [run.loss_references for run in axis.runs], separator=" ")
     validations = {run.validation for run in axis.runs}
@@ -117,15 +117,15 @@ def draw_losses(axes: Axes, axis: Axis) -> None:
 
 
 def _draw_train_loss(axes: Axes, axis: Axis, run: Curves, prefix: str) -> list[float]:
-    """Draw a run's mean train loss, of a single run over its values, and return the values to be shown."""
+    """Draw a run's smoothed train loss, over the raw values if it is the only run; return the values to be shown."""
     train = run.get("train/loss")
     mean, width = smooth(train)
     shown = list(axis.skip_beginning(run, mean))
-    style = {"color": axis.choose_colour(run, TRAIN_COLOUR)}
+    style = {"color": axis.choose_color(run, TRAIN_COLOR)}
     if axis.is_comparison:
         style |= {"alpha": 0.55, "linewidth": 1}
     elif width > 1:
-        axis.plot(axes, run, train, color=TRAIN_COLOUR, **FAINT)
+        axis.plot(axes, run, train, color=TRAIN_COLOR, **FAINT)
         shown += list(np.percentile(axis.skip_beginning(run, train), TRAIN_LOSS_PERCENTILES))
     end, over = describe_train_end(train)
     axis.plot(axes, run, mean, label=f"{prefix}train {end:.3f}{over}", **style)
@@ -133,22 +133,22 @@ def _draw_train_loss(axes: Axes, axis: Axis, run: Curves, prefix: str) -> list[f
 
 
 def draw_scores(axes: Axes, axis: Axis) -> None:
-    """Draw HellaSwag's `acc_norm`, with what GPT-2 and GPT-3 reach on the same items."""
+    """Draw HellaSwag's `acc_norm`, with the scores of GPT-2 and GPT-3 on the same items."""
     scored = [(run, metric) for run in axis.runs for metric in SCORES if len(run.get(metric))]
     shown = [CHANCE]
     for run, metric in scored:
-        score, colour = run.get(metric), axis.choose_colour(run, VAL_COLOUR)
+        score, color = run.get(metric), axis.choose_color(run, VAL_COLOR)
         name = _label(run) if axis.is_comparison else SCORES[metric]["protocol"]
         label = f"{name} {score.values[-1]:.4f}"
-        axis.plot(axes, run, score, markersize=4, color=colour, label=label, **SCORES[metric]["style"])
-        low, high = _draw_standard_errors(axes, axis, run, metric, colour)
+        axis.plot(axes, run, score, markersize=4, color=color, label=label, **SCORES[metric]["style"])
+        low, high = _draw_standard_errors(axes, axis, run, metric, color)
         shown += [*score.values, *low, *high]
     shown += _draw_references(axes, [run.score_references for run in axis.runs], separator="\n")
-    axes.axhline(CHANCE, color="grey", linestyle=":", linewidth=1, zorder=1, label=f"chance {CHANCE}")
+    axes.axhline(CHANCE, color="gray", linestyle=":", linewidth=1, zorder=1, label=f"chance {CHANCE}")
     items = sorted({run.items + _describe_n(run) for run, _ in scored})
     axes.set_title(make_drawable(" / ".join(items)), fontsize=10, loc="left", parse_math=False)
     has_both = any(metric == LM_EVAL_SCORE for _, metric in scored)
-    axes.set_ylabel("acc_norm, original protocol" + (", and hollow lm_eval" if has_both else ""))
+    axes.set_ylabel("acc_norm, original protocol" + (" (hollow: lm_eval)" if has_both else ""))
     legend = axes.legend(frameon=False, fontsize=8, loc="lower right")
     span = max(max(shown) - min(shown), SMALLEST_SCORE_SPAN)
     # Leave room for the legend below all lines.
@@ -157,15 +157,15 @@ def draw_scores(axes: Axes, axis: Axis) -> None:
 
 
 def _draw_standard_errors(
-    axes: Axes, axis: Axis, run: Curves, metric: str, colour: str
+    axes: Axes, axis: Axis, run: Curves, metric: str, color: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a score's standard errors, if recorded, as a band, and return its edges."""
+    """Draw the standard error of a score, if recorded, as a band, and return the band's edges."""
     score, error = run.get(metric), run.get(f"{metric}_stderr")
     steps, of_score, of_error = np.intersect1d(score.steps, error.steps, return_indices=True)
     low, high = (score.values[of_score] + sign * error.values[of_error] for sign in (-1, 1))
     if len(steps) > 1:
-        style = {"color": colour, "alpha": 0.12, "linewidth": 0, "zorder": 0}
-        label = "_" if axes.collections else "± 1 standard error"  # once is enough
+        style = {"color": color, "alpha": 0.12, "linewidth": 0, "zorder": 0}
+        label = "_" if axes.collections else "± 1 standard error"  # label only one band
         axes.fill_between(axis.place(run, steps), low, high, label=label, **style)
     return low, high
 
@@ -180,15 +180,15 @@ def draw_small_panel(axes: Axes, metric: str, axis: Axis) -> None:
     is_rare = not metric.startswith(EVERY_STEP)
     shown = [] if is_rare else [0.0]
     for run in axis.runs:
-        series, colour = run.get(metric), axis.choose_colour(run, VAL_COLOUR if is_rare else TRAIN_COLOUR)
+        series, color = run.get(metric), axis.choose_color(run, VAL_COLOR if is_rare else TRAIN_COLOR)
         if not len(series):
             continue
         mean, width = (series, 1) if is_rare or metric == "train/lr" else smooth(series)
         drawn = [mean]
         if width > 1 and not axis.is_comparison:
-            axis.plot(axes, run, series, color=colour, **FAINT)
+            axis.plot(axes, run, series, color=color, **FAINT)
             drawn.append(series)
-        axis.plot(axes, run, mean, color=colour, linewidth=1.2, marker="o" if is_rare else "")
+        axis.plot(axes, run, mean, color=color, linewidth=1.2, marker="o" if is_rare else "")
         for values in (axis.skip_beginning(run, each) for each in drawn):
             shown += list(values if width == 1 else np.percentile(values, SMALL_PANEL_PERCENTILES))
     axes.set_title(SMALL_PANELS[metric], fontsize=10, loc="left")
@@ -201,7 +201,7 @@ def draw_small_panel(axes: Axes, metric: str, axis: Axis) -> None:
 
 
 def smooth(series: Series) -> tuple[Series, int]:
-    """Return the mean over neighbouring values, as many on either side, and how many they are; fewer at the ends."""
+    """Return the centered moving average of a series and its window in values, which is shorter at the ends."""
     half = int(len(series) * SMOOTHED_SHARE / 2)
     sums = np.cumsum(np.concatenate([[0.0], series.values]))
     places = np.arange(len(series))
@@ -210,9 +210,9 @@ def smooth(series: Series) -> tuple[Series, int]:
 
 
 def describe_train_end(losses: Series) -> tuple[float, str]:
-    """Return the one number for what a train loss came to, and over what it is a mean: as many steps as are smoothed.
+    """Return the final train loss, as a mean over the last smoothing window, and a note about that window.
 
-    The smoothed line's own last value is a mean over half as many.
+    The last value of the smoothed line is a mean over only half as many steps.
     """
     width = smooth(losses)[1]
     return float(losses.values[-width:].mean()), f" (mean of the last {width} steps)" if width > 1 else ""
@@ -225,19 +225,17 @@ def _set_limits(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _draw_references(axes: Axes, of_runs: Sequence[list[Reference]], separator: str) -> list[float]:
-    """Draw the references that hold for all runs as dashed lines, and return their values."""
+    """Draw the references shared by all runs as dashed lines, and return their values."""
     references = [each for each in of_runs[0] if all(each in others for others in of_runs)]
     for reference in references:
-        axes.axhline(
-            reference.value, color=REFERENCE_COLOUR, linestyle="--", linewidth=1, zorder=1, label="_reference"
-        )
+        axes.axhline(reference.value, color=REFERENCE_COLOR, linestyle="--", linewidth=1, zorder=1, label="_reference")
         text = axes.annotate(
             f"{reference.model} {reference.value:.4f}{separator}({reference.origin})",
             (0.01, reference.value),
             xycoords=axes.get_yaxis_transform(),
             xytext=(0, 3),
             textcoords="offset points",
-            color=REFERENCE_COLOUR,
+            color=REFERENCE_COLOR,
             fontsize=8,
         )
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
@@ -245,6 +243,6 @@ def _draw_references(axes: Axes, of_runs: Sequence[list[Reference]], separator: 
 
 
 def _label(run: Curves) -> str:
-    """Return a run's name as a legend shows it: it would take dollars for formulas, and leave out a leading `_`."""
+    """Return a run's name for a legend, where `$` would start a formula and a leading `_` would hide the entry."""
     name = make_drawable(run.name).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name

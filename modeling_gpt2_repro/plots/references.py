@@ -1,4 +1,4 @@
-"""Results of GPT-2 and GPT-3, and the runs that they may be compared with: those on the same tokens and items."""
+"""Results of GPT-2 and GPT-3 that a run may be compared with, i.e. on the same tokens and items."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from ..evaluation.published_scores import PUBLISHED_SCORES
 from ..training.config import TrainingConfig
 
 GPT2, GPT3 = "GPT-2 124M", "GPT-3 125M"
-# Of OpenAI's 124M on the first 10,485,760 tokens of FineWeb-Edu's sample-10BT in windows of 1,024: build-nanogpt,
-# play.ipynb.
+# OpenAI's 124M on the first 10,485,760 tokens of FineWeb-Edu's sample-10BT in windows of 1,024, from play.ipynb of
+# build-nanogpt.
 FINEWEB_EDU_LOSS = 3.2924
 FINEWEB_EDU_TOKENS, FINEWEB_EDU_SEQUENCE_LENGTH = 10_485_760, 1024
 ORIGINAL_FIGURE = "original script's figure"
-GPT2_VOCABULARY = (50257, 50256)  # ids, and the end-of-text one
+GPT2_VOCABULARY = (50257, 50256)  # number of ids, end-of-text id
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Reference:
     """A result of a known model.
 
     Attributes:
-        origin: where the number is from.
+        origin: source of the number.
     """
 
     model: str
@@ -33,9 +33,9 @@ class Reference:
 
 
 def list_loss_references(config: TrainingConfig) -> list[Reference]:
-    """Return GPT-2's validation loss, if it was measured on exactly the windows that a run is validated on.
+    """Return GPT-2's validation loss, if it was measured on exactly the run's validation windows.
 
-    The original script's figure stands in for it where those windows are its own.
+    If it was not, but these are the original script's windows, return that script's value.
     """
     wanted = config.eval_tokens, config.sequence_length
     for baseline in read_gpt2_baselines(config):
@@ -47,9 +47,9 @@ def list_loss_references(config: TrainingConfig) -> list[Reference]:
 
 
 def list_score_references(config: TrainingConfig) -> list[Reference]:
-    """Return GPT-2's `acc_norm` in the `original` protocol, if it was measured on exactly the items of a run.
+    """Return GPT-2's `acc_norm` under the `original` protocol, if it was measured on exactly the run's items.
 
-    On the whole validation set the published scores of GPT-2 and GPT-3 complete it.
+    On the full validation split, the published scores of GPT-2 and GPT-3 fill in for missing ones.
     """
     published = list_validation_split_references() if is_scored_on_validation_split(config) else []
     measured = [baseline.hellaswag for baseline in read_gpt2_baselines(config) if baseline.hellaswag is not None]
@@ -64,15 +64,15 @@ def list_score_references(config: TrainingConfig) -> list[Reference]:
 
 
 def list_validation_split_references() -> list[Reference]:
-    """Return the published `acc_norm` of GPT-2, then of GPT-3, on all of HellaSwag's validation set."""
+    """Return the published `acc_norm` of GPT-2 and GPT-3, in this order, on HellaSwag's full validation split."""
     published = PUBLISHED_SCORES["original", "acc_norm"]
     return [Reference(GPT2, published[GPT2], ORIGINAL_FIGURE), Reference(GPT3, published[GPT3], "its paper's figure")]
 
 
 def read_gpt2_baselines(config: TrainingConfig) -> list[Baseline]:
-    """Return the results of OpenAI's 124M model that lie beside a run's data; none where they cannot be read."""
+    """Return the baselines of OpenAI's 124M model in a run's data folder, or none if they cannot be read."""
     path = Path(config.data_dir) / BASELINES_NAME
-    if not path.exists():  # spares reading the shards for their checksums
+    if not path.exists():  # avoids reading all shards for their checksums
         return []
     try:
         baselines = load_baselines(path, list_checksums(config.data_dir, "val"))
@@ -82,7 +82,7 @@ def read_gpt2_baselines(config: TrainingConfig) -> list[Baseline]:
 
 
 def identify_validation(config: TrainingConfig) -> tuple | None:
-    """Return a key of a run's validation windows, equal for equal windows; `None` where its data are gone."""
+    """Return a key of a run's validation windows, equal for equal windows, or `None` if its data is gone."""
     manifest = read_manifest(config)
     if manifest is None:
         return None
@@ -91,8 +91,8 @@ def identify_validation(config: TrainingConfig) -> tuple | None:
 
 
 def is_validated_on_fineweb_edu(config: TrainingConfig) -> bool:
-    """Return whether a run's first validation tokens are the original's: the front of FineWeb-Edu's sample."""
-    from ..data.sources import corpus  # brings pandas along, half a second
+    """Return whether a run's first validation tokens are the original script's: the start of FineWeb-Edu's sample."""
+    from ..data.sources import corpus  # imports pandas, which takes half a second
 
     manifest = read_manifest(config)
     if manifest is None:
@@ -103,12 +103,12 @@ def is_validated_on_fineweb_edu(config: TrainingConfig) -> bool:
         corpus.DEFAULT_CONFIGS[corpus.FINEWEB_EDU],
     )
     is_gpt2_text = (manifest.vocab_size, manifest.eot_id) == GPT2_VOCABULARY
-    # The validation split of every folder with a manifest is the front of its source.
+    # In every folder with a manifest, the validation split is the start of the source.
     return is_sample and is_gpt2_text and manifest.val.tokens > FINEWEB_EDU_TOKENS
 
 
 def is_scored_on_validation_split(config: TrainingConfig) -> bool:
-    """Return whether a run is scored on all of HellaSwag's validation set, from the Hub or from a file."""
+    """Return whether a run is scored on HellaSwag's full validation split, from the Hub or from a file."""
     if config.hellaswag_limit is not None:
         return False
     if config.hellaswag_file is None:
@@ -120,7 +120,7 @@ def is_scored_on_validation_split(config: TrainingConfig) -> bool:
 
 
 def read_manifest(config: TrainingConfig) -> Manifest | None:
-    """Return the manifest of a run's data; `None` where it is missing or damaged."""
+    """Return the manifest of a run's data, or `None` if it is missing or damaged."""
     try:
         return load_manifest(config.data_dir)
     except (UserError, OSError):

@@ -1,4 +1,4 @@
-"""Curves of one run or of several, drawn from their files."""
+"""The curves figure of one or several runs, drawn from their files."""
 
 from collections.abc import Sequence
 
@@ -16,24 +16,24 @@ def draw_curves(folder: RunFolder) -> None:
     """Draw a run's `curves.png`.
 
     Raises:
-        UserError: there is nothing to draw, the run's settings cannot be read, or the picture cannot be written.
+        UserError: there is nothing to draw, the run's settings cannot be read, or the figure cannot be written.
     """
     save_figure(build_curves_figure([load_run(folder)]), folder.curves)
 
 
 @default_style()
 def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Figure:
-    """Build the panels of one run, or of several for comparison.
+    """Build the figure of one run, or of several for comparison.
 
     The top row has losses and HellaSwag; the bottom row learning rate, gradient norm, throughput and bits per byte, if
     recorded. For a single run, the train values are drawn faintly behind their moving average; for several runs, only
     the averages are drawn. Dashed lines are results of other models on the same tokens and items.
 
     Args:
-        over_hours: draw over the hours since the start instead of the tokens seen.
+        over_hours: use hours since the start as the x-axis instead of tokens seen.
 
     Raises:
-        UserError: `over_hours`, and a run has no times.
+        UserError: `over_hours` is set and a run has no recorded times.
     """
     panels = [metric for metric in SMALL_PANELS if any(len(run.get(metric)) for run in runs)]
     has_scores = any(len(run.get(metric)) for run in runs for metric in SCORES)
@@ -60,7 +60,7 @@ def _describe(run: Curves) -> str:
 
 
 def describe_end(run: Curves) -> str:
-    """Describe in a line what a run reached."""
+    """Return a one-line summary of a run's final results."""
     ends = []
     if len(run.get("train/loss")):
         end, over = describe_train_end(run.get("train/loss"))

@@ -15,7 +15,7 @@ from modeling_gpt2_repro.plots.corpus_figure import (
     list_length_edges,
     quote_tokens,
 )
-from modeling_gpt2_repro.plots.figures import SPLIT_COLOURS
+from modeling_gpt2_repro.plots.figures import SPLIT_COLORS
 
 EOT = 50256
 
@@ -56,7 +56,7 @@ def test_lengths_are_shares_of_each_split(panels):
     for patch in panels[0].patches:
         values, edges, _ = patch.get_data()
         shares[patch.get_edgecolor()[:3]] = dict(zip(edges.tolist(), values.tolist(), strict=False))
-    train, val = (shares[matplotlib.colors.to_rgb(SPLIT_COLOURS[split])] for split in ("train", "val"))
+    train, val = (shares[matplotlib.colors.to_rgb(SPLIT_COLORS[split])] for split in ("train", "val"))
     assert {edge: share for edge, share in train.items() if share} == pytest.approx({2: 1 / 3, 3: 1 / 3, 5: 1 / 3})
     assert {edge: share for edge, share in val.items() if share} == pytest.approx({2: 1 / 2, 4: 1 / 2})
 

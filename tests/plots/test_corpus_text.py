@@ -35,7 +35,7 @@ def test_numbers_are_those_of_the_folder(write):
     assert table["tokens"] == ["8", "15"]
     assert table["documents"] == ["2", "3"]
     assert table["bytes of text"] == ["21", "26"]
-    assert table["bytes a token"] == [f"{21 / 8:.3f}", f"{26 / 15:.3f}"]
+    assert table["bytes per token"] == [f"{21 / 8:.3f}", f"{26 / 15:.3f}"]
     assert table["ids in use"] == ["3", "12"]
     assert table["shortest"] == ["3", "2"]
     assert table["median"] == ["3", "3"]
@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_folder(write):
 def test_columns_are_aligned(write):
     write("a", split="val")
     table = describe(write("a", "a b c")).split("\n\n")[1].splitlines()
-    assert len({len(line) for line in table if line.strip() != "tokens a document"}) == 1
+    assert len({len(line) for line in table if line.strip() != "tokens per document"}) == 1
 
 
 def test_short_documents_are_shown_whole(write):
@@ -78,12 +78,12 @@ def test_a_terminal_of_another_encoding_shows_all_of_it(write):
 
 def test_a_front_without_document_is_told(write):
     shown = describe(write("a b", "", front=[5, 6, 7]))
-    assert "no manifest: taken for ids of openai-community/gpt2, 50,257 ids, end-of-text id 50256" in shown
+    assert "no manifest: assuming ids of openai-community/gpt2, 50,257 ids, end-of-text id 50256" in shown
     assert "train begins inside a document: its 3 tokens before" in shown
     assert "train has 1 documents without text" in shown
 
 
 def test_no_documents_at_all(write):
     shown = describe(write(front=[5, 6, 7]), 3)
-    assert "no end-of-text id, and so no documents" in shown
+    assert "no end-of-text id, and hence no documents" in shown
     assert "---" not in shown

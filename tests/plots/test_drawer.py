@@ -91,7 +91,7 @@ def test_a_picture_that_fails_is_said_once(folder, warnings):
         wait_for(lambda: curves.request() or warnings)
         curves.request()
     (warning,) = warnings
-    assert warning.startswith("curves.png was not drawn, training continues: cannot write ")
+    assert warning.startswith("drawing curves.png failed, training continues: cannot write ")
 
 
 def test_a_process_that_is_killed_is_said_once_and_started_anew(folder, warnings):
@@ -103,7 +103,7 @@ def test_a_process_that_is_killed_is_said_once_and_started_anew(folder, warnings
             wait_for(lambda dead=process: curves.request() or set(find_drawers(folder)) - {dead})
         folder.curves.unlink(missing_ok=True)
         wait_for(lambda: curves.request() or folder.curves.exists())
-    assert warnings == ["curves.png was not drawn, training continues: the process that draws it was killed"]
+    assert warnings == ["drawing curves.png failed, training continues: the drawing process was killed"]
 
 
 def test_a_batch_system_may_stop_the_process_that_draws(folder, warnings):

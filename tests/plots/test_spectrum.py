@@ -56,7 +56,7 @@ def test_missing_steps_do_not_shift_a_period():
 
 @pytest.mark.parametrize("loss", [build_loss(100), Series(np.array([]), np.array([])), build_loss(1)])
 def test_short_runs_are_refused(loss):
-    with pytest.raises(UserError, match="run: periods show in 128 steps and more"):
+    with pytest.raises(UserError, match="run: detecting periods needs at least 128 steps"):
         compute_spectrum(build_run(loss))
 
 
