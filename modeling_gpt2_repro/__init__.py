@@ -1,10 +1,10 @@
 """GPT-2 reproduced from raw text, native to the Hugging Face ecosystem.
 
-Importing the package registers the model with the Auto classes, so that `AutoModelForCausalLM.from_pretrained` opens
-the run's checkpoints.
+Importing the package registers the model with the Auto classes, so `AutoModelForCausalLM.from_pretrained` loads the
+checkpoints of a run.
 """
 
-from .core import environment  # noqa: F401  libraries read it when they are imported
+from .core import environment  # noqa: F401  before the libraries, which read it at import
 
 # isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""The earlier name of `python -m modeling_gpt2_repro sample`, which README and model cards gave."""
+"""Former name of `python -m modeling_gpt2_repro sample`, kept because published model cards mention it."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The earlier name of `python -m modeling_gpt2_repro summary`, which README and model cards gave."""
+"""Former name of `python -m modeling_gpt2_repro summary`, kept because published model cards mention it."""
 
 import sys
 
