@@ -1,11 +1,10 @@
 """Train GPT-2 from token shards.
 
 One device: `python train.py`; several: `accelerate launch --config_file accelerate_config.yaml train.py`. The defaults
-reproduce GPT-2 124M, and any number of devices runs the same experiment (dropout, which is 0, aside).
+reproduce GPT-2 124M; the number of devices does not change the experiment (unless dropout is enabled).
 
-A `step` is a number of completed updates: in the loop, in the names of checkpoints and in `metrics.jsonl`. Update
-number `step + 1` leads from the model after `step` updates to the next one; `Schedule` and `WindowOrder` count updates
-from 0, and are asked for that of `step`.
+A `step` is a number of completed updates, in the loop, in checkpoint names and in `metrics.jsonl`. At `step`, the loop
+makes update `step + 1`. `Schedule` and `WindowOrder` count updates from 0, so they are called with `step`.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import modeling_gpt2_repro  # noqa: F401  before the libraries, to explain what they do not take
+import modeling_gpt2_repro  # noqa: F401  first: it checks the environment that the libraries import in
 
 # isort: split
 import torch
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_process(config: TrainingConfig, preemption: Preemption) -> int:
-    """Evaluate or train in this process, with the outcome in `status.json`; return the exit code."""
+    """Evaluate or train in this process, record the outcome in `status.json`, and return the exit code."""
     prepare_cpu_process()
     accelerator = start_accelerator(config.mixed_precision, tf32=config.tf32, deterministic=config.deterministic)
     console = Console(accelerator.is_main_process)
@@ -85,9 +84,9 @@ def run_process(config: TrainingConfig, preemption: Preemption) -> int:
         record.set_failed(error)
         raise
     finally:
-        with preemption.deferred():  # how the run ended is decided
+        with preemption.deferred():  # a signal from here on cannot change the outcome
             record.close()
-        discard_unwritten()  # a run needs nobody who reads what it prints
+        discard_unwritten()  # a closed or full stdout must not change the exit code
         if config.smoke and record.is_open:
             shutil.rmtree(record.folder.path, ignore_errors=True)
 
@@ -95,12 +94,12 @@ def run_process(config: TrainingConfig, preemption: Preemption) -> int:
 def set_up_and_train(
     config: TrainingConfig, accelerator: Accelerator, record: RunRecord, console: Console, preemption: Preemption
 ) -> int:
-    """Set the run up, and train and publish; return the exit code."""
+    """Set up the run, train and publish; return the exit code."""
     uploader = Uploader(record.folder, config, config.push_to_hub and accelerator.is_main_process, console.say)
     inputs = open_inputs(config, accelerator)
     start = choose_start(config, inputs, accelerator, record)
     if start.is_finished:
-        console.say(f"{record.folder} is finished: it has {start.step:,} of {start.max_steps:,} steps")
+        console.say(f"{record.folder} is finished: {start.step:,} of {start.max_steps:,} steps")
         if accelerator.is_main_process:
             record.folder.clear_leftovers(config)
         uploader.finish()
@@ -119,7 +118,7 @@ def set_up_and_train(
 
 
 def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
-    """Train and publish, or stop early with a checkpoint if asked to; return the exit code."""
+    """Train and publish, or stop early with a checkpoint on request; return the exit code."""
     with CurveDrawer(run.record.folder, run.console.say, enabled=run.accelerator.is_main_process) as curves:
         step = train(run, preemption, curves, uploader)
         if step < run.plan.last_step:
@@ -129,29 +128,29 @@ def run_to_the_end(run: Run, preemption: Preemption, uploader: Uploader) -> int:
     if run.accelerator.is_main_process:
         finish(run)
     run.accelerator.wait_for_everyone()
-    uploader.finish()  # with the other processes free to go
+    uploader.finish()  # after the barrier, so that other ranks need not wait
     return 0
 
 
 def stop_early(run: Run, step: int) -> int:
-    """Report that the run was stopped after `step` updates, and how to resume it; return the exit code."""
+    """Report that the run stopped after `step` updates, and how to resume it; return the exit code."""
     if run.config.smoke:
-        run.console.say(f"the trial was stopped after {step:,} steps, and leaves nothing to resume")
+        run.console.say(f"the smoke test was stopped after {step:,} steps; there is nothing to resume")
         return INTERRUPTED_EXIT_CODE
     run.record.set_status("preempted", step=step)
-    run.console.say(f"stopped after {step:,} steps, as asked: {run.resume_hint()}")
+    run.console.say(f"stopped on request after {step:,} steps: {run.resume_hint()}")
     return PREEMPTED_EXIT_CODE
 
 
 def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploader) -> int:
-    """The loop: evaluate and save the model after `step` updates, and make the next update; return the last step."""
+    """The training loop: evaluate and save the model after `step` updates, then update it; return the last step."""
     plan, accelerator = run.plan, run.accelerator
     batches = read_batches(run)
     run.console.start(plan.first_step, plan.max_steps)
     for step in range(plan.first_step, plan.last_step + 1):
         stop = step < plan.last_step and preemption.is_requested(accelerator)
         needs_evaluation = run.is_eval_due(step)
-        # A preempted job has seconds left, and an evaluation can take minutes: the resumed run makes it.
+        # A preempted job has seconds left, an evaluation can take minutes: the resumed run evaluates instead.
         if needs_evaluation and not stop:
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
@@ -161,7 +160,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploa
             with run.clock.measure("checkpoint"):
                 is_saved = save(run, step, is_evaluated=not needs_evaluation, uploader=uploader)
             if stop and not is_saved:
-                raise UserError(f"asked to stop, the run could not save: {run.resume_hint()}")
+                raise UserError(f"stopped on request, but could not save a checkpoint: {run.resume_hint()}")
         if stop or step == plan.last_step:
             break
         if not run.is_skipped(step):
@@ -171,7 +170,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploa
 
 
 def read_batches(run: Run) -> Iterator[torch.Tensor]:
-    """Return this process's micro-batches of all updates, in their order."""
+    """Return this rank's micro-batches of all remaining updates, in order."""
     config, plan = run.config, run.plan
     steps = (step for step in range(plan.first_step, plan.last_step) if not run.is_skipped(step))
     micro_batches = run.order.divide_steps(
@@ -183,7 +182,7 @@ def read_batches(run: Run) -> Iterator[torch.Tensor]:
 def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
     """Make update `step + 1`: forward and backward over its micro-batches, clip, and step the optimizer."""
     config, plan, accelerator, optimizer = run.config, run.plan, run.accelerator, run.optimizer
-    # Dropout's masks follow from the step and the process, so that a resumed run draws the same.
+    # Dropout masks depend on step and rank only, so that a resumed run draws the same ones.
     torch.manual_seed(config.seed + step * plan.n_processes + accelerator.process_index)
     started = time.perf_counter()
     learning_rate = run.schedule(step)
@@ -191,7 +190,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
     loss, waited = accumulate_gradients(run, batches)
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
-    # An infinite gradient is left to fp16's scaler, which skips the update and scales less, until that is no help.
+    # Under fp16 the loss scaler handles infinite gradients: it skips the update and lowers its scale.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
         raise faults.NonFiniteError(
             step + 1, loss, grad_norm, run.order.windows_of_step(step, config.windows_per_step)
@@ -204,7 +203,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
     seconds = time.perf_counter() - started
     run.clock.seconds["update"].append(seconds)
     tokens_per_second = config.tokens_per_step / seconds
-    # `training.metrics` lists all names, and says what else a new one may touch.
+    # `training/metrics.py` documents every metric, and what else a new one may need.
     metrics = {
         "train/loss": loss,
         "train/lr": learning_rate,
@@ -221,7 +220,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
 
 
 def accumulate_gradients(run: Run, batches: Iterator[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Run the micro-steps of an update; return this process's mean loss and the seconds that it waited for data."""
+    """Run the micro-steps of an update; return this rank's mean loss and the seconds it waited for data."""
     accelerator, n_micro_steps = run.accelerator, run.plan.n_micro_steps
     loss, waited = torch.zeros((), device=accelerator.device), 0.0
     for micro_step in range(n_micro_steps):
@@ -237,7 +236,7 @@ def accumulate_gradients(run: Run, batches: Iterator[torch.Tensor]) -> tuple[tor
 
 
 def evaluate(run: Run, step: int) -> None:
-    """Validate, score HellaSwag and sample the model after `step` updates, each if it is due."""
+    """Compute validation loss, HellaSwag and samples of the model after `step` updates, each if due."""
     config, plan, record = run.config, run.plan, run.record
     metrics = {}
     if plan.is_due(config.eval_every, step):
@@ -246,7 +245,7 @@ def evaluate(run: Run, step: int) -> None:
         if config.save_best and metrics["val/loss"] < record.best_val_loss and run.accelerator.is_main_process:
             save_best(run, step, metrics)
     if plan.is_due(config.hellaswag_every, step):
-        # Papers cite the other protocol: its score belongs to the finished model.
+        # Papers cite `lm_eval`, so the finished model gets both scores.
         for protocol in ("original", "lm_eval") if step == plan.last_step else ("original",):
             encoded = run.inputs.hellaswag.encode(protocol)
             with run.accelerator.autocast():
@@ -264,7 +263,7 @@ def evaluate(run: Run, step: int) -> None:
 
 
 def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Write `best/`, in the first process; if the disk refuses, training goes on without."""
+    """Write `best/` on rank 0; if the disk is full, skip it and continue training."""
     folder = run.record.folder
     with (
         faults.tolerated_write_failures("the best model was not written", run.console.say),
@@ -272,17 +271,17 @@ def save_best(run: Run, step: int, metrics: dict[str, float]) -> None:
     ):
         save_model(temporary, run.model, run.inputs.tokenizer)
         write_json(temporary / folder.best_metrics.name, {"step": step, **metrics})
-    run.record.read_best(step)  # a write that failed late may have put it in place all the same
+    run.record.read_best(step)  # a write that failed late may have replaced it nevertheless
 
 
 def save(run: Run, step: int, *, is_evaluated: bool, uploader: Uploader) -> bool:
-    """Save the model after `step` updates; return in every process whether the disk took it."""
+    """Save the model after `step` updates; return on every rank whether it was written."""
     run.record.check_claim()
     return compute_once(lambda: write_checkpoint(run, step, is_evaluated, uploader), run.accelerator)
 
 
 def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader) -> bool:
-    """Write a checkpoint and delete old ones; return whether the disk took it. Training goes on without."""
+    """Write a checkpoint and delete old ones; return whether it was written. A full disk does not stop training."""
     is_saved, started, config, folder = False, time.perf_counter(), run.config, run.record.folder
     with faults.tolerated_write_failures(f"the checkpoint of step {step} was not written", run.console.say):
         folder.sync()
@@ -300,21 +299,21 @@ def write_checkpoint(run: Run, step: int, is_evaluated: bool, uploader: Uploader
 
 
 def write_final(run: Run) -> None:
-    """Write `final/`, in the first process: the model as GPT-2, its tokenizer, and a card on how it was trained."""
+    """Write `final/` on rank 0: the model in published form, its tokenizer, and a model card."""
     run.record.check_claim()
     folder = run.record.folder
     with create_folder_atomically(folder.final) as temporary:
         save_published_model(temporary, run.model, run.inputs.tokenizer)
         write_model_card(temporary, folder)
     run.record.finish(run.plan.max_steps)
-    run.console.say(f"finished: {folder.final} holds the model, and curves.png beside it the curves")
+    run.console.say(f"finished: model in {folder.final}, curves in {folder.curves}")
 
 
 def finish_smoke_test(run: Run) -> None:
-    """Load the trial's checkpoint again, in the first process, and describe what was measured."""
+    """Reload the smoke test's checkpoint on rank 0, and report what was measured."""
     saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
     if not saved:
-        raise UserError("the trial could not write a checkpoint, nor could the run: see what it said above")
+        raise UserError("the smoke test could not write a checkpoint, and a run could not either: see above")
     checkpoints.check_reload(saved[-1], run.model, run.optimizer)
     peak_memory = measure_peak_memory(run.accelerator.device)
     run.console.say(*describe_smoke_test(run.plan, run.clock, run.peak, peak_memory))

@@ -6,7 +6,7 @@
         assert hub.count_bytes("0.parquet") < 1000
 
 Repositories are keyed as the Hub's addresses spell them: `datasets/org/name`, `models/org/name`. `huggingface_hub` and
-`datasets` take the Hub's address from the environment when they are imported, so that its clients have to be processes
+`datasets` take the Hub's address from the environment when they are imported, so that its clients must be processes
 of their own. Who writes needs the token of one of `users`, and may write in the user's own namespace and in those of
 its organisations. Large files go as in git's LFS: asked for in a batch, put to an address of their own, verified, and
 named by their SHA-256 in a commit. Every request is recorded; `fail` makes chosen requests go wrong.

@@ -192,7 +192,7 @@ def test_resized_vocabulary_stays_tied_trains_and_reloads(vocab_size, tmp_path):
     assert model(ids).logits.shape[-1] == vocab_size
     assert_close(model(ids).logits[..., :n_kept], before[..., :n_kept])
 
-    ids[:, -1] = vocab_size - 1  # the newest row has to be a target like any other
+    ids[:, -1] = vocab_size - 1  # the newest row must be a target like any other
     window = split_window(ids)
     expected = cross_entropy(model(window["input_ids"]).logits.flatten(0, 1), window["shift_labels"].flatten())
     loss = model.train()(**window).loss

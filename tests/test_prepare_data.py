@@ -54,7 +54,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def documents(texts, tokenizer):
-    """The ids that each document has to have."""
+    """The ids that each document must have."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     encodings = [[EOT, *backend.encode(text).ids] for text in texts]
@@ -614,11 +614,11 @@ BAD_INPUTS = {
         "tokenizer 'x/y'",
     ),
     "other flag": (lambda folder: ["--num_proc", "4"], "--num_workers"),
-    "bad number": (lambda folder: ["--shard_size", "0"], "--shard_size has to be 1 or more"),
+    "bad number": (lambda folder: ["--shard_size", "0"], "--shard_size must be 1 or more"),
     "empty separator": (lambda folder: ["--document_separator="], "--document_separator is empty"),
     "nothing to verify": (lambda folder: ["--verify"], "there is no data folder"),
     "nothing to inspect": (lambda folder: ["--inspect", "3"], "there is no data folder"),
-    "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect has to be 0 or more, not -1"),
+    "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect must be 0 or more, not -1"),
 }
 
 

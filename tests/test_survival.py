@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     run = tmp_path / "run"
     assert read_status(run) == {"status": "preempted", "step": update}
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
-    assert "as asked: the same command resumes from its last checkpoint" in capsys.readouterr().out
+    assert "the same command resumes from the last checkpoint" in capsys.readouterr().out
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == handlers
     assert update not in read_series(run, "val/loss")  # who asks to stop does not wait for an evaluation
     run_training(shards, tmp_path, save_every=0)
@@ -207,11 +207,11 @@ def test_signals_that_come_together_are_one_request(shards, tmp_path, monkeypatc
 def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_path, monkeypatch, capsys):
     """It would delete the checkpoints once more."""
     anew = {**BARE, "save_every": 3, "resume_from_checkpoint": "never"}
-    way = "the same command with --resume_from_checkpoint auto resumes from its last checkpoint"
+    way = "the same command with --resume_from_checkpoint auto resumes from the last checkpoint"
     with monkeypatch.context() as patch:
         stop_at(patch, 4, signal.SIGTERM)
         assert train.main(flags(shards, tmp_path, **anew)) == 75
-    assert f"as asked: {way}" in capsys.readouterr().out
+    assert f": {way}" in capsys.readouterr().out
     # Nor who went back to a checkpoint, when the disk is full at the end, or at the step where it was asked to stop.
     (own,) = (tmp_path / "run" / "checkpoints").glob("*4")
     disk_full = OSError(errno.ENOSPC, "No space left on device")
@@ -230,7 +230,7 @@ def test_a_trial_that_is_asked_to_stop_promises_nothing(shards, tmp_path, monkey
     stop_at(monkeypatch, 4, signal.SIGTERM)
     assert train.main([*flags(shards, tmp_path), "--smoke"]) == 130
     out = capsys.readouterr().out
-    assert "the trial was stopped after 4 steps, and leaves nothing" in out and "resumes from" not in out
+    assert "the smoke test was stopped after 4 steps" in out and "resumes from" not in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -366,7 +366,7 @@ def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkey
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
         assert train.main(flags(shards, tmp_path, **fork)) == 75
-    assert ": the same command resumes from its last checkpoint" in capsys.readouterr().out
+    assert ": the same command resumes from the last checkpoint" in capsys.readouterr().out
     own = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in own.iterdir()) == ["step_0000006", "step_0000007"]
     # A tracker would write into the curves of the run that it comes from.
@@ -376,14 +376,14 @@ def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkey
 
     run = run_training(shards, tmp_path, **fork)
     out = capsys.readouterr().out
-    assert "the run goes on from its own" in out and "from step 7" in out
+    assert "which is newer than" in out and "from step 7" in out
     assert load_state(own / "step_0000012").tracker_run_id == tracker_run_id
     assert read_losses(run) == {step: loss for step, loss in read_losses(whole_run).items() if step > 3}
     run_training(shards, tmp_path, **fork)
     assert "is finished" in capsys.readouterr().out
     shutil.rmtree(own)
     assert train.main(flags(shards, tmp_path, **fork)) == 2
-    assert "holds a finished run" in capsys.readouterr().err
+    assert "contains a finished run" in capsys.readouterr().err
 
 
 def damage(kind: str, checkpoint: Path) -> None:
@@ -428,7 +428,7 @@ def test_a_damaged_checkpoint_is_passed_over(shards, tmp_path, whole_run, capsys
     assert "is damaged" in capsys.readouterr().err
     run_training(shards, tmp_path, save_every=3)
     out = capsys.readouterr().out
-    assert "passed over a checkpoint" in out and "step_0000012 is damaged" in out and "from step 9" in out
+    assert "skipped a checkpoint" in out and "step_0000012 is damaged" in out and "from step 9" in out
     assert_same_end(run, whole_run)
 
 
@@ -581,10 +581,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(shards, tmp_path, whole_
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     out, err = capsys.readouterr()
     assert code == 2
-    assert [out.count(f"checkpoint of step {step} was not written, training goes on") for step in (3, 6, 9, 12)] == [
+    assert [out.count(f"checkpoint of step {step} was not written, training continues") for step in (3, 6, 9, 12)] == [
         1
     ] * 4
-    assert "Make room: it has no checkpoint yet, and the same command starts it again" in err
+    assert "there is no checkpoint yet" in err
     assert err.count("\n") == 1
     run = tmp_path / "run"
     assert list(read_losses(run)) == list(range(1, N_STEPS + 1))
@@ -599,8 +599,8 @@ def test_a_tracker_that_fails_does_not_change_the_run(shards, tmp_path, whole_ru
     (run / "tensorboard").touch()  # where its folder would be
     run_training(shards, tmp_path, save_every=3, report_to="tensorboard")
     out = capsys.readouterr().out
-    assert out.count("the tracker tensorboard failed, training goes on without it: FileExistsError") == 1
-    assert out.count("the tracker tensorboard failed again, and lacks what metrics.jsonl has") == 1
+    assert out.count("the tracker tensorboard failed, training continues without it: FileExistsError") == 1
+    assert out.count("the tracker tensorboard failed again and is incomplete") == 1
     assert_same_end(run, whole_run)
 
 

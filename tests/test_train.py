@@ -164,7 +164,7 @@ def test_run_that_died_before_publishing_publishes_and_one_without_checkpoints_i
 
     shutil.rmtree(run / "checkpoints")
     assert train.main(flags(shards, tmp_path)) == 2
-    assert "holds a finished run" in capsys.readouterr().err
+    assert "contains a finished run" in capsys.readouterr().err
     assert (run / "final").is_dir()
 
 
@@ -362,7 +362,7 @@ def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards
         train.main(flags(random_shards, tmp_path, **quick, skip_steps="5:5", resume=run / "checkpoints/step_0000009"))
         == 2
     )
-    assert "the checkpoint has made these updates, up to 9" in capsys.readouterr().err
+    assert "already includes updates up to 9" in capsys.readouterr().err
 
 
 def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_path, monkeypatch, capsys):
@@ -386,7 +386,7 @@ def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_
     forward = WindowLoss.forward
     monkeypatch.setattr(WindowLoss, "forward", lambda self, windows: overflow(forward(self, windows)))
     assert train.main(flags(random_shards, tmp_path, "lost", **quick, max_steps=30)) == 2
-    assert "the last 20 updates, up to 20, were not made" in capsys.readouterr().err
+    assert "the last 20 updates, up to 20, were skipped" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, monkeypatch, capsys):
@@ -408,9 +408,9 @@ def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys,
     capsys.readouterr()
     assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0, keep_weights_every=3), "--smoke"]) == 0
     out = capsys.readouterr().out
-    assert "median of 8" in out and "MFU" in out and "GB at most" in out
+    assert "median of 8" in out and "MFU" in out and "GB peak" in out
     assert float(re.search(r"apart +([\d.]+) s an evaluation", out)[1]) >= 2
-    assert "came back bit by bit" in out and "for 100 steps, evaluations included" in out
+    assert "reloaded bit for bit" in out and "for 100 steps, evaluations included" in out
     assert "step 10: val/loss" in out and "step 10 sample" in out and "step 0:" not in out
     assert list(tmp_path.rglob("*")) == [tmp_path / "run-smoke", theirs]
 
@@ -421,7 +421,7 @@ def test_plan_prints_the_arithmetic_and_touches_nothing(shards, tmp_path, capsys
     out = capsys.readouterr().out
     assert "parameters" in out and "12 steps = " in out and "3 x 512 validation tokens" in out
     assert list(tmp_path.iterdir()) == []
-    # Before the data are there the number of steps has to be given.
+    # Before the data are there the number of steps must be given.
     assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan", "--max_steps=19073"]) == 0
     assert "124,439,808 parameters" in capsys.readouterr().out
     assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan"]) == 2
@@ -431,7 +431,7 @@ def test_plan_prints_the_arithmetic_and_touches_nothing(shards, tmp_path, capsys
 def test_a_cpu_run_of_more_than_a_week_has_to_be_meant(shards, tmp_path, capsys):
     endless = {"max_steps": 10**9, "eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0}
     assert train.main(flags(shards, tmp_path, **endless)) == 2
-    assert "--yes starts it all the same" in capsys.readouterr().err
+    assert "--yes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -445,13 +445,13 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"data_dir": "nowhere"}, "there is no data folder nowhere"),
         ({"tokens_per_step": 300}, "not a multiple of --sequence_length 32: use 288"),
         ({"micro_batch_size": 3}, "--micro_batch_size 3 does not divide the 8 sequences"),
-        ({"max_steps": 0}, "--max_steps has to be 1 or more"),
+        ({"max_steps": 0}, "--max_steps must be 1 or more"),
         ({"model_size": "125M", "n_layer": 1}, "use one of 124M"),
-        ({"n_head": 3}, "--n_embd 16 has to be divisible by --n_head 3"),
+        ({"n_head": 3}, "--n_embd 16 must be divisible by --n_head 3"),
         ({"init_from": "no/such-model"}, "cannot load a model from no/such-model"),
         ({"sample_tokens": 4}, "the prompt alone has 8 tokens"),
         ({"sample_prompt": ""}, "the prompt has no tokens"),
-        ({"seed": 2**64}, "--seed has to be below 9,223,372,036,854,775,808"),
+        ({"seed": 2**64}, "--seed must be below 9,223,372,036,854,775,808"),
         ({"hellaswag_file": "missing.jsonl"}, "missing.jsonl"),
         ({"sequence_length": 8, "sample_every": 0}, "tokens does not fit the model's 8 positions"),
         ({"resume_from_checkpoint": "missing"}, "missing is not a checkpoint to resume from"),
@@ -460,8 +460,8 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"compile": "maybe"}, "--compile"),
         ({"keep_weights_every": 5}, "--keep_weights_every 5 is not a multiple of --save_every 6, and only"),
         ({"keep_weights_every": 15}, "can be kept: use 18, or another --save_every"),
-        ({"skip_steps": "7"}, "--skip_steps 7: has to be A:B"),
-        ({"plan_tokens_per_second": 0}, "--plan_tokens_per_second has to be"),
+        ({"skip_steps": "7"}, "--skip_steps 7: must be A:B"),
+        ({"plan_tokens_per_second": 0}, "--plan_tokens_per_second must be"),
     ],
 )
 def test_mistakes_end_with_one_line_and_leave_nothing(changes, message, shards, tmp_path, capsys):
@@ -572,4 +572,4 @@ def test_an_operation_without_a_deterministic_form_ends_the_run_in_one_line(shar
     monkeypatch.setattr(device_fit, "WindowLoss", Unordered)
     assert train.main(flags(shards, tmp_path)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "put_ has no deterministic form" in line
+    assert "put_ has no deterministic implementation" in line

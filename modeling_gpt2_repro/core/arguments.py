@@ -90,7 +90,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and (broken := _find_broken_bound(value, *field.metadata["bounds"])):
-                raise UserError(f"--{field.name} has to be {broken}, not {value}")
+                raise UserError(f"--{field.name} must be {broken}, not {value}")
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _read_value(field: dataclasses.Field, value: Any) -> Any:
         raise UserError(f"--{field.name}: expected one value")
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
-            raise UserError(f"--{field.name} {text!r}: has to be text in UTF-8 without null characters")
+            raise UserError(f"--{field.name} {text!r}: must be text in UTF-8 without null characters")
     if not field.metadata["path"] or value is None:
         return value
     return [expand_home(each) for each in value] if isinstance(value, list) else expand_home(value)
@@ -252,7 +252,7 @@ def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, st
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} has to hold `name: value` lines, not a {type(values).__name__}")
+        raise UserError(f"--config {path} must hold `name: value` lines, not a {type(values).__name__}")
     flags = []
     for name, value in values.items():
         if name not in names:
@@ -260,7 +260,7 @@ def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, st
         # An item of a list could be a list itself, or be taken for the flag that it looks like.
         items = value if isinstance(value, list) else []
         if isinstance(value, dict) or not all(isinstance(item, str) and not item.startswith("--") for item in items):
-            raise UserError(f"--config {path}: {name} has to be a single value or a list of such")
+            raise UserError(f"--config {path}: {name} must be a single value or a list of such")
         if items:
             flags += [f"--{name}", *items]
         elif value not in (None, []):

@@ -83,7 +83,7 @@ def describe_other_data(folder: Path) -> str:
     if any(name.endswith(".idx") for name in names):
         return "; it holds an indexed dataset of Megatron's, which is not read: prepare its text with prepare_data.py"
     if inside := sorted(path for suffix in SHARD_SUFFIXES for path in folder.glob(f"*/*{suffix}")):
-        return f"; there are some in {inside[0].parent}: those of both splits have to lie in one folder"
+        return f"; there are some in {inside[0].parent}: those of both splits must be in one folder"
     if others := sorted(name for name in names if name.endswith(SHARD_SUFFIXES)):
         return f"; it has others, such as {others[0]}"
     return ": make some with prepare_data.py"

@@ -53,7 +53,7 @@ class WindowOrder:
 def divide_windows(windows: np.ndarray, n_ranks: int, rank: int, micro_batch_size: int) -> np.ndarray:
     """Return one rank's share of a step's windows, of shape (micro_steps, micro_batch_size).
 
-    `len(windows)` has to be a multiple of `n_ranks * micro_batch_size`; the ranks' shares together are `windows`.
+    `len(windows)` must be a multiple of `n_ranks * micro_batch_size`; the ranks' shares together are `windows`.
     """
     return windows.reshape(-1, n_ranks, micro_batch_size)[:, rank]
 

@@ -1,4 +1,4 @@
-"""One micro-step, windows in and loss out, and the trial that finds out what the device can do."""
+"""One micro-step, from windows to loss, and the trial that finds what the device can run."""
 
 import contextlib
 import gc
@@ -23,8 +23,8 @@ from .optim import N_MOMENTS
 class WindowLoss(nn.Module):
     """The mean loss of a causal language model on windows of T+1 tokens.
 
-    It is this wrapper that is compiled and distributed, so that the model inside stays the plain module which
-    evaluation, sampling and saving use, at any shape and without recompiling.
+    This wrapper is what gets compiled and distributed. The model inside stays a plain module, which evaluation,
+    sampling and saving use at any shape without recompiling.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,7 +39,7 @@ class WindowLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Fit:
-    """What a trial found out: the loss, compiled or not, the sequences at once, and the seconds that a token takes."""
+    """The result of a trial: the loss, compiled or not, the micro-batch size in sequences, and seconds per token."""
 
     loss_model: nn.Module
     micro_batch_size: int
@@ -48,7 +48,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one size came to in one process: it ran in `seconds`, did not fit, or did not compile."""
+    """The outcome of one size on one rank: it ran in `seconds`, did not fit, or did not compile."""
 
     seconds: float = 0.0
     fits: bool = True
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class CompilationError(Exception):
-    """The compiler failed in one process at least, and with this every process knows."""
+    """The compiler failed on at least one rank; raised on every rank."""
 
 
 def fit_micro_batch(
@@ -68,40 +68,41 @@ def fit_micro_batch(
     say: Callable[[str], None],
     advice: str = "",
 ) -> Fit:
-    """Find out by trial what the device can do.
+    """Find by trial whether the loss compiles and which micro-batch size fits.
 
-    `loss_model` is compiled where `compile` (`auto`, `on` or `off`) and the machine allow, and the first of the
-    micro-batch `sizes` that fits in memory is taken. Every process takes the same answer: one whose compiler fails, or
-    whose memory is full, decides for all. The model must be on its device, not distributed and without an optimizer's
-    moments, for which room is kept; its weights and gradients are left as they were.
+    The loss is compiled if `compile` (`auto`, `on` or `off`) and the machine allow it. The first of `sizes` that fits
+    in memory is used. All ranks use the same: one rank's compiler error or lack of memory decides for all. The model
+    must be on its device and not distributed; room is reserved for the optimizer's moments. Weights and gradients
+    are unchanged afterwards.
 
     Args:
-        advice: what would fit where no size does, if that is known.
+        sizes: micro-batch sizes in sequences, largest first.
+        advice: what would fit if no size does, if known.
 
     Raises:
-        UserError: not even the smallest size fits, or the compiler failed that had to be `on`.
+        UserError: the smallest size does not fit, or `compile` is `on` and the compiler failed.
     """
     if compile != "off":
         reason, compiled = _compile(loss_model, compile, accelerator.device)
         try:
             _agree_to_compile(reason, accelerator)
-            say("compiling the training step, which takes a minute or so")
+            say("compiling the training step, which takes about a minute")
             with _recompute_cheap_activations(accelerator.device):
                 return _try_sizes(compiled, dataset, sizes, accelerator, advice)
         except CompilationError as error:
             if compile == "on":
-                raise UserError(f"--compile on: {error} (with auto the run is eager where that fails)") from error
-            say(f"{'all processes run' if accelerator.num_processes > 1 else 'the run goes on'} eagerly: {error}")
+                raise UserError(f"--compile on: {error} (--compile auto falls back to eager mode)") from error
+            say(f"falling back to eager mode{' in all processes' if accelerator.num_processes > 1 else ''}: {error}")
             torch._dynamo.reset()
     return _try_sizes(loss_model, dataset, sizes, accelerator, advice)
 
 
 def settle_gradient_exchange(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> None:
-    """Let `DistributedDataParallel` order its buckets before the first update.
+    """Let `DistributedDataParallel` settle its buckets before the first update.
 
-    It orders them anew after the first gradients that it exchanges, by when these came. Where a gradient lies in them
-    decides in which order three or more processes add it up, so that the first update of a resumed run would have
-    other last bits than the same update in the middle of a run. The weights are left as they were.
+    It rebuilds its buckets after the first backward pass, in the order in which gradients became ready. With three or
+    more ranks, a gradient's position in the buckets determines the order of summation, so the first update of a
+    resumed run would differ in its last bits from the same update of an uninterrupted run. The weights are unchanged.
     """
     if accelerator.num_processes > 1:
         loss_model(_stack_windows(dataset, size).to(accelerator.device)).backward()
@@ -113,30 +114,30 @@ def _stack_windows(dataset: Dataset, size: int) -> torch.Tensor:
 
 
 def _compile(loss_model: nn.Module, compile: str, device: torch.device) -> tuple[str | None, nn.Module]:
-    """Return why this process cannot compile, `None` where it seems to, and the module that does at its first call."""
+    """Return why this rank cannot compile (`None` if it can), and the module, which compiles at its first call."""
     if compile == "auto" and not can_compile(device):
         return "there is no compiler for this device (a C++ compiler, on a CPU)", loss_model
     if torch._dynamo.config.disable:
         return "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set", loss_model
     try:
-        # A size is compiled for itself: one graph for all of them would have to be traced for each all the same.
+        # One graph per size: a dynamic one would be traced again for each size anyway.
         return None, torch.compile(loss_model, dynamic=False)
     except Exception as error:
         return _describe(error), loss_model
 
 
 def _agree_to_compile(reason: str | None, accelerator: Accelerator) -> None:
-    """Raise a `CompilationError` in every process where one of them has a reason not to compile."""
+    """Raise a `CompilationError` on every rank if any rank has a reason not to compile."""
     for process, other in enumerate(gather_object([reason])):
         if other is not None:
             raise CompilationError(f"torch.compile is off{_name_process(process, accelerator)}: {other}")
 
 
 def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractContextManager:
-    """Where a CPU compiles, let the backward pass compute GELUs, layer norms and bfloat16 weights a second time.
+    """On a CPU, let the compiled backward pass recompute GELUs, layer norms and bfloat16 weights.
 
-    By default the compiler keeps what feeds a matrix product: 0.4 GB for GPT-2 124M and 2,048 tokens, where computing
-    it again takes no measurable time. On a GPU nothing of this was measured, so its compiler decides.
+    By default the compiler saves the inputs of matrix products: 0.4 GB for GPT-2 124M and 2,048 tokens, although
+    recomputing them takes no measurable time. We have not measured this on a GPU, so its default stays.
     """
     if device.type != "cpu":
         return contextlib.nullcontext()
@@ -159,14 +160,14 @@ def _try_sizes(
                 return_freed_memory()
             n_tokens = size * (len(dataset[0]) - 1)
             return Fit(loss_model, size, max(outcome.seconds for outcome in outcomes) / n_tokens)
-        # The next size needs the memory of this one, and its place among the graphs that the compiler keeps at most.
+        # The next size needs this one's memory, and its place in the compiler's limited cache of graphs.
         torch._dynamo.reset()
         gc.collect()
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
     generally = "--gradient_checkpointing True, a shorter --sequence_length or a smaller --model_size"
     raise UserError(
-        f"even {sizes[-1]} sequence(s) at once do not fit in the device's memory: use "
+        f"even {sizes[-1]} sequence(s) per micro-step do not fit in the device's memory: use "
         + ("--micro_batch_size auto, " if sizes[-1] > 1 else "")
         + (advice or generally)
     )
@@ -180,24 +181,24 @@ def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelera
     except Exception as error:
         if is_out_of_memory(error):
             return Outcome(fits=False)
-        # What is wrong with the model itself comes up again without the compiler.
+        # An error of the model itself will come up again in eager mode.
         if isinstance(loss_model, OptimizedModule):
             return Outcome(compiler_error=_describe(error))
         raise
 
 
 def _describe(error: Exception) -> str:
-    """Say why nothing is compiled: a compiler starts programs and threads, writes to caches, and raises anything."""
+    """Describe a compiler's error, of any type: it starts programs and threads, and writes to caches."""
     reason = next(iter(str(error).strip().splitlines()), "")
     return reason if isinstance(error, TorchDynamoException) else f"{type(error).__name__}: {reason}"
 
 
 def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:
-    # On its own, so that nothing of an attempt that did not fit is still held when the next one begins.
-    # What training will hold besides: the moments, and the buckets in which gradients are exchanged.
+    # A function of its own, so that a failed attempt leaves no tensors behind.
+    # Training will also need the optimizer's moments and the buckets of the gradient exchange.
     reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(N_MOMENTS + 1) if p.is_cuda]
     windows = _stack_windows(dataset, size).to(accelerator.device)
-    for _ in range(3):  # the first ones allocate and compile, the last one is measured
+    for _ in range(3):  # the first two allocate and compile, the last is timed
         start = time.perf_counter()
         with accelerator.autocast():
             loss = loss_model(windows)

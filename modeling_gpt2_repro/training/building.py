@@ -1,4 +1,4 @@
-"""Building the model of a run: its shape, and its initial weights."""
+"""The model of a run: its shape and its initial weights."""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +15,14 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 
 
 def build_model(source: str, config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> GPT2ReproForCausalLM:
-    """Build a model in float32 on the CPU: from `scratch`, by the seed alone, or from a folder or Hub id.
+    """Build a model in float32 on the CPU.
 
-    Dropout follows the config in either case, not what existing weights were trained with.
+    Args:
+        source: `scratch` for weights drawn from the seed, or a folder or Hub id. Dropout comes from `config` either
+            way.
 
     Raises:
-        UserError: there is no such model, or it contradicts the config or the tokenizer.
+        UserError: the model cannot be loaded, or contradicts the config or the tokenizer.
     """
     if source == "scratch":
         model_config = _build_config(config, len(tokenizer), tokenizer.eos_token_id)
@@ -39,7 +41,7 @@ def build_model(source: str, config: TrainingConfig, tokenizer: PreTrainedTokeni
 
 
 def resolve_shape(config: TrainingConfig) -> dict[str, int]:
-    """Return the layers, heads and width that the config asks for, which may be none for existing weights.
+    """Return `n_layer`, `n_head` and `n_embd` as far as the config sets them; for existing weights perhaps none.
 
     Raises:
         UserError: an unknown `model_size`.
@@ -52,7 +54,7 @@ def resolve_shape(config: TrainingConfig) -> dict[str, int]:
 
 
 def load_shape(source: str) -> dict[str, int]:
-    """Return the layers, heads and width of a model in a folder or on the Hub.
+    """Return `n_layer`, `n_head` and `n_embd` of a model in a folder or on the Hub.
 
     Raises:
         UserError: its configuration cannot be read.
@@ -62,10 +64,10 @@ def load_shape(source: str) -> dict[str, int]:
 
 
 def build_skeleton(config: TrainingConfig, vocab_size: int) -> GPT2ReproForCausalLM:
-    """Build the model that a run would train on the meta device, without weights, to count its parameters.
+    """Build a run's model on the meta device, to count its parameters.
 
     Raises:
-        UserError: the shape is impossible, or `init_from` has no configuration.
+        UserError: the shape is invalid, or `init_from` has no configuration.
     """
     is_fresh = config.init_from == "scratch"
     model_config = _build_config(config, vocab_size, None) if is_fresh else _load_config(config.init_from)
@@ -76,7 +78,7 @@ def build_skeleton(config: TrainingConfig, vocab_size: int) -> GPT2ReproForCausa
 def _build_config(config: TrainingConfig, vocab_size: int, eos_token_id: int | None) -> GPT2ReproConfig:
     shape = resolve_shape(config)
     if shape["n_embd"] % shape["n_head"]:
-        raise UserError(f"--n_embd {shape['n_embd']} has to be divisible by --n_head {shape['n_head']}")
+        raise UserError(f"--n_embd {shape['n_embd']} must be divisible by --n_head {shape['n_head']}")
     return GPT2ReproConfig(
         vocab_size=vocab_size,
         n_positions=config.sequence_length,
@@ -88,7 +90,7 @@ def _build_config(config: TrainingConfig, vocab_size: int, eos_token_id: int | N
 
 
 def _check_memory(model_config: GPT2ReproConfig) -> None:
-    """Raise a `UserError` for a model whose weights alone exceed the machine's memory: trying would kill processes."""
+    """Raise a `UserError` if the weights exceed the machine's memory: allocating them would get processes killed."""
     n_embd, n_rows = model_config.n_embd, model_config.vocab_size + model_config.n_positions
     matrices = 12 * model_config.n_layer * n_embd**2 + n_rows * n_embd
     memory = measure_total_memory()

@@ -1,13 +1,13 @@
-"""Checkpoints: Hugging Face model folders, with what training needs to go on beside the weights.
+"""Checkpoints: Hugging Face model folders that also contain the training state.
 
-    checkpoints/step_0000250/   the model, its code, its tokenizer
+    checkpoints/step_0000250/   model, code, tokenizer
         training_state/
-            optimizer.pt        the optimizer's moments and, under fp16, the loss scaler's state
-            state.json          what `TrainingState` says
-            checksums.json      of all the other files; a checkpoint without it is not one to resume from
+            optimizer.pt        optimizer state and, under fp16, the loss scaler's state
+            state.json          the fields of `TrainingState`
+            checksums.json      checksums of all other files; without it a checkpoint is incomplete
 
-A checkpoint takes its name when all of it is on disk (`core.files.create_folder_atomically`). There is no random state
-in it: what is drawn in training follows from the seed and the step.
+A checkpoint gets its final name once all of it is on disk (`core.files.create_folder_atomically`). It contains no RNG
+state, because all random numbers of training are functions of the seed and the step.
 """
 
 import dataclasses
@@ -37,24 +37,24 @@ from ..core.files import (
 from ..model.folder import save_model
 
 TRAINING_STATE = "training_state"
-# Parts of an experiment that are no use to a reader, and what it means that they differ.
+# Fingerprints, which mean nothing to a reader, with the message for a mismatch.
 FINGERPRINTS = {"data": "the training data changed", "tokenizer": "the tokenizer changed"}
 OPTIMIZER_NAME, STATE_NAME, CHECKSUMS_NAME = "optimizer.pt", "state.json", "checksums.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands, beside its weights and its optimizer.
+    """The state of a run beyond its weights and its optimizer.
 
     Attributes:
         step: completed updates.
-        tokens: of the training split that these steps stand for.
-        experiment: what a resumed run may not change.
-        skips: updates that the run passes over.
-        tracker_run_id: by which a tracker knows the run again.
-        is_evaluated: what is due at this step has been measured; not so where the run was asked to stop before.
-        micro_batch_size: sequences that a device took at once, and `hardware` on which they fitted. The size decides
-            the last bits of an update.
+        tokens: `step` times the tokens of a step.
+        experiment: settings and fingerprints that may not change on resume.
+        skips: ranges of updates to skip.
+        tracker_run_id: the run's id in trackers.
+        is_evaluated: whether the evaluations due at this step were made; not if the run was stopped before them.
+        micro_batch_size, hardware: sequences per device and micro-step, and the hardware on which they fit. The size
+            determines the last bits of an update.
     """
 
     step: int
@@ -75,11 +75,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Path:
-    """Write `folder/step_NNNNNNN`, whole or not at all, and return its path.
+    """Write `folder/step_NNNNNNN` atomically, and return its path.
 
     Args:
-        model: the plain module, neither compiled nor distributed.
-        scaler: of the loss, under fp16.
+        model: the plain module, neither compiled nor wrapped in `DistributedDataParallel`.
+        scaler: the loss scaler, under fp16.
     """
     path = folder / f"step_{state.step:07d}"
     with create_folder_atomically(path) as temporary:
@@ -95,14 +95,14 @@ def save_checkpoint(
 
 
 def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
-    """Delete all checkpoints but the newest `keep` (0: delete none), never the last one that is whole.
+    """Delete all but the newest `keep` checkpoints (0: keep all).
 
-    Of those at a multiple of `keep_weights_every` steps (0: of none) the model stays, without its training state.
+    At multiples of `keep_weights_every` steps (0: none) only the training state is deleted, and the model stays.
     """
     clear_unfinished(folder)
     for old in list_checkpoints(folder)[:-keep] if keep else ():
         if keep_weights_every and read_step(old) % keep_weights_every == 0:
-            (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first, so that no half counts as whole
+            (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first: half a state must not look whole
             sync_folder(old / TRAINING_STATE)
             shutil.rmtree(follow_links(old / TRAINING_STATE))
         else:
@@ -110,13 +110,13 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote or deleted a model left in a run's checkpoint folder."""
+    """Remove leftovers of processes that were killed while they wrote or deleted a model in `folder`."""
     for leftover in folder.glob(f"step_*{TEMPORARY_SUFFIX}"):
         clear_leftovers(leftover.with_suffix(""))
 
 
 def remove_models(folder: Path, after: int) -> None:
-    """Delete the models in a run's checkpoint folder that had more than `after` updates; -1: all of them."""
+    """Delete the models in `folder` with more than `after` updates; -1 deletes all."""
     clear_unfinished(folder)
     for model in list_models(folder):
         if read_step(model) > after:
@@ -124,14 +124,14 @@ def remove_models(folder: Path, after: int) -> None:
 
 
 def list_models(folder: Path) -> list[Path]:
-    """Return the folders `step_N` in a run's checkpoint folder, oldest first: checkpoints, and models kept of them."""
-    paths = folder.iterdir() if folder.is_dir() else ()  # unlike `glob`, not silent of a folder that may not be read
+    """Return the `step_N` folders in `folder`, oldest first: checkpoints, and models without training state."""
+    paths = folder.iterdir() if folder.is_dir() else ()  # unlike `glob`, raises if the folder cannot be read
     found = (path for path in paths if re.fullmatch(r"step_\d{7,15}", path.name))
     return sorted((path for path in found if path.is_dir()), key=read_step)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints that training can go on from, oldest first."""
+    """Return the checkpoints that training can resume from, oldest first."""
     return [path for path in list_models(folder) if (path / TRAINING_STATE).is_dir()]
 
 
@@ -141,21 +141,21 @@ def read_step(checkpoint: Path) -> int:
 
 
 def is_own_checkpoint(checkpoint: str | Path, folder: Path) -> bool:
-    """Tell whether a checkpoint is one of a run's own, given the run's checkpoint folder."""
+    """Return whether a checkpoint lies in a run's own checkpoint folder, `folder`."""
     place = follow_links(checkpoint)
     return place.parent == follow_links(folder) or place in map(follow_links, folder.glob("step_*"))
 
 
 def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint to go on from, `None` to start at step 0.
+    """Return the checkpoint to resume from, or `None` to start at step 0.
 
     Args:
-        requested: `auto` for the newest whole one in `folder`, `never`, or a checkpoint's own path. A path outside
-            `folder` is where a run forks off another: once it has a newer one of its own, that is it.
-        say: told of each damaged one that is passed over, and of one that is newer than the path.
+        requested: `auto` for the newest undamaged checkpoint in `folder`, `never`, or a path. A path outside `folder`
+            forks the run from another one; a newer checkpoint in `folder` then takes precedence.
+        say: receives a line for each damaged checkpoint that is skipped, and for a newer one that takes precedence.
 
     Raises:
-        UserError: the one asked for is damaged, or all in `folder` are.
+        UserError: the requested checkpoint, or every checkpoint in `folder`, is damaged.
     """
     if requested == "never":
         return None
@@ -166,7 +166,7 @@ def choose_checkpoint(requested: str, folder: Path, say: Callable[[str], None]) 
     newest = None if is_own_checkpoint(given, folder) else _find_newest(folder, say)
     if newest is None or read_step(newest) <= load_state(given).step:
         return given
-    say(f"the run goes on from its own {newest}, newer than {given}: another --run_name begins there once more")
+    say(f"resuming from {newest}, which is newer than {given}: use another --run_name to start from {given} again")
     return newest
 
 
@@ -179,33 +179,33 @@ def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     for checkpoint in reversed(found):
         try:
             check_whole(checkpoint)
-        except RefusedError:  # to go on from an older one would be to make the steps since then again
+        except RefusedError:  # it may be intact, and an older one would repeat the steps since
             raise
         except UserError as error:
-            say(f"passed over a checkpoint: {error}")
+            say(f"skipped a checkpoint: {error}")
         else:
             return checkpoint
     if found:
         raise UserError(
-            f"every checkpoint in {folder} is damaged: give another --run_name, or --resume_from_checkpoint never to "
-            "start again in their place"
+            f"every checkpoint in {folder} is damaged: use another --run_name, or --resume_from_checkpoint never to "
+            "start over and replace them"
         )
     return None
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Compare a checkpoint's files with their checksums.
+    """Check a checkpoint's files against their checksums.
 
     Raises:
-        RefusedError: the machine does not let them be read.
-        UserError: it is none, or a file is missing, changed, or was not there when it was saved.
+        RefusedError: the operating system refuses to read them.
+        UserError: not a checkpoint, or a file is missing, changed or extra.
     """
     state_folder = checkpoint / TRAINING_STATE
-    for folder in (checkpoint, state_folder):  # what may not be opened would count as missing
+    for folder in (checkpoint, state_folder):  # otherwise an unreadable folder would look like a missing one
         raise_if_refused(None, folder)
     if not state_folder.is_dir():
         raise UserError(
-            f"{checkpoint} is not a checkpoint to resume from: give a folder like runs/NAME/checkpoints/step_0001000, "
+            f"{checkpoint} is not a checkpoint to resume from: use a folder like runs/NAME/checkpoints/step_0001000, "
             "or --init_from to start a new run from its weights"
         )
     try:
@@ -214,7 +214,7 @@ def check_whole(checkpoint: Path) -> None:
         raise_if_refused(error, checkpoint)
         raise UserError(f"{checkpoint} is damaged: {CHECKSUMS_NAME} cannot be read ({error})") from error
     try:
-        found = _compute_checksums(checkpoint)  # opens only files that lie there, even if the list names others
+        found = _compute_checksums(checkpoint)  # opens only files inside the checkpoint, whatever the list names
     except OSError as error:
         raise_if_refused(error, checkpoint)
         raise
@@ -222,16 +222,16 @@ def check_whole(checkpoint: Path) -> None:
         if name not in found:
             raise UserError(f"{checkpoint} is damaged: {name} is missing")
         if name not in saved:
-            raise UserError(f"{checkpoint} is damaged: {name} is not one of its files")
+            raise UserError(f"{checkpoint} is damaged: {name} does not belong to it")
         if found[name] != saved[name]:
-            raise UserError(f"{checkpoint} is damaged: {name} is not what was saved")
+            raise UserError(f"{checkpoint} is damaged: the checksum of {name} does not match")
 
 
 def load_state(checkpoint: Path) -> TrainingState:
-    """Read where the run of a checkpoint stood.
+    """Load the state of a checkpoint's run.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the state cannot be read.
     """
     path = checkpoint / TRAINING_STATE / STATE_NAME
     try:
@@ -256,7 +256,7 @@ def load_state(checkpoint: Path) -> TrainingState:
 
 
 def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[str, Any]) -> None:
-    """Raise a `UserError` where a run that is resumed would not be the one that was saved."""
+    """Raise a `UserError` that names what differs between a checkpoint's experiment and the one to resume."""
     different = [
         FINGERPRINTS.get(name, f"{name} was {saved.get(name)} and is now {value}")
         for name, value in experiment.items()
@@ -264,9 +264,9 @@ def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[s
     ]
     if different:
         other_length = saved.get("max_steps") != experiment.get("max_steps")
-        why = "Another length changes a cosine from its start, but not --lr_schedule constant or wsd. "
+        why = "A cosine schedule cannot be prolonged; --lr_schedule constant and wsd can. "
         raise UserError(
-            f"{checkpoint} is of another experiment: {', '.join(different)}. {why if other_length else ''}Give "
+            f"{checkpoint} belongs to another experiment: {', '.join(different)}. {why if other_length else ''}Use "
             f"another --run_name, with --init_from {shlex.quote(str(checkpoint))} to start from these weights, or "
             "--resume_from_checkpoint never to replace that run"
         )
@@ -275,27 +275,27 @@ def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[s
 def load_optimizer_state(
     checkpoint: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> None:
-    """Give the optimizer its moments and update counts, and the loss scaler its scale, as a checkpoint has them.
+    """Load the states of the optimizer and of the loss scaler in-place.
 
     Raises:
-        UserError: they cannot be read, or not without running code.
+        UserError: the file cannot be read, or contains anything but tensors and plain values.
     """
     try:
         saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
-    except Exception as error:  # a pickle that is none of ours can raise anything
+    except Exception as error:  # a foreign pickle can raise anything
         raise_if_refused(error, checkpoint)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{checkpoint} is damaged: {OPTIMIZER_NAME} cannot be read ({reason})") from error
 
 
 def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Check that a checkpoint gives back the weights and the optimizer's state, to the last bit.
+    """Check that a checkpoint restores the weights and the optimizer's state bit for bit.
 
     Raises:
-        AssertionError: it does not; also under `python -O`.
+        AssertionError: a value differs; raised under `python -O`, too.
     """
     reloaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     saved = torch.load(checkpoint / TRAINING_STATE / OPTIMIZER_NAME, "cpu", weights_only=True)["optimizer"]
@@ -305,8 +305,8 @@ def check_reload(checkpoint: Path, model: PreTrainedModel, optimizer: torch.opti
 
 
 def _compute_checksums(checkpoint: Path) -> dict[str, str]:
-    """Return the checksums of a checkpoint's files, except `checksums.json`, by their paths in its folder."""
+    """Return the checksum of each file of a checkpoint except `checksums.json`, keyed by relative path."""
     state_folder = checkpoint / TRAINING_STATE
-    found = {*checkpoint.rglob("*"), *state_folder.rglob("*")}  # no glob enters a link, as the second may be
+    found = {*checkpoint.rglob("*"), *state_folder.rglob("*")}  # `rglob` does not follow `training_state` if a link
     files = sorted(path for path in found if path.is_file() and path != state_folder / CHECKSUMS_NAME)
     return {path.relative_to(checkpoint).as_posix(): compute_checksum(path) for path in files}

@@ -24,9 +24,9 @@ SMOKE_STEPS = 10
 class TrainingConfig(Config):
     """All settings of `train.py`. The defaults reproduce GPT-2 124M on 10 B tokens of FineWeb-Edu.
 
-    An `experiment` field determines the weights and may not change on resume; a `setting` field may. The model's shape,
-    the run's length and its data determine the weights too, but can be given in several ways: `start.choose_start`
-    adds them in resolved form. A new `experiment` field needs a value for older checkpoints
+    An `experiment` field determines the weights and may not change on resume; a `setting` field may. The model's
+    shape, the run's length and its data determine the weights too, but can be given in several ways:
+    `start.choose_start` adds them in resolved form. A new `experiment` field needs a value for older checkpoints
     (`start.load_resumed_state`). Upper bounds catch typos early.
     """
 
@@ -36,9 +36,7 @@ class TrainingConfig(Config):
     sequence_length: int = experiment(
         1024, "tokens per sequence; also the context length of a model from scratch", above=0, most=2**24
     )
-    tokens_per_step: int = experiment(
-        524288, "tokens per optimizer update, over all devices", above=0, most=2**30
-    )
+    tokens_per_step: int = experiment(524288, "tokens per optimizer update, over all devices", above=0, most=2**30)
     shuffle_windows: Literal["auto", "on", "off"] = experiment(
         "auto", "permute the order of windows; auto: except in the first epoch over a shuffled corpus"
     )
@@ -75,9 +73,7 @@ class TrainingConfig(Config):
         above=0,
         most=10**6,
     )
-    max_steps: int | None = setting(
-        None, "optimizer updates; default: derived from epochs", least=1, most=10**12
-    )
+    max_steps: int | None = setting(None, "optimizer updates; default: derived from epochs", least=1, most=10**12)
     learning_rate: float = experiment(6e-4, "peak learning rate (GPT-3 paper, table 2.1)", above=0, below=math.inf)
     min_lr_ratio: float = experiment(0.1, "final learning rate as a fraction of the peak", least=0, below=math.inf)
     warmup_tokens: int = experiment(375_000_000, "tokens of linear warm-up (GPT-3 paper, appendix B)", least=0)

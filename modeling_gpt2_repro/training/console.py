@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on."""
+"""Console output of a run."""
 
 import sys
 import time
@@ -11,10 +11,9 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class Console:
-    """One progress bar on a terminal; elsewhere, as in a log file, a plain line now and then.
+    """A progress bar on a terminal; elsewhere, as in a log file, a plain line every 15 seconds.
 
-    A disabled console, as every process but the first has, prints nothing. A terminal that was closed, or a pipe whose
-    reader has gone, stops nothing.
+    A disabled console, as on all ranks but 0, prints nothing. A closed terminal or pipe does not stop the run.
     """
 
     def __init__(self, enabled: bool):
@@ -22,21 +21,21 @@ class Console:
         self.first_line: float | None = None
 
     def say(self, *lines: str) -> None:
-        """Print lines, above the bar where there is one."""
+        """Print lines, above the progress bar if there is one."""
         if self.enabled:
             with outliving_readers():
                 tqdm.write("\n".join(lines))
                 sys.stdout.flush()
 
     def start(self, step: int, max_steps: int) -> None:
-        """Begin to show progress from `step` on."""
+        """Start showing progress, from `step` on."""
         self.max_steps = max_steps
         is_hidden = not (self.enabled and sys.stderr.isatty())
         with outliving_readers():
             self.bar = tqdm(initial=step, total=max_steps, unit="step", dynamic_ncols=True, disable=is_hidden)
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Show the numbers of update `step`."""
+        """Show the metrics of update `step`."""
         now = time.monotonic()
         numbers = (
             f"loss {metrics['train/loss']:.3f}  lr {metrics['train/lr']:.1e}  "
@@ -57,13 +56,13 @@ class Console:
             self.say(line)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         with outliving_readers():
             self.bar.close()
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration as people read it: `45 s`, `12 min`, `3.4 h`, `11 days`, `2.4 years`."""
+    """Format a duration for people: `45 s`, `12 min`, `3.4 h`, `11 days`, `2.4 years`."""
     for unit, length, least, digits in (
         ("years", 365.25 * 86400, 2, 1),
         ("days", 86400, 2, 0),

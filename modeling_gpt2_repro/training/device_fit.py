@@ -1,4 +1,4 @@
-"""Where a run's model meets its device: it is placed, compiled, given a micro-batch that fits, and distributed."""
+"""Fitting a run's model to its device: placing, compiling, choosing the micro-batch size, distributing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ def place_on_device(model: GPT2ReproForCausalLM, memory: StepMemory, accelerator
     """Move the model to the device.
 
     Raises:
-        UserError: its weights alone do not fit, in one process at least.
+        UserError: on every rank, if the weights do not fit on some rank's device.
     """
     message = None
     try:
@@ -33,8 +33,8 @@ def place_on_device(model: GPT2ReproForCausalLM, memory: StepMemory, accelerator
         available = measure_device_memory(accelerator.device)
         advice = memory.advise(available)
         message = (
-            f"the weights of {model.num_parameters():,} parameters alone do not fit in the memory of device "
-            f"{accelerator.process_index}, of which {available / 1e9:.1f} GB are free: "
+            f"the weights of {model.num_parameters():,} parameters do not fit on device "
+            f"{accelerator.process_index}, which has {available / 1e9:.1f} GB free: "
             f"use {advice or 'a smaller --model_size, or another device'}"
         )
     for each in gather_object([message]):
@@ -53,14 +53,14 @@ def fit_to_device(
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> tuple[Fit, torch.optim.Optimizer]:
-    """Compile the loss if that works, find the largest micro-batch that fits, restore the optimizer, and distribute.
+    """Compile the loss if possible, find the largest micro-batch that fits, restore the optimizer, and distribute.
 
     Raises:
-        UserError: not even the smallest size fits, or the optimizer's state cannot be read.
+        UserError: the smallest micro-batch does not fit, or the optimizer's state cannot be read.
     """
     sizes, advice = choose_sizes(plan.micro_batch_sizes, memory, start.state, accelerator)
     fit = fit_micro_batch(WindowLoss(model), train_set, sizes, plan.config.compile, accelerator, say, advice)
-    # Not before the trial, which keeps room for what this brings.
+    # After the trial, which reserves room for this state itself.
     if start.checkpoint:
         checkpoints.load_optimizer_state(start.checkpoint, optimizer, accelerator.scaler)
     loss_model, optimizer = accelerator.prepare(fit.loss_model, optimizer)
@@ -72,15 +72,15 @@ def fit_to_device(
 def choose_sizes(
     sizes: list[int], memory: StepMemory, state: TrainingState | None, accelerator: Accelerator
 ) -> tuple[list[int], str]:
-    """Return which of the micro-batch `sizes` to try, largest first, and what would fit if none does.
+    """Return the micro-batch `sizes` to try, largest first, and advice on what would fit if none does.
 
-    A run resumed on the same hardware begins with its own size, which decides the last bits of its updates; on a GPU
-    any other begins with what should fit.
+    A run resumed on the same hardware starts from its previous size, which determines the last bits of its updates.
+    Otherwise, on a GPU, the first size is the largest that is estimated to fit.
     """
     calculated, advice = sizes, ""
     if accelerator.device.type == "cuda":
         available = min(gather_object([measure_device_memory(accelerator.device)]))
         calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available)
     is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
-    is_known = all(gather_object([is_known]))  # or processes on other devices would try other sizes
+    is_known = all(gather_object([is_known]))  # all ranks must try the same sizes
     return (sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated), advice

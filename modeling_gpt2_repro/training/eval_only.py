@@ -1,4 +1,4 @@
-"""`train.py --eval_only`: evaluate any model as a run evaluates its own, and keep the result as a baseline."""
+"""`train.py --eval_only`: evaluate any model as a run would, and store the result as a baseline."""
 
 import math
 from pathlib import Path
@@ -21,21 +21,21 @@ from ..model.loading import load_causal_lm
 from .config import TrainingConfig
 from .inputs import Inputs, open_inputs
 
-FLAG = "--init_from"  # gives the model, and is named in error messages
+FLAG = "--init_from"  # the model's flag, for error messages
 
 
 def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Print the validation loss and the HellaSwag score of `init_from`, and keep them in the data folder.
+    """Print the validation loss and the HellaSwag score of `init_from`, and store them in the data folder.
 
-    All processes call this together; the numbers do not depend on how many there are.
+    All ranks call this together; the results do not depend on their number.
 
     Raises:
-        UserError: data or model are missing or broken, or the model cannot read the data's tokens.
+        UserError: data or model are missing or broken, or the model has another tokenizer than the data.
     """
     silence_libraries()
     inputs = open_inputs(config, accelerator)
     path = Path(config.data_dir) / BASELINES_NAME
-    baselines.read_baselines(path)  # a damaged file ends the command now, and not when the result is added to it
+    baselines.read_baselines(path)  # fail on a damaged file now, not when adding the result
     model, tokenizer = load_causal_lm(config.init_from, device=accelerator.device, flag=FLAG)
     check_fits(model, tokenizer, inputs, config)
 
@@ -63,16 +63,16 @@ def evaluate_only(config: TrainingConfig, accelerator: Accelerator) -> None:
 def check_fits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, config: TrainingConfig
 ) -> None:
-    """Check that a model and its tokenizer can read the windows of a run with this configuration.
+    """Check that a model and its tokenizer fit the windows of a run with this configuration.
 
     Raises:
-        UserError: the data's tokenizer is another one, or the model has too few embeddings or positions.
+        UserError: the tokenizer differs from the data's, or the model has too few embeddings or positions.
     """
     has_fast_form = isinstance(tokenizer, PreTrainedTokenizerFast)
     if not has_fast_form or fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(inputs.tokenizer):
         raise UserError(
-            f"{FLAG} {config.init_from} has another tokenizer than {config.data_dir}, whose token ids it would "
-            "misread: prepare data with prepare_data.py --tokenizer for it"
+            f"{FLAG} {config.init_from} has another tokenizer than {config.data_dir}: prepare data for it with "
+            "prepare_data.py --tokenizer"
         )
     check_token_ids(model, len(tokenizer) - 1, config.init_from, FLAG)
     check_sequence_length(model, config.sequence_length, config.init_from)
@@ -81,12 +81,12 @@ def check_fits(
 def measure_validation(
     model: PreTrainedModel, inputs: Inputs, config: TrainingConfig, accelerator: Accelerator
 ) -> ValidationResult:
-    """Compute the loss on the tokens that a run with this configuration is validated on.
+    """Compute the loss on the validation tokens of a run with this configuration.
 
-    Each process halves its batch size by itself where memory runs out, because no number depends on it.
+    Each rank halves its batch size independently when memory runs out, because the result does not depend on it.
 
     Raises:
-        UserError: not even one window fits, or the loss is not finite.
+        UserError: a single window does not fit, or the loss is not finite.
     """
     if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
         print(NOTE, flush=True)
@@ -96,12 +96,12 @@ def measure_validation(
         try:
             result = inputs.evaluate_loss(model, batch_size, accelerator)
             break
-        except Exception as error:  # out of memory has many types (see `is_out_of_memory`)
+        except Exception as error:  # running out of memory raises many types (see `is_out_of_memory`)
             if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
                 raise UserError(
-                    "not even one sequence fits in the device's memory: use a shorter --sequence_length"
+                    "a single sequence does not fit in the device's memory: use a shorter --sequence_length"
                 ) from error
         batch_size //= 2
     if not math.isfinite(result.loss):
@@ -113,10 +113,10 @@ def measure_validation(
 
 
 def keep(baseline: baselines.Baseline, path: Path) -> None:
-    """Add a baseline to the file at `path`, or warn that it could not be: what was printed is valid either way."""
+    """Add a baseline to the file at `path`; if that fails, only warn, because the result has been printed."""
     try:
         baselines.save_baseline(path, baseline)
     except (OSError, UserError) as error:
-        report(f"warning: the result was not kept: {format_line(str(error))}")
+        report(f"warning: the result was not stored: {format_line(str(error))}")
     else:
-        print(f"kept in     {path}", flush=True)
+        print(f"stored in   {path}", flush=True)

@@ -1,4 +1,4 @@
-"""Failures in the middle of a run, as errors that tell how to fix them."""
+"""Failures in the middle of a run, turned into errors that say how to fix them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,44 +10,45 @@ from ..core.devices import is_out_of_memory
 from ..core.errors import SYSTEM_REFUSALS, UserError
 from ..core.refusals import describe_refusal, find_refusal
 
-# "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598" (torch),
-# "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).
+# From "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598"
+# (torch), and "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).
 WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "iostream error", "unexpected pos", "os error")
 
-# "index_add_cuda_ does not have a deterministic implementation, but you set ..."
+# From "index_add_cuda_ does not have a deterministic implementation, but you set ..."
 NONDETERMINISM_SIGN = " does not have a deterministic implementation"
 
-# Updates in a row with an infinite gradient: fp16's scaler, which begins at 2**16 and halves, is below 1 after them.
+# Consecutive updates with an infinite gradient, after which fp16's loss scale, halved each time from 2**16, is below
+# 1.
 MOST_OVERFLOWS = 20
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient of an update is not a number, or infinite: nothing was updated with it.
+    """The loss or gradient of an update is NaN or infinite; the update was not applied.
 
     Args:
-        update: its number, counted from 1.
-        windows: ids of the training windows that it was made of, by which it can be replayed.
+        update: number of the update, counted from 1.
+        windows: ids of its training windows, with which it can be replayed.
     """
 
-    is_everywhere = True  # every process has reduced the same numbers, and stops at the same update
+    is_everywhere = True  # all ranks reduce the same numbers, and stop at the same update
 
     def __init__(self, update: int, loss: float, grad_norm: float, windows: Sequence[int]):
         self.details = {"update": update, "windows": [int(window) for window in windows]}
         first, last = min(windows), max(windows)
         where = f"windows {first} to {last}" if last - first + 1 == len(windows) else f"{len(windows)} windows"
         super().__init__(
-            f"update {update} has a loss of {loss:g} and a gradient norm of {grad_norm:g}, so it was not made and no "
-            f"checkpoint was overwritten. Its data are {where} of the training split, listed in status.json: "
-            f"--skip_steps {update}:{update} passes over them, a lower --learning_rate may do without"
+            f"update {update} has a loss of {loss:g} and a gradient norm of {grad_norm:g}; it was not applied, and no "
+            f"checkpoint was overwritten. Its data are {where} of the training split, listed in status.json: skip it "
+            f"with --skip_steps {update}:{update}, or try a lower --learning_rate"
         )
 
 
 class RepeatedOverflowError(UserError):
-    """Under fp16 one update after the other has an infinite gradient, however little its scaler scales the loss.
+    """Under fp16, gradients stay infinite however small the loss scale.
 
     Args:
-        update: the last one, counted from 1.
-        count: of the updates in a row that were not made.
+        update: number of the last update, counted from 1.
+        count: consecutive updates that were skipped.
     """
 
     is_everywhere = True
@@ -55,16 +56,16 @@ class RepeatedOverflowError(UserError):
     def __init__(self, update: int, count: int):
         self.details = {"update": update}
         super().__init__(
-            f"the last {count} updates, up to {update}, were not made: their gradients overflow fp16 however little "
-            "the loss is scaled. A smaller --loss_chunk_tokens may be enough, and does not change the experiment; "
-            "otherwise start again, under another --run_name, with --mixed_precision bf16 or no"
+            f"the last {count} updates, up to {update}, were skipped: their gradients overflow fp16 at any loss "
+            "scale. Try a smaller --loss_chunk_tokens, which does not change the experiment; otherwise start over "
+            "under another --run_name with --mixed_precision bf16 or no"
         )
 
 
 def is_write_failure(error: Exception) -> bool:
-    """Tell whether an exception means that a file could not be written: a full or vanished disk, a quota, no rights.
+    """Return whether an exception means that a file could not be written: disk full or gone, quota, permissions.
 
-    torch, safetensors and tokenizers have exceptions of their own for that, of kinds that mean other things too.
+    torch, safetensors and tokenizers raise types of their own for that, which also have other meanings.
     """
     if isinstance(error, OSError):
         return error.errno in SYSTEM_REFUSALS
@@ -74,11 +75,11 @@ def is_write_failure(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
-    """Turn memory that runs out in the middle of a run into a `UserError` that names what would need less.
+    """Turn running out of memory in the middle of a run into a `UserError` with settings that need less.
 
     Args:
-        sizes: the micro-batch sizes that divide a step, largest first.
-        size: the one in use.
+        sizes: all possible micro-batch sizes, largest first.
+        size: the size in use.
     """
     try:
         yield
@@ -87,12 +88,12 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
             raise
         smaller = next((f"--micro_batch_size {other} or " for other in sizes if other < size), "")
         advice = f"resume with {smaller}--gradient_checkpointing True, which does not change the experiment"
-        raise UserError(f"memory ran out with {size} sequence(s) at once: {advice}") from error
+        raise UserError(f"out of memory with {size} sequence(s) per micro-step: {advice}") from error
 
 
 @contextlib.contextmanager
 def explained_nondeterminism() -> Iterator[None]:
-    """Turn an operation that has no deterministic form into a `UserError` that names it."""
+    """Turn an operation without a deterministic implementation into a `UserError` that names it."""
     try:
         yield
     except RuntimeError as error:
@@ -100,33 +101,33 @@ def explained_nondeterminism() -> Iterator[None]:
         if not found:
             raise
         raise UserError(
-            f"{operation.split()[-1]} has no deterministic form on this device: change --compile or "
-            "--mixed_precision, so that another operation takes its place, or, on a GPU, leave --deterministic out"
+            f"{operation.split()[-1]} has no deterministic implementation on this device: change --compile or "
+            "--mixed_precision to use another operation or, on a GPU, drop --deterministic"
         ) from error
 
 
 @contextlib.contextmanager
 def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Let training go on where the disk refuses what it can do without, and say so.
+    """Report a failed write that training can do without, and continue.
 
     Args:
-        what: has not happened then, as `the best model was not written`.
+        what: the beginning of the message, such as `the best model was not written`.
     """
     try:
         yield
     except Exception as error:
         if not isinstance(error, UserError) and not is_write_failure(error):
             raise
-        say(f"{what}, training goes on: {error}")
+        say(f"{what}, training continues: {error}")
 
 
 @contextlib.contextmanager
 def explained_write_failures(folder: Path, resume_hint: Callable[[], str]) -> Iterator[None]:
-    """Turn a disk that cannot be written to into a `UserError`, because no bug of ours filled it.
+    """Turn a failed write into a `UserError`, because a full disk is no bug.
 
     Args:
-        folder: of the run.
-        resume_hint: says how it goes on.
+        folder: the run folder.
+        resume_hint: returns how to resume the run.
     """
     try:
         yield
@@ -135,4 +136,4 @@ def explained_write_failures(folder: Path, resume_hint: Callable[[], str]) -> It
             raise
         refusal = find_refusal(error)
         reason = describe_refusal(refusal) if refusal else error
-        raise UserError(f"cannot write to {folder}: {reason}. Make room: {resume_hint()}") from error
+        raise UserError(f"cannot write to {folder}: {reason}. Free some space: {resume_hint()}") from error

@@ -1,4 +1,4 @@
-"""What a run reads: its token shards, their tokenizer, and the questions that it is scored on."""
+"""The inputs of a run: token shards, their tokenizer, and HellaSwag items."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .config import TrainingConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened inputs of a run; what is never evaluated, or trained on, is `None`."""
+    """The opened inputs of a run; unused ones are `None`."""
 
     tokenizer: PreTrainedTokenizerBase
     train_set: TokenDataset | None
@@ -27,7 +27,7 @@ class Inputs:
     hellaswag: HellaSwagQuestions | None
 
     def evaluate_loss(self, model: nn.Module, batch_size: int, accelerator: Accelerator) -> ValidationResult:
-        """Compute the loss of a model on the `n_eval_windows` that the run is validated on."""
+        """Compute a model's loss on the run's `n_eval_windows` validation windows."""
         n_windows, n_bytes = self.n_eval_windows, self.eval_bytes.count
         return evaluate_loss(
             model, self.val_set, n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
@@ -35,10 +35,10 @@ class Inputs:
 
 
 def open_inputs(config: TrainingConfig, accelerator: Accelerator) -> Inputs:
-    """Open the shards and load what the run is evaluated on.
+    """Open the shards, and load the tokenizer and the HellaSwag items.
 
     Raises:
-        UserError: any of it is missing or damaged, or does not belong together.
+        UserError: an input is missing or damaged, or they do not match each other.
     """
     tokenizer = load_data_tokenizer(config.data_dir)
     n_eval_windows = config.eval_tokens // config.sequence_length

@@ -1,7 +1,7 @@
-"""How much of a GPU's memory a training step takes, calculated before anything is tried there.
+"""An estimate of the GPU memory of a training step.
 
-The model counts what the compiled step saves for its backward pass, read off the code that torch 2.13 generates for
-CUDA. It only chooses where a trial begins, and what to advise where nothing fits: the trial has the last word.
+It counts what the compiled step saves for its backward pass, according to the code that torch 2.13 generates for CUDA.
+It only determines the first size to try and the advice if nothing fits; what fits is decided by trial.
 """
 
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ from ..modeling_gpt2_repro import LOSS_CHUNK_TOKENS, GPT2ReproForCausalLM
 from .config import TrainingConfig
 from .optim import N_MOMENTS
 
-# Bytes a parameter in float32: weight, gradient, moments, and the buckets in which gradients travel.
+# Bytes per parameter in float32: weight, gradient, moments, and gradient buckets.
 STATIC_BYTES = 4 * (1 + 1 + N_MOMENTS + 1)
-# Values that a block saves of a token, in multiples of its width: the residual stream before each layer norm, in
-# float32; queries, keys and values, attention's output, the layer norms' outputs, and the MLP's inner layer before and
-# after GELU, in the type of the matrix products.
+# Values that a block saves per token, in multiples of its width: the residual stream before each layer norm, in
+# float32; and in the type of the matrix products queries, keys and values, attention's output, the layer norms'
+# outputs, and the MLP's inner layer before and after GELU.
 SAVED_IN_FLOAT32, SAVED_IN_COMPUTE_TYPE = 2, 3 + 1 + 2 + 8
-SAVED_STATISTICS_BYTES = 0.6  # of layer norms and softmax, a token and unit of width
-# The CUDA context, the libraries' workspaces, and fragments.
+SAVED_STATISTICS_BYTES = 0.6  # of layer norms and softmax, per token and unit of width
+# The CUDA context, libraries' workspaces, and fragmentation.
 OVERHEAD_BYTES = 1e9
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """A training step, as far as its memory goes.
+    """The parts of a training step that determine its memory.
 
     Args:
         n_layer, n_embd, vocab_size, n_positions: shape of the model.
-        sequence_length: tokens.
-        compute_bytes: of a number in matrix products: 2 in bf16 and fp16, 4 in float32.
-        is_checkpointed: a block's inputs alone are saved, and the rest is computed again.
-        loss_chunk_tokens: tokens whose logits exist at once.
+        sequence_length: in tokens.
+        compute_bytes: bytes per value in matrix products: 2 for bf16 and fp16, 4 for float32.
+        is_checkpointed: whether only the blocks' inputs are saved, and the rest is recomputed.
+        loss_chunk_tokens: tokens per chunk of logits.
     """
 
     n_layer: int
@@ -45,30 +45,30 @@ class StepMemory:
     loss_chunk_tokens: int
 
     def count_parameters(self) -> int:
-        """Return the model's parameters, the tied embedding once."""
+        """Return the number of parameters, counting the tied embedding once."""
         block = 12 * self.n_embd**2 + 13 * self.n_embd
         return self.n_layer * block + (self.vocab_size + self.n_positions + 2) * self.n_embd
 
     def estimate(self, micro_batch_size: int) -> float:
-        """Return the bytes that a step takes at most with that many sequences at once."""
+        """Return the peak memory of a step with this micro-batch size, in bytes."""
         n_tokens = micro_batch_size * self.sequence_length
         saved = 4 * SAVED_IN_FLOAT32 + self.compute_bytes * SAVED_IN_COMPUTE_TYPE + SAVED_STATISTICS_BYTES
-        if self.is_checkpointed:  # the residual stream before each block, and all of the block that is computed again
+        if self.is_checkpointed:  # the residual stream before each block, and everything of one recomputed block
             activations = n_tokens * self.n_embd * (4 * self.n_layer + saved)
         else:
             activations = n_tokens * self.n_embd * saved * self.n_layer
-        # A chunk's logits in float32, and their gradient in the products' type.
+        # One chunk's logits in float32, and their gradient in the compute type.
         loss = min(self.loss_chunk_tokens, n_tokens) * self.vocab_size * (4 + self.compute_bytes)
         casts = self.compute_bytes if self.compute_bytes < 4 else 0
         return self.count_parameters() * (STATIC_BYTES + casts) + activations + loss + OVERHEAD_BYTES
 
     def skip_too_large(self, sizes: Sequence[int], available_bytes: float) -> list[int]:
-        """Return `sizes`, largest first, from the first that should fit on; the last one is left in any case."""
+        """Return `sizes`, largest first, without those estimated not to fit; the last one always remains."""
         fitting = [size for size in sizes if self.estimate(size) <= available_bytes]
         return fitting or list(sizes[-1:])
 
     def advise(self, available_bytes: float) -> str:
-        """Name what would fit with one sequence at once: checkpointing, or the largest smaller model."""
+        """Name what would fit with a micro-batch of one sequence: checkpointing, or the largest smaller models."""
         options = (
             {} if self.is_checkpointed else {"--gradient_checkpointing True": replace(self, is_checkpointed=True)}
         )
@@ -81,7 +81,7 @@ class StepMemory:
 
 
 def describe_step_memory(config: TrainingConfig, model: GPT2ReproForCausalLM, mixed_precision: str) -> StepMemory:
-    """Describe the memory of a training step on a GPU."""
+    """Return the `StepMemory` of a run on a GPU."""
     return StepMemory(
         n_layer=model.config.n_layer,
         n_embd=model.config.n_embd,

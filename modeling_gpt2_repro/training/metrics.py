@@ -1,27 +1,27 @@
-"""The metrics of a run: their names, and reading `metrics.jsonl`, which has one JSON object a line.
+"""The metrics of a run: their names, and reading `metrics.jsonl`, which has one JSON object per line.
 
-Each is of the model after `step` updates. `train.update` makes those of every update:
+`step` is the number of completed updates. `train.update` records at every step:
 
-- `train/loss`: mean cross-entropy of the update's tokens, in nats per token
-- `train/lr`, `train/grad_norm`: the learning rate, and the global norm of the gradient before it is clipped
-- `train/tokens_per_second`, `train/mfu`: of the update alone, all processes together; the latter as a share of the
-  devices' peak (`throughput.choose_peak`)
-- `train/data_wait_seconds`: how long the first process waited for tokens
-- `train/epoch`, `train/tokens`, `train/flops`: passes over the data, tokens and floating-point operations up to here
-- `train/elapsed_seconds`: since the run began, time between its parts left out
-- `train/peak_memory_gb`: of the first process, 10^9 bytes
+- `train/loss`: mean cross-entropy over the update's tokens, in nats per token
+- `train/lr`, `train/grad_norm`: the learning rate, and the global gradient norm before clipping
+- `train/tokens_per_second`, `train/mfu`: throughput of the update over all ranks, and its share of the devices' peak
+  (`throughput.choose_peak`)
+- `train/data_wait_seconds`: how long rank 0 waited for tokens
+- `train/epoch`, `train/tokens`, `train/flops`: passes over the data, tokens and floating-point operations so far
+- `train/elapsed_seconds`: time since the run began, without pauses between its parts
+- `train/peak_memory_gb`: peak memory of rank 0, in 10^9 bytes
 
-`train.write_checkpoint` adds `train/checkpoint_seconds`, how long a save held the run up. `train.evaluate` makes
-those of evaluations, whose names do not begin with `train/`:
+`train.write_checkpoint` adds `train/checkpoint_seconds`, the time that training stood still for a save.
+`train.evaluate` records, under names that do not begin with `train/`:
 
 - `val/loss`, `val/bpb`: nats per token, and bits per UTF-8 byte of text
 - `hellaswag/acc`, `hellaswag/acc_norm`, `hellaswag/acc_stderr`, `hellaswag/acc_norm_stderr`, `hellaswag/n`:
   accuracies, standard errors and number of items, protocol `original`
-- `hellaswag_lm_eval/...`: the same in protocol `lm_eval`, of the last model
+- `hellaswag_lm_eval/...`: the same in protocol `lm_eval`, of the last model only
 
-A new one is a line in `update` or `evaluate` and here: `RunRecord.log` hands it to the files and the trackers. A panel
-in the picture is a line in `plots.panels.SMALL_PANELS`; `commands.summary` and `publishing.model_card` choose what
-they tell. An evaluation with an interval of its own is also known to `Plan.is_eval_step` and `Plan.evaluation_tokens`.
+To add a metric, add it to the dictionary in `update` or `evaluate` and to this list; `RunRecord.log` passes it to
+files and trackers. `plots.panels.SMALL_PANELS` draws it, `commands.summary` and `publishing.model_card` report it. An
+evaluation with its own interval also needs `Plan.is_eval_step` and `Plan.evaluation_tokens`.
 """
 
 import json
@@ -29,18 +29,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Numbers from here on have no place on an axis, and no run has them.
+# Larger values cannot be drawn on an axis, and no run has them.
 LARGEST_METRIC = 1e100
-# Names of metrics that every update has begin so; the others are measured of one model now and then.
+# Prefix of the metrics recorded at every step.
 EVERY_STEP = "train/"
 
 Metrics = dict[str, float]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file that have a step; none if there is no file.
+    """Read the objects with a `step` from a JSON Lines file; a missing file has none.
 
-    Lines that a crash or a damaged disk left broken are skipped.
+    Invalid lines, as a crash can leave behind, are skipped.
     """
     if not path.exists():
         return []
@@ -50,14 +50,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if the file is missing or holds none."""
+    """Read a JSON object; return an empty one if the file is missing or invalid."""
     return _parse_object(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else {}
 
 
 def _parse_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-        if "\\u" in text:  # half of a surrogate pair, which could be written nowhere
+        if "\\u" in text:  # rejects lone surrogates, which cannot be encoded
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return {}
@@ -65,7 +65,7 @@ def _parse_object(text: str) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Read the lines of `metrics.jsonl`, each its step and other numbers; the rest is skipped."""
+    """Read the lines of `metrics.jsonl`: `step` and other finite numbers; anything else is skipped."""
 
     def is_number(value: Any) -> bool:
         return type(value) in (int, float) and abs(value) < LARGEST_METRIC  # not NaN either
@@ -75,9 +75,9 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 
 def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
-    """Return what is recorded of the model after `step` updates (`None`: of the last model), and the step.
+    """Return `step` and the metrics of the model after `step` updates (`None`: the last step).
 
-    Metrics of every update have their last value. Those of evaluations are given only if measured at this very step.
+    Metrics of every step have their last value; those of evaluations are included only if measured at this step.
     """
     if not lines:
         return {}
@@ -90,18 +90,18 @@ def merge_metrics(lines: Sequence[Metrics], step: int | None = None) -> Metrics:
 
 
 def find_last_validation(lines: Sequence[Metrics]) -> Metrics | None:
-    """Return the line of the last validation, if there was one."""
+    """Return the line of the last validation, or `None`."""
     return max((line for line in lines if "val/loss" in line), key=lambda line: line["step"], default=None)
 
 
 def format_validation(line: Metrics) -> str:
-    """Write a validation loss with its units."""
+    """Format a validation loss with its units."""
     text = f"{line['val/loss']:.4f} nats per token"
     return text + (f", {line['val/bpb']:.4f} bits per byte" if "val/bpb" in line else "")
 
 
 def format_log_lines(metrics: Metrics) -> Iterator[str]:
-    """Yield a line of metrics as the original script logged them, where train n is the loss of update n + 1."""
+    """Yield the lines of the original script's `log.txt`, in which train n is the loss of update n + 1."""
     step = int(metrics["step"])
     if "train/loss" in metrics:
         yield f"{step - 1} train {metrics['train/loss']:.6f}\n"

@@ -1,25 +1,25 @@
-"""The optimizer of a run. Another one would be built here, and chosen in `run.build_model_and_optimizer`.
+"""The optimizer of a run.
 
-Its name would be an `experiment(...)` in `config.py`, with a value for older checkpoints in
-`start.load_resumed_state`, or all of them are refused. `publishing/model_card.md` names AdamW too. Its state is saved
-by `checkpoint.save_checkpoint` and loaded by `checkpoint.load_optimizer_state`, as any `state_dict` that `torch.load`
-reads with `weights_only=True`. What is estimated of disk and memory counts `N_MOMENTS`.
+To add another one: build it here, choose it in `run.build_model_and_optimizer` by an `experiment(...)` field of
+`config.py`, give older checkpoints a value for that field in `start.load_resumed_state`, and name it in
+`publishing/model_card.md`. `checkpoint.save_checkpoint` and `checkpoint.load_optimizer_state` handle any `state_dict`
+that `torch.load` reads with `weights_only=True`. Estimates of disk and memory use `N_MOMENTS`.
 """
 
 import torch
 from torch import nn
 
-# Values that AdamW keeps of each parameter, in float32.
+# Values that AdamW stores per parameter, in float32.
 N_MOMENTS = 2
 
 
 def build_adamw(
     model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Build AdamW that decays matrices and embeddings, and leaves biases and layer norms alone.
+    """Build AdamW with weight decay on matrices and embeddings, and none on biases and layer norms.
 
-    A tied tensor counts once. The fused implementation is used where torch has one: it computes the same update five
-    times as fast on a CPU.
+    A tied tensor is one parameter. The fused implementation is used where available: on a CPU it computes the same
+    update five times as fast.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -31,6 +31,6 @@ def build_adamw(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

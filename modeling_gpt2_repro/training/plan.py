@@ -1,4 +1,4 @@
-"""The arithmetic of a run: what it costs and how long it takes, before it starts and while it goes on."""
+"""The arithmetic of a run: its steps, cost and duration."""
 
 import os
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from .preflight import estimate_disk_bytes
 from .start import Start
 
 GPT2_VOCAB_SIZE = 50257
-# A forward pass alone is a third of the work of forward and backward.
+# A forward pass is a third of the work of forward and backward.
 FORWARD_SHARE = 1 / 3
-# HellaSwag's validation split, and the tokens that a model reads of an item in the `original` protocol, the context
-# once: GPT-2's, the mean of all items.
+# Items in HellaSwag's validation split, and the mean of GPT-2 tokens read per item in the `original` protocol, with
+# the context read once.
 HELLASWAG_ITEMS, TOKENS_PER_HELLASWAG_ITEM = 10_042, 159
 EXAMPLE_RATES = (1e3, 1e4, 1e5, 1e6)
 EXAMPLE_PROCESSES = (1, 2, 4, 8)
@@ -31,18 +31,18 @@ EXAMPLE_PROCESSES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is divided and how much of it there is.
+    """The amount of work of a run, and how it is divided.
 
     Args:
-        micro_batch_sizes: sequences at once that divide the work and are to be tried, largest first.
-        micro_batch_size: sequences that a process takes at once.
-        first_step: completed updates at the start, above 0 when resumed.
+        micro_batch_sizes: sizes to try, in sequences, largest first.
+        micro_batch_size: sequences per process and micro-step.
+        first_step: completed updates at the start; above 0 when resumed.
         max_steps: updates of the whole run.
-        last_step: completed updates at which to stop: `max_steps`, or fewer to try a run out.
-        n_windows: sequences in an epoch; `None` before there are data.
-        n_parameters: of the model, the tied embedding once.
-        flops_per_token: of training, forward and backward.
-        eval_tokens, hellaswag_tokens: tokens that one evaluation of each kind reads.
+        last_step: completed updates at which to stop: `max_steps`, or fewer in a smoke test.
+        n_windows: sequences per epoch; `None` if the data are not prepared yet.
+        n_parameters: parameters of the model, counting the tied embedding once.
+        flops_per_token: floating-point operations of training per token, forward and backward.
+        eval_tokens, hellaswag_tokens: tokens read by one evaluation of each kind.
     """
 
     config: TrainingConfig
@@ -59,49 +59,49 @@ class Plan:
     hellaswag_tokens: int
 
     def is_due(self, every: int, step: int) -> bool:
-        """Return whether an action of every `every` steps (0: never) is due at `step`; at the last step it is."""
+        """Return whether an action of every `every` steps (0: never) is due at `step`; the last step always counts."""
         return every > 0 and (step % every == 0 or step == self.last_step)
 
     def is_eval_step(self, step: int) -> bool:
-        """Return whether the model after `step` updates is validated, scored or sampled."""
+        """Return whether validation, HellaSwag or a sample is due at `step`."""
         config = self.config
         return any(
             self.is_due(each, step) for each in (config.eval_every, config.hellaswag_every, config.sample_every)
         )
 
     def count_due(self, every: int) -> int:
-        """Count how often such an action is due in the rest of the run, the start included."""
+        """Count how often such an action is due in the rest of the run, including its first step."""
         if every == 0:
             return 0
         return self.max_steps // every - self.first_step // every + 1 + (self.max_steps % every > 0)
 
     @property
     def n_micro_steps(self) -> int:
-        """Micro-steps in which each process makes its share of an update."""
+        """Micro-steps per update and process."""
         return self.config.windows_per_step // (self.n_processes * self.micro_batch_size)
 
     @property
     def training_tokens(self) -> int:
-        """Tokens of the updates that are left."""
+        """Training tokens left."""
         return (self.max_steps - self.first_step) * self.config.tokens_per_step
 
     @property
     def evaluation_tokens(self) -> int:
-        """Tokens that validation and HellaSwag read in the rest of the run."""
+        """Tokens that validation and HellaSwag will read in the rest of the run."""
         validation = self.count_due(self.config.eval_every) * self.eval_tokens
         return validation + self.count_due(self.config.hellaswag_every) * self.hellaswag_tokens
 
     def estimate_seconds(self, tokens_per_second: float) -> float:
-        """Return how long the rest of the run takes at a rate of all processes together, evaluations included."""
+        """Return the seconds that the rest of the run takes at a given total throughput, including evaluations."""
         return (self.training_tokens + FORWARD_SHARE * self.evaluation_tokens) / tokens_per_second
 
     def estimate_disk_bytes(self) -> int:
-        """Return the disk space that the run takes at most."""
+        """Return an upper bound of the disk space that the run takes."""
         config = self.config
-        n_saves = max(1, self.count_due(config.save_every) - 1)  # none at step 0, and one when it is asked to stop
+        n_saves = max(1, self.count_due(config.save_every) - 1)  # none at step 0; one when stopped
         n_kept = self.max_steps // config.keep_weights_every if config.keep_weights_every else 0
-        n_best = 2 if config.save_best else 0  # one more while it is replaced
-        n_waiting = n_saves if config.push_to_hub else 0  # for a Hub that is out of reach until the end
+        n_best = 2 if config.save_best else 0  # two while one replaces the other
+        n_waiting = n_saves if config.push_to_hub else 0  # uploads queue up while the Hub is unreachable
         n_models = n_kept + n_best + n_waiting
         return estimate_disk_bytes(self.n_parameters, n_saves, config.keep_checkpoints, n_models)
 
@@ -115,8 +115,8 @@ class Plan:
         }
 
     def describe_length(self) -> str:
-        """Describe how many steps and epochs the run has."""
-        config, epochs = self.config, "an unknown part of the data, which are not prepared yet"
+        """Describe the run's length in steps, epochs and tokens."""
+        config, epochs = self.config, "an unknown number of epochs (the data are not prepared yet)"
         warmup = f"warm-up {config.warmup_steps:,} steps"
         if config.warmup_steps > self.max_steps:
             warmup += " (longer than the run)"
@@ -126,7 +126,7 @@ class Plan:
         return f"length      {self.max_steps:,} steps = {epochs}, {tokens:,} tokens; {warmup}"
 
     def describe_step(self) -> str:
-        """Describe what an optimizer step is made of."""
+        """Describe how an optimizer step is divided."""
         return (
             f"step        {self.config.tokens_per_step:,} tokens = {self.n_processes} process(es) x "
             f"{self.n_micro_steps} micro-step(s) x {self.micro_batch_size} sequence(s) x "
@@ -134,7 +134,7 @@ class Plan:
         )
 
     def describe_costs(self) -> list[str]:
-        """Describe what the whole run costs, and how long it is at a few rates."""
+        """Describe the cost of the whole run, and its duration at a few rates."""
         config, training, evaluation = self.config, self.training_tokens, self.evaluation_tokens
         rates = [config.plan_tokens_per_second] if config.plan_tokens_per_second else EXAMPLE_RATES
         durations = [f"{format_duration(self.estimate_seconds(rate))} at {rate:,.0f} tokens/s" for rate in rates]
@@ -143,11 +143,11 @@ class Plan:
             self.describe_step(),
             *self._describe_other_processes(),
             self.describe_length(),
-            f"arithmetic  {self.flops_per_token:,} FLOPs a token, forward and backward (6 N + 12 L d T: PaLM paper, "
-            f"appendix B), {training * self.flops_per_token:.3g} in all",
+            f"arithmetic  {self.flops_per_token:,} FLOPs per token, forward and backward (6 N + 12 L d T: PaLM paper, "
+            f"appendix B), {training * self.flops_per_token:.3g} in total",
             f"evaluation  {self.count_due(config.eval_every):,} x {self.eval_tokens:,} validation tokens and "
             f"{self.count_due(config.hellaswag_every):,} x {self.hellaswag_tokens:,} HellaSwag tokens: "
-            f"{FORWARD_SHARE * evaluation / training:.1%} of the work of training on top",
+            f"adds {FORWARD_SHARE * evaluation / training:.1%} to the work of training",
             f"disk        up to {self.estimate_disk_bytes() / 1e9:.1f} GB",
             f"time        {', '.join(durations)}",
         ]
@@ -164,10 +164,10 @@ class Plan:
 def build_plan(
     config: TrainingConfig, inputs: Inputs, start: Start, model: nn.Module, accelerator: Accelerator
 ) -> Plan:
-    """Plan a run, with the largest micro-batch that is to be tried.
+    """Plan a run with the largest micro-batch size to try.
 
     Raises:
-        UserError: the processes do not divide a step.
+        UserError: a step cannot be divided among the processes.
     """
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
     sizes = config.list_micro_batch_sizes(accelerator.num_processes, largest)
@@ -188,12 +188,12 @@ def build_plan(
 
 
 def describe_plan(config: TrainingConfig) -> list[str]:
-    """Describe the arithmetic of a run in lines, from its settings and, if they are prepared, its data.
+    """Describe the arithmetic of a run from its settings and, if prepared, its data; needs no device.
 
-    Nothing is computed and no device is needed: the micro-batch is the one that a GPU's trial begins with.
+    The micro-batch size is the first that a GPU would try.
 
     Raises:
-        UserError: settings that do not work, or neither data nor `max_steps`.
+        UserError: the settings are invalid, or neither data nor `max_steps` are given.
     """
     n_windows, eval_tokens, vocab_size = None, config.eval_tokens, GPT2_VOCAB_SIZE
     if Path(config.data_dir).is_dir() or config.max_steps is None:
@@ -227,10 +227,10 @@ def describe_plan(config: TrainingConfig) -> list[str]:
 
 
 def count_flops_per_token(model: nn.Module, sequence_length: int) -> int:
-    """Return the floating-point operations that training spends on a token, forward and backward.
+    """Return the floating-point operations of training per token, forward and backward.
 
-    6 N + 12 L d T (PaLM paper, appendix B), with N the parameters of the matrices that a token passes through: all but
-    the position embedding, and the tied token embedding once, for the head.
+    6 N + 12 L d T (PaLM paper, appendix B), where N counts the parameters in matrix products: all but the position
+    embedding, and the tied token embedding once, as the head.
     """
     config = model.config
     n_parameters = model.num_parameters() - config.max_position_embeddings * config.hidden_size

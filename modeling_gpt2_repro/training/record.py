@@ -1,4 +1,4 @@
-"""The record of a run: its files, which are the source of truth, and the trackers that show the same numbers."""
+"""The record of a run: its files, which are the source of truth, and the trackers that mirror them."""
 
 import contextlib
 import json
@@ -26,19 +26,19 @@ from .trackers import TRACKER_CLASSES, Feed
 
 
 class RunRecord:
-    """Writes a run folder's files, from the first process only, and feeds the trackers.
+    """Writes a run folder's files, on rank 0 only, and feeds the trackers.
 
-    `metrics.jsonl` is the source of truth: `log.txt` is derived from it. `samples.jsonl` has the texts, `config.yaml`
-    the settings, and `status.json` the state of the run. The trackers are sent the metrics and the samples.
+    `metrics.jsonl` is the source of truth, and `log.txt` is derived from it. `samples.jsonl` has the samples,
+    `config.yaml` the settings, and `status.json` the state of the run. Trackers receive metrics and samples.
 
     Args:
         warn: receives reports of failures that do not affect the run.
         trackers: names of the trackers to feed.
 
     Attributes:
-        best_val_loss: of the model in `best/`; infinite if there is none.
+        best_val_loss: loss of the model in `best/`; infinite if there is none.
         is_started: whether `start` has succeeded in this process.
-        tracker_run_id: identifies a resumed run to a tracker.
+        tracker_run_id: the run's id in trackers, kept on resume.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RunRecord:
         self._status_lock = threading.Lock()
 
     def claim(self) -> None:
-        """Become the folder's only writer and undo an interrupted replacement. Call it in the first process.
+        """Lock the folder and undo an interrupted replacement. Call this on rank 0.
 
         Raises:
             UserError: another process is writing to the folder.
@@ -69,13 +69,13 @@ class RunRecord:
         self.folder.undo_replacements()
 
     def check_claim(self) -> None:
-        """Raise a `UserError` in the first process if another run's process has taken the folder over."""
+        """Raise a `UserError` on rank 0 if another process has taken over the folder."""
         if self.is_open:
             self._may_write = self._lock.is_ours()
             self._lock.check()
 
     def start(self, config: TrainingConfig, first_step: int | None, tracker_run_id: str | None = None) -> None:
-        """Open the record at `first_step`, dropping later entries; `None` replaces everything in the folder."""
+        """Open the record at `first_step` and drop later entries; `None` starts over and clears the folder."""
         self.started = time.monotonic()
         self.tracker_run_id = tracker_run_id or uuid.uuid4().hex[:12]
         if self.accelerator.is_main_process:
@@ -102,12 +102,12 @@ class RunRecord:
         self.folder.clear_leftovers(config)
 
     def read_best(self, step: int) -> None:
-        """Read the loss of the model in `best/`, unless that is of a later step: the next validation replaces it."""
+        """Read the loss of the model in `best/`, unless that model is from a step after `step`."""
         loss = self.folder.read_best_loss(step)
         self.best_val_loss = self.best_val_loss if loss is None else loss
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of the model after `step` updates; values that are not finite are left out.
+        """Record metrics of the model after `step` updates, except values that are not finite.
 
         Raises:
             UserError: see `check_claim`.
@@ -121,7 +121,7 @@ class RunRecord:
             feed.send(lambda tracker: tracker.log_metrics(step, metrics))
 
     def log_samples(self, step: int, texts: list[str]) -> None:
-        """Record texts that the model wrote after `step` updates."""
+        """Record texts sampled from the model after `step` updates."""
         lines = (json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for text in texts)
         self._append(self.folder.samples, "".join(lines))
         for feed in self._feeds:
@@ -130,8 +130,8 @@ class RunRecord:
     def set_status(self, status: str, **details: Any) -> None:
         """Write the state of the run, `running` or `preempted` (see also `finish`), to `status.json`.
 
-        With `running` come the host, the process id and a heartbeat, renewed every `locks.HEARTBEAT_SECONDS`, which
-        show whether the process is alive. Before the start nothing is written, and the status of an earlier run stays.
+        `running` includes host, process id and a heartbeat every `locks.HEARTBEAT_SECONDS`. Before `start`, nothing is
+        written and the status of an earlier run stays.
         """
         if self.is_open:
             if status == "running":
@@ -146,9 +146,9 @@ class RunRecord:
                 write_json(self.folder.status, status | self._lock.describe_holder())
 
     def set_failed(self, error: BaseException) -> None:
-        """Write why the run failed in this process to `status.json` and, in all processes but the first, to stderr.
+        """Write this process's error to `status.json` and, except on rank 0, to stderr.
 
-        A run that fails before its start keeps the status of an earlier run, unless that was preempted.
+        A run that fails before `start` leaves the status of an earlier run unchanged, unless that is `preempted`.
         """
         status = {"status": "failed", "error": f"{type(error).__name__}: {error}", **getattr(error, "details", {})}
         if not self.accelerator.is_main_process:
@@ -161,7 +161,7 @@ class RunRecord:
             write_line(f"process {self.accelerator.process_index}: {error}", sys.stderr)
 
     def finish(self, step: int) -> None:
-        """Write to `status.json` that the run has finished, in the first process."""
+        """Write `finished` to `status.json`, on rank 0."""
         self.folder.sync()
         self.set_status("finished", step=step, versions=list_versions())
 

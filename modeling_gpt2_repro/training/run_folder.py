@@ -1,8 +1,8 @@
-"""The folder of a run: what its files are called, where they are, and how they are read, cleared and checked.
+"""The folder of a run: the names of its files, and how they are read, cleared and checked.
 
-`checkpoint.py` names what lies in `checkpoints/`, and `core/files.py` what is not finished (`.partial`). Others put
-files there too: `trackers.Wandb` its `wandb/`, `eval_hellaswag.py --output` scores (`publishing.scores` looks for
-`hellaswag*.json`), `commands.plots` its pictures.
+`checkpoint.py` defines the contents of `checkpoints/`, `core/files.py` the names of unfinished files (`.partial`).
+Other writers: `trackers.Wandb` (`wandb/`), `eval_hellaswag.py --output` (scores, which `publishing.scores` finds as
+`hellaswag*.json`), and `commands.plots` (pictures).
 """
 
 import json
@@ -32,18 +32,18 @@ class RunFolder:
     """Paths and readers of `runs/NAME/`. Any of its files and folders may be a link to another disk.
 
     Attributes:
-        config: what was run, complete enough to run again.
-        metrics: one JSON object a line, the source of all other reports.
-        log: the losses in the original script's format.
-        samples: continuations of one prompt, one JSON object a line.
+        config: all settings, enough to repeat the run.
+        metrics: one JSON object per line; all other reports derive from it.
+        log: losses in the original script's format.
+        samples: continuations of one prompt, one JSON object per line.
         status: whether the run is running, finished, preempted or failed.
-        curves: the picture.
+        curves: the picture of the curves.
         lock: names the process that writes to the folder.
-        checkpoints: models with what training needs to resume from them, `step_N`.
-        best: the model of the lowest validation loss; `best_metrics` in it has the loss and the step.
+        checkpoints: models with training state, `step_N`.
+        best: the model with the lowest validation loss; its `best_metrics` has loss and step.
         final: the finished model.
-        tensorboard: the event files of that tracker.
-        hub_upload: checkpoints that wait for the Hub.
+        tensorboard: TensorBoard's event files.
+        hub_upload: checkpoints waiting to be uploaded.
     """
 
     def __init__(self, path: str | Path):
@@ -72,12 +72,12 @@ class RunFolder:
 
     @property
     def replaced_files(self) -> list[Path]:
-        """The files that a run which starts over replaces."""
+        """The files that a run replaces when it starts over."""
         return [self.metrics, self.log, self.samples, self.curves]
 
     @property
     def replaced_folders(self) -> list[Path]:
-        """The folders that a run which starts over replaces."""
+        """The folders that a run replaces when it starts over."""
         return [self.checkpoints, self.final, self.best, self.tensorboard]
 
     def read_config(self) -> TrainingConfig:
@@ -89,7 +89,7 @@ class RunFolder:
         return parse_arguments(TrainingConfig, [f"--config={self.config}"], description="")
 
     def read_metrics(self, up_to: int | None = None) -> list[Metrics]:
-        """Read the metrics up to a step (`None`: all), one dict a line."""
+        """Read the metrics up to a step (`None`: all), one dict per line."""
         return [line for line in read_metrics(self.metrics) if up_to is None or line["step"] <= up_to]
 
     def read_samples(self) -> list[dict[str, Any]]:
@@ -101,36 +101,36 @@ class RunFolder:
         return read_json_object(self.status)
 
     def read_best_loss(self, step: int) -> float | None:
-        """Return the validation loss of the model in `best/` if that is of an update up to `step`."""
+        """Return the validation loss of the model in `best/`, or `None` if that model is from after `step`."""
         best = read_json_object(self.best_metrics)
         is_known = isinstance(best.get("step"), int) and isinstance(best.get("val/loss"), float)
         return best["val/loss"] if is_known and best["step"] <= step else None
 
     def get_finished_step(self) -> int:
-        """Return the steps of the finished model; 0 if there is none, or its steps are not known."""
+        """Return the step of the finished model; 0 if there is none or its step is unknown."""
         status = self.read_status()
         is_finished = status.get("status") == "finished" and self.final.is_dir()
         return status["step"] if is_finished and isinstance(status.get("step"), int) else 0
 
     def prepare(self) -> None:
-        """Create the folders that the links of the run's files lead into."""
+        """Create the folders that links in the run folder point into."""
         for path in self.files:
             make_way(path)
-        if self.checkpoints.is_symlink():  # or one that leads nowhere would count as having lost what was there
+        if self.checkpoints.is_symlink():  # a dangling link would later look like lost checkpoints
             make_folder(self.checkpoints)
 
     def clear(self, keeps_best: bool) -> None:
-        """Delete what a run that starts over replaces."""
+        """Delete everything that a run replaces when it starts over."""
         for path in self.replaced_files:
             follow_links(path).unlink(missing_ok=True)
         remove_models(self.checkpoints, after=-1)
         for path in self.replaced_folders:
-            # The folder of the checkpoints stays: it may be a file system of its own.
+            # `checkpoints/` itself stays, because it may be a mount point.
             if path != self.checkpoints and not (path == self.best and keeps_best):
                 remove_folder(path)
 
     def go_back(self, step: int) -> None:
-        """Delete what was recorded and saved of updates after `step`."""
+        """Delete records and models of updates after `step`."""
         for path in (self.metrics, self.samples):
             if path.exists():
                 kept = [line for line in read_json_lines(path) if line["step"] <= step]
@@ -147,32 +147,30 @@ class RunFolder:
             restore_folder(path)
 
     def clear_leftovers(self, config: TrainingConfig) -> None:
-        """Finish what a run that was killed, or had a full disk, left undone."""
+        """Clean up after a run that was killed or had a full disk."""
         for path in (self.final, self.best):
             clear_leftovers(path)
         prune_checkpoints(self.checkpoints, config.keep_checkpoints, config.keep_weights_every)
 
     def sync(self) -> None:
-        """Make the records durable before a checkpoint is written that continues from them."""
+        """Make the records durable, before a checkpoint relies on them."""
         for path in (self.metrics, self.samples):
             if path.exists():
                 sync_file(path)
 
     def check_replaceable(self) -> None:
-        """Raise a `UserError` if a new run would replace files that are not a run's, as there is no `config.yaml`."""
+        """Raise a `UserError` if a new run would replace foreign files: the folder has some, but no `config.yaml`."""
         theirs = [path for path in (*self.replaced_files, *self.replaced_folders) if has_content(path)]
         if theirs and not os.path.lexists(self.config):
             raise UserError(
-                f"{self} is not the folder of a run, and the run would replace its {theirs[0].name}: give another "
-                "--run_name"
+                f"{self} is not a run folder, and the run would overwrite its {theirs[0].name}: use another --run_name"
             )
 
     def check_links(self, is_resumed: bool) -> None:
-        """Check where the links in the folder lead.
+        """Check the targets of links in the folder.
 
         Raises:
-            UserError: nothing can be written there, two names share a place, or a run that is resumed has lost its
-                checkpoints.
+            UserError: a target is not writable, two names share a target, or a resumed run has lost its checkpoints.
         """
         whole_folders = [path for path in self.replaced_folders if path != self.checkpoints]
         paths = [*self.files, *whole_folders, *sorted(self.checkpoints.glob("step_*"))]
@@ -182,17 +180,17 @@ class RunFolder:
             for other in (self.path, self.checkpoints, *paths):
                 if other != path and follow_links(other).is_relative_to(follow_links(path)):
                     raise UserError(
-                        f"{path} leads to {follow_links(path)}, where {other} lies too, and would be lost with it: "
-                        "remove the link, or let it lead elsewhere"
+                        f"{path} links to {follow_links(path)}, which also contains {other} and would be replaced "
+                        "with it: remove the link, or point it elsewhere"
                     )
         has_begun = any(has_content(path) for path in self.files)
         if is_resumed and has_begun and self.checkpoints.is_symlink() and not self.checkpoints.exists():
             raise UserError(
-                f"{self.checkpoints} is a link to {follow_links(self.checkpoints)}, which is not there: bring it back "
-                "to go on, or give --resume_from_checkpoint never to start again"
+                f"{self.checkpoints} links to {follow_links(self.checkpoints)}, which does not exist: restore it to "
+                "resume, or use --resume_from_checkpoint never to start over"
             )
 
 
 def has_content(path: Path) -> bool:
-    """Return whether a path holds anything; an empty place, which users link before the first run, does not count."""
+    """Return whether a path is a nonempty file or folder; users may create empty ones to link to before a run."""
     return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0

@@ -1,9 +1,9 @@
-"""Where a run starts: at step 0, at its own newest checkpoint or at another run's, and what may differ on resume.
+"""Where a run starts: at step 0, at its own newest checkpoint, or at another run's; and what may change on resume.
 
-`config.py` says it of each setting: what an `experiment(...)` declares may not differ, what a `setting(...)` does may.
-`choose_start` adds shape, length, data and tokenizer; `load_resumed_state` lets the length differ where no update made
-so far would, and gives new settings their values in older checkpoints. `skipping.py` says it of skips, and
-`device_fit.choose_sizes` of the micro-batch.
+`config.py` declares for each setting whether it may change (`setting`) or not (`experiment`). `choose_start` adds the
+model's shape, the run's length, the data and the tokenizer. `load_resumed_state` allows another length if it changes
+no update made so far, and supplies values for settings that older checkpoints do not have. Skips are handled in
+`skipping.py`, the micro-batch size in `device_fit.choose_sizes`.
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        experiment: what a resumed run may not change.
+        experiment: settings and fingerprints that may not change on resume.
         max_steps: updates of the whole run.
-        skips: updates to pass over.
-        checkpoint: the one to resume from, and its `state`; `None` for a run that begins.
-        is_own: the checkpoint is the run's own, and not one of a run that it forks off.
-        is_finished: the run has reached its end before.
+        skips: ranges of updates to skip.
+        checkpoint, state: the checkpoint to resume from and its state; `None` for a new run.
+        is_own: whether the checkpoint belongs to this run, not to a run that it is forked from.
+        is_finished: whether the run has already made all its updates.
     """
 
     experiment: dict[str, Any]
@@ -54,16 +54,16 @@ class Start:
 
     @property
     def resumed_step(self) -> int | None:
-        """Completed updates of a run that is resumed; `None` for one that begins."""
+        """Completed updates of a resumed run; `None` for a new one."""
         return self.state.step if self.state else None
 
 
 def choose_start(config: TrainingConfig, inputs: Inputs, accelerator: Accelerator, record: RunRecord) -> Start:
-    """Claim the run folder, choose where to start, and check that all processes start the same experiment there.
+    """Lock the run folder, choose where to start, and check that all processes agree.
 
     Raises:
-        UserError: the checkpoint is damaged or of another experiment, the folder holds something that the run would
-            replace unasked, or the processes differ.
+        UserError: the checkpoint is damaged or belongs to another experiment, the run would overwrite something
+            without being asked to, or the processes disagree.
     """
     max_steps = config.derive_max_steps(len(inputs.train_set))
     experiment = {
@@ -94,17 +94,18 @@ def choose_start(config: TrainingConfig, inputs: Inputs, accelerator: Accelerato
         is_asked_to_replace = config.resume_from_checkpoint == "never" or start.is_finished
         if has_content(record.folder.final) and not is_asked_to_replace:
             raise UserError(
-                f"{record.folder} holds a finished run: give another --run_name, or --resume_from_checkpoint never to "
-                "replace it"
+                f"{record.folder} contains a finished run: use another --run_name, or --resume_from_checkpoint never "
+                "to replace it"
             )
     return start
 
 
 def broadcast_resume_checkpoint(requested: str, accelerator: Accelerator, record: RunRecord) -> Path | None:
-    """Choose the checkpoint to resume from in the first process, which reads all of it, and send it to the others.
+    """Choose and verify the checkpoint to resume from on rank 0, and broadcast its path.
 
     Raises:
-        UserError: as `choose_checkpoint`, or for links in the run folder, or for its other writer; in every process.
+        UserError: on every rank, if `choose_checkpoint` fails, a link in the run folder is unusable, or another
+            process writes to the folder.
     """
 
     def choose() -> Path | None:
@@ -116,27 +117,27 @@ def broadcast_resume_checkpoint(requested: str, accelerator: Accelerator, record
 
 
 def check_agreement(accelerator: Accelerator, facts: list[Any]) -> None:
-    """Raise a `UserError` if the processes, on several machines, are about to train different things."""
+    """Raise a `UserError` if processes, possibly on several machines, disagree about what they are about to train."""
     for process, other in enumerate(gather_object([facts])):
         if other != facts:
             raise UserError(
                 f"process {process} starts at step {other[0]} of {other[1]}, this one at step {facts[0]} of {facts[1]}"
-                ", or their data differ: --data_dir has to hold the same shards, and --output_dir to be the same "
+                ", or their data differ: --data_dir must hold the same shards, and --output_dir must be the same "
                 "folder, on all machines"
             )
 
 
 def load_resumed_state(checkpoint: Path, experiment: dict[str, Any], config: TrainingConfig) -> TrainingState:
-    """Read where a run stood, and check that it is resumed as the same experiment.
+    """Load the state of a checkpoint, and check that the run resumes the same experiment.
 
-    Its length may change if that changes none of the updates it has made: with the `constant` schedule always, with
-    `wsd` before its decay, with `cosine` in its warm-up.
+    `max_steps` may change if the learning rates of all updates made so far stay the same: always with the `constant`
+    schedule, before the decay with `wsd`, during the warm-up with `cosine`.
 
     Raises:
-        UserError: anything else differs that decides the weights.
+        UserError: anything else that determines the weights has changed.
     """
     state = load_state(checkpoint)
-    # A checkpoint that does not say where its first weights came from is older than the question.
+    # Older checkpoints do not record `init_from`.
     saved = {"init_from": config.init_from, **state.experiment, **load_shape(str(checkpoint))}
     max_steps, saved_max_steps = experiment["max_steps"], saved.get("max_steps")
     if isinstance(saved_max_steps, int) and saved_max_steps != max_steps and state.step <= max_steps:

@@ -1,4 +1,4 @@
-"""Training speed: where the time goes, and the peak rate of the device that MFU is measured against."""
+"""Training speed: where time is spent, and the device's peak rate for MFU."""
 
 import contextlib
 import re
@@ -11,23 +11,23 @@ from pathlib import Path
 import torch
 import yaml
 
-# Device names with their peak in TFLOP/s and its source, in the order in which they are looked for.
+# Device names with their peak in TFLOP/s and its source, in the order of lookup.
 PEAK_FLOPS = yaml.safe_load(Path(__file__).with_name("peak_flops.yaml").read_text(encoding="utf-8"))
-# Names that hold one from the table but mean another device, or a part of one: a MIG instance, a virtual GPU.
+# Names that contain one from the table but mean another device or part of one: a MIG instance, a virtual GPU.
 OTHERS = re.compile(r"Laptop|\bMIG\b|-\d+[ABCQ]|RTX [45]090 D\b|A100-SXM-64GB|H100 \d+GB HBM2|H800 NVL|MI300X HF")
-# From NVIDIA's Ampere generation on TF32 runs at half the rate of bf16; the older two have none, and PyTorch uses
-# AMD's only where the environment asks for it.
+# Since NVIDIA's Ampere generation TF32 runs at half the rate of bf16. The two older GPUs have no TF32, and PyTorch
+# uses AMD's only if an environment variable enables it.
 WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4", "MI300X")
 
-# The square matrix product in place of a data sheet: its size on a CPU and elsewhere, and how often it is timed.
+# The matrix product that is timed where no data sheet applies: its size on a CPU and elsewhere, and the repetitions.
 CPU_PROBE_SIZE, PROBE_SIZE, N_PROBES = 2048, 8192, 5
 
 
 class Clock:
-    """Adds up where a run's time goes.
+    """Records how long a run's activities take.
 
     Attributes:
-        seconds: the durations of each activity, in order.
+        seconds: durations of each activity, in order.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class Clock:
 
     @contextlib.contextmanager
     def measure(self, activity: str) -> Iterator[None]:
-        """Time what happens inside; an exception leaves no entry."""
+        """Time the body of the context; an exception leaves no entry."""
         started = time.perf_counter()
         yield
         self.seconds[activity].append(time.perf_counter() - started)
@@ -43,17 +43,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak rate of a device: `flops`, in FLOP/s, and the `source` of the number."""
+    """The peak rate of a device: `flops` in FLOP/s, and the `source` of the number."""
 
     flops: float
     source: str
 
 
 def find_peak(device_name: str, precision: str) -> Peak | None:
-    """Return a device's peak from the table, `None` for one that is not there.
+    """Return a device's peak from the table, or `None` if it is not listed.
 
     Args:
-        device_name: as `torch.cuda.get_device_name` says it.
+        device_name: the result of `torch.cuda.get_device_name`.
         precision: `bf16`, `fp16`, or `no` for float32, which means TF32.
     """
     if OTHERS.search(device_name):
@@ -67,10 +67,10 @@ def find_peak(device_name: str, precision: str) -> Peak | None:
 
 
 def measure_peak_flops(device: torch.device, precision: str) -> float:
-    """Return the FLOP/s of a large square matrix product, the best of a few: what the device was seen to do."""
+    """Measure the FLOP/s of a large square matrix product, the best of a few."""
     size = CPU_PROBE_SIZE if device.type == "cpu" else PROBE_SIZE
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    # Random, because a device at its limit of power multiplies ones faster than what training multiplies.
+    # Random values, because a power-limited device multiplies constants faster than real data.
     matrix = torch.randn(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(N_PROBES + 1):  # the first warms up
@@ -81,7 +81,7 @@ def measure_peak_flops(device: torch.device, precision: str) -> float:
 
 
 def choose_peak(device: torch.device, precision: str, tf32: bool = True) -> Peak:
-    """Return a device's peak as its vendor states it, or else as a short matrix product shows it."""
+    """Return a device's peak from its data sheet, or else measured by a matrix product."""
     if device.type == "cuda" and (tf32 or precision != "no"):
         peak = find_peak(torch.cuda.get_device_name(device), precision)
         if peak is not None:

@@ -1,4 +1,4 @@
-"""Trackers: programs that show a run elsewhere. Each wraps accelerate's tracker."""
+"""Trackers: wandb and TensorBoard, each a wrapper of accelerate's tracker."""
 
 import contextlib
 import importlib.util
@@ -17,13 +17,13 @@ from ..training import wandb_settings
 from .config import TRACKERS, TrainingConfig
 from .run_folder import RunFolder
 
-# How long wandb may take to start a run, and at the end to upload the rest before it is left to `wandb sync`. Its own
-# limits are 90 seconds and none.
+# Time limits for wandb to start a run, and to upload the rest at its end before leaving it to `wandb sync`. wandb's
+# own are 90 seconds and none.
 WANDB_SECONDS = {"init_timeout": 10.0, "finish_timeout": 300.0}
 
 
 class Tracker(ABC):
-    """What a run's record is sent to. Any method may raise whatever its library raises."""
+    """A receiver of a run's record. Methods may raise any exception of the underlying library."""
 
     name: str
     _tracker: GeneralTracker
@@ -33,35 +33,35 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, first_step: int) -> str | None:
-        """Begin after `first_step` updates; forget later steps of an earlier process, if the tracker can.
+        """Start after `first_step` updates; drop later steps of an earlier process, if the tracker can.
 
         Returns:
-            A line on what is not as requested.
+            A line about anything that is not as requested, or `None`.
         """
 
     @abstractmethod
     def restart(self) -> None:
-        """Begin again after a failure, keeping what was logged before."""
+        """Start again after a failure, keeping what was logged before."""
 
     @abstractmethod
     def log_samples(self, step: int, texts: list[str]) -> None:
-        """Log all texts that the model wrote after `step` updates."""
+        """Log the texts sampled from the model after `step` updates."""
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Log numbers of the model after `step` updates."""
+        """Log the metrics of the model after `step` updates."""
         self._tracker.log(metrics, step)
 
     def finish(self) -> None:
-        """Write out what is left."""
+        """Flush and close the tracker."""
         self._tracker.finish()
 
 
 class Wandb(Tracker):
-    """Weights & Biases: the curves, the settings, and all samples in one table.
+    """Weights & Biases: metrics, settings, and all samples in one table.
 
-    Without a key, or if the server does not answer or the settings do not work, the run is offline, for `wandb sync`
-    to upload. A resumed run keeps its id and name there; wandb keeps the first values of steps that are repeated after
-    a crash. wandb's own environment variables override the defaults given here.
+    Without a key, without an answer from the server, or with unusable settings, the run is offline, for `wandb sync`
+    to upload. A resumed run keeps its id and name. Of steps repeated after a crash, wandb keeps the first values.
+    wandb's own environment variables override the defaults set here.
     """
 
     name = "wandb"
@@ -71,29 +71,29 @@ class Wandb(Tracker):
         self._rows = [[line["step"], str(line.get("text"))] for line in folder.read_samples()]
 
     def start(self, first_step: int) -> str | None:
-        make_folder(self._folder.path / self.name)  # wandb does not create what a link leads to
+        make_folder(self._folder.path / self.name)  # wandb does not create the target of a link
         wandb_settings.replace_unwritable_folders(self._folder.path)
         problem = self._open()
         self._tracker.store_init_configuration(asdict(self._config))
-        # wandb's overview shows the last value of every metric; the protocol of a score belongs beside it.
+        # wandb's overview shows the last value of every metric: show the protocol next to the score.
         self._tracker.tracker.summary["hellaswag/protocol"] = "original"
         if problem is None:
             return None
-        return f"wandb runs offline, for wandb sync {self._tracker.tracker.settings.sync_dir} to upload: {problem}"
+        return f"wandb is offline ({problem}): upload later with wandb sync {self._tracker.tracker.settings.sync_dir}"
 
     def _open(self) -> Exception | None:
-        """Start a run as requested, or else offline; return why it is not as requested."""
-        import wandb  # takes a second, which runs without it need not wait for
+        """Start a run as requested, or else offline; return the reason if it is offline."""
+        import wandb  # slow to import
 
         attempts = (
             (contextlib.nullcontext, wandb_settings.choose_mode),
             (contextlib.nullcontext, lambda: "offline"),
-            (wandb_settings.without_variables, lambda: "offline"),  # some have values that wandb refuses in any mode
+            (wandb_settings.without_variables, lambda: "offline"),  # wandb may reject a variable's value in any mode
         )
         problems: list[Exception] = []
         for environment, choose_mode in attempts:
             with contextlib.suppress(Exception):
-                wandb.teardown()  # of a service that may be dead, or takes the run's id for one in use
+                wandb.teardown()  # its service may be dead, or consider the run's id as in use
             try:
                 with environment():
                     self._tracker = WandBTracker(**self._choose_arguments(), mode=choose_mode())
@@ -104,7 +104,7 @@ class Wandb(Tracker):
         raise problems[0]
 
     def _choose_arguments(self) -> dict[str, Any]:
-        """Return the arguments of accelerate's tracker and `wandb.init` that no variable of wandb's overrides."""
+        """Return arguments for accelerate's tracker and `wandb.init`, except those that wandb's variables override."""
         project = self._config.wandb_project
         if project == TrainingConfig.wandb_project:
             project = os.environ.get("WANDB_PROJECT") or project
@@ -131,15 +131,15 @@ class Wandb(Tracker):
 
 
 class TensorBoard(Tracker):
-    """TensorBoard's event files in the run folder's `tensorboard/`: the curves, the settings and the samples as text.
+    """TensorBoard: metrics, settings and samples as event files in the run folder's `tensorboard/`.
 
-    `tensorboard --logdir runs` then shows all runs of a folder.
+    `tensorboard --logdir runs` shows all runs of a folder.
     """
 
     name = "tensorboard"
 
     def start(self, first_step: int) -> None:
-        # TensorBoard takes the second process for a resumed run only if every process starts like this.
+        # TensorBoard recognizes a resumed run only if every process passes `purge_step`.
         self._open(purge_step=first_step + 1)
         self._tracker.log({"config": _quote(yaml.safe_dump(asdict(self._config), sort_keys=False))}, first_step)
 
@@ -148,7 +148,7 @@ class TensorBoard(Tracker):
 
     def _open(self, **options: int) -> None:
         folder = self._folder.tensorboard
-        make_folder(folder)  # TensorBoard does not create what a link leads to
+        make_folder(folder)  # TensorBoard does not create the target of a link
         self._tracker = TensorBoardTracker(folder.name, folder.parent, **options)
         self._tracker.start()
 
@@ -157,15 +157,15 @@ class TensorBoard(Tracker):
 
 
 def _quote(text: str) -> str:
-    """Indent a text, so that TensorBoard shows it verbatim instead of as Markdown."""
+    """Indent a text so that TensorBoard shows it verbatim instead of as Markdown."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 class Feed:
-    """Sends a tracker what is recorded.
+    """Sends records to a tracker.
 
-    An error of the tracker's library or network is reported once and stops nothing. No later step waits for that
-    tracker; at the end it is restarted and sent what it missed.
+    An error of the tracker is reported once and does not stop the run. The tracker then receives nothing until the end
+    of the run, when it is restarted and sent what it missed.
 
     Args:
         warn: receives the reports.
@@ -175,30 +175,30 @@ class Feed:
         self._tracker, self._warn = tracker, warn
         self._has_failed = False
         self._missed: list[Callable[[Tracker], None]] = []
-        with self._tolerated_failure("failed, training goes on without it"):
+        with self._tolerated_failure("failed, training continues without it"):
             if note := tracker.start(first_step):
                 warn(format_line(note))
 
     def send(self, message: Callable[[Tracker], None]) -> None:
-        """Call `message` with the tracker, at the end if the tracker has failed."""
+        """Call `message` with the tracker, or at the end of the run if the tracker has failed."""
         if not self._has_failed:
-            with self._tolerated_failure("failed, training goes on without it"):
+            with self._tolerated_failure("failed, training continues without it"):
                 message(self._tracker)
         if self._has_failed:
             self._missed.append(message)
 
     def close(self) -> None:
-        """Let the tracker finish; if it has failed, send it what it missed first."""
+        """Finish the tracker; if it has failed, first send it what it missed."""
         if not self._has_failed:
-            with self._tolerated_failure("failed at its end"):
+            with self._tolerated_failure("failed to finish"):
                 self._tracker.finish()
             return
-        with self._tolerated_failure("failed again, and lacks what metrics.jsonl has"):
+        with self._tolerated_failure("failed again and is incomplete (metrics.jsonl is complete)"):
             self._tracker.restart()
             for message in self._missed:
                 message(self._tracker)
             self._tracker.finish()
-            self._warn(f"the tracker {self._tracker.name} was told at the end what it had missed")
+            self._warn(f"the tracker {self._tracker.name} has received at the end what it missed")
 
     @contextlib.contextmanager
     def _tolerated_failure(self, consequence: str) -> Iterator[None]:
@@ -214,9 +214,9 @@ TRACKER_CLASSES = {each.name: each for each in (Wandb, TensorBoard)}
 
 
 def choose_trackers(requested: str) -> list[str]:
-    """Return the names of the trackers that `--report_to` asks for; `auto` is wandb if it could log in.
+    """Return the names of the trackers in `--report_to`; `auto` is wandb if it can log in, else none.
 
-    wandb is left out if its own switches disable it.
+    wandb is left out if its own settings disable it.
 
     Raises:
         UserError: a tracker is not installed.

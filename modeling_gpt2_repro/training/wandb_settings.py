@@ -1,6 +1,6 @@
-"""What wandb's environment variables and files ask for, and whether its server answers.
+"""wandb's environment variables and settings files, and a check whether its server answers.
 
-wandb takes a second to import, so nothing here imports it before a run starts with it.
+Importing wandb takes a second, so this module imports it only when a run starts with it.
 """
 
 import configparser
@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-# Where `wandb login` stores a key for its own service; the host depends on the release.
+# Hosts under which `wandb login` stores a key for wandb's own service, depending on the release.
 DEFAULT_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
 # The modes in which wandb talks to a server.
 ONLINE_MODES = ("online", "run", "shared")
-# How long the server may take to answer at all.
+# Time limit for the server's first answer.
 ANSWER_SECONDS = 5
 
 
 def has_key() -> bool:
-    """Return whether wandb could log in without asking."""
+    """Return whether wandb can log in without prompting."""
     if read_setting("api_key") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     url = urlsplit(read_setting("base_url"))
@@ -34,7 +34,7 @@ def has_key() -> bool:
 
 
 def _list_netrc_hosts() -> set[str]:
-    """Return the hosts that the user's netrc file has keys for, where `wandb login` stores its own."""
+    """Return the hosts with keys in the user's netrc file, which `wandb login` writes."""
     candidates = (path,) if (path := os.environ.get("NETRC")) else ("~/.netrc", "~/_netrc")
     for candidate in map(os.path.expanduser, candidates):
         with contextlib.suppress(OSError, ValueError, netrc.NetrcParseError):  # no such file, or a damaged one
@@ -43,7 +43,7 @@ def _list_netrc_hosts() -> set[str]:
 
 
 def is_disabled() -> bool:
-    """Return whether wandb is switched off, by its own mode or by the variable that transformers knows."""
+    """Return whether wandb is disabled, by its mode or by transformers' `WANDB_DISABLED`."""
     is_off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
     return is_off or read_setting("mode").lower() == "disabled"
 
@@ -51,7 +51,7 @@ def is_disabled() -> bool:
 def read_setting(name: str) -> str:
     """Return a setting from wandb's environment variable, or from the files that commands like `wandb offline` write.
 
-    The answer is empty where neither has it.
+    Returns an empty string if neither has it.
     """
     if value := os.environ.get(f"WANDB_{name.upper()}"):
         return value
@@ -63,7 +63,7 @@ def read_setting(name: str) -> str:
 
 
 def choose_mode() -> str:
-    """Return the mode that wandb's settings ask for, or offline where wandb could only ask for a key.
+    """Return the mode in wandb's settings, or `offline` if wandb would prompt for a key.
 
     Raises:
         OSError: the server does not answer.
@@ -81,13 +81,13 @@ def choose_mode() -> str:
 
 
 def ask_server(url: str) -> None:
-    """Return once the server at `url` has sent anything that counts as an answer.
+    """Return once the server at `url` has answered.
 
     Raises:
-        OSError: it has not within `ANSWER_SECONDS`, or it is out of order.
+        OSError: no answer within `ANSWER_SECONDS`, or a server error.
     """
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    # In a thread, because resolving a name has no timeout.
+    # In a thread, because name resolution has no timeout.
     threading.Thread(target=lambda: answers.put(_find_problem(url)), daemon=True).start()
     try:
         problem = answers.get(timeout=ANSWER_SECONDS)
@@ -104,13 +104,13 @@ def _find_problem(url: str) -> str | None:
         return f"answers {error.code}" if error.code >= 500 else None
     except Exception as error:  # urllib raises anything for a bad address, or a server that does not speak HTTP
         reason = getattr(error, "reason", error)
-        # A certificate that only Python does not know is an answer.
+        # A certificate that Python does not trust still is an answer.
         return None if isinstance(reason, ssl.SSLError) else f"does not answer ({reason})"
     return None
 
 
 def replace_unwritable_folders(run_folder: Path) -> None:
-    """Let wandb write to the run folder if it cannot write elsewhere, as in a container without a home."""
+    """Redirect wandb's files to the run folder if its own folders are not writable, as in a container without home."""
     data_folder = os.environ.get("WANDB_DATA_DIR") or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if not _is_writable(data_folder):
         os.environ["WANDB_DATA_DIR"] = str(run_folder.absolute() / "wandb")

@@ -18,7 +18,7 @@ COMMAND = ["--tokenizer=../given/tokenizer", "--output_dir=out", "--num_workers=
 
 
 def prepare(case, name: str, *flags: str) -> int:
-    """Prepare a file; what succeeds has to be a whole folder, and what fails none."""
+    """Prepare a file; what succeeds must be a whole folder, and what fails none."""
     code = answer(prepare_data.main, [*COMMAND, f"--files=../given/corpus/{name}", *flags], case).code
     out = case.folder / "cwd" / "out"
     assert out.exists() == (code == 0)

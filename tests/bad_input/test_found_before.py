@@ -19,38 +19,38 @@ LONG_NAME = "a" * 300
 
 FLAGS = [
     # Loops and allocations as long as the number.
-    (train, PLAN | {"n_layer": 2**31}, "--n_layer has to be 1,000 or less"),
+    (train, PLAN | {"n_layer": 2**31}, "--n_layer must be 1,000 or less"),
     (
         train,
         PLAN | {"tokens_per_step": 2**60, "micro_batch_size": "auto"},
-        "--tokens_per_step has to be 1,073,741,824",
+        "--tokens_per_step must be 1,073,741,824",
     ),
-    (train, PLAN | {"sequence_length": 2**40, "eval_every": 0}, "--sequence_length has to be 16,777,216 or less"),
+    (train, PLAN | {"sequence_length": 2**40, "eval_every": 0}, "--sequence_length must be 16,777,216 or less"),
     (train, TINY | {"n_embd": 2**17, "n_layer": 1000}, "GB, and this machine has"),
-    (prepare_data, PREPARE | {"num_workers": 10**6}, "--num_workers has to be 1,024 or less"),
+    (prepare_data, PREPARE | {"num_workers": 10**6}, "--num_workers must be 1,024 or less"),
     # Numbers that no float, or no int64, can hold.
-    (train, {**PLAN, "max_steps": 1, "epochs": 1e308}, "--epochs has to be 1,000,000 or less"),
+    (train, {**PLAN, "max_steps": 1, "epochs": 1e308}, "--epochs must be 1,000,000 or less"),
     (train, PLAN | {"max_steps": 10**40}, "invalid int value"),
     (train, PLAN | {"eval_tokens": "9" * 4000}, "invalid int value"),
-    (train, PLAN | {"micro_batch_size": "9" * 5000}, "--micro_batch_size has to be auto or 1 or more"),
-    (train, PLAN | {"micro_batch_size": "\uff11\uff12"}, "--micro_batch_size has to be auto or 1 or more"),
-    (prepare_data, PREPARE | {"stage": "tokenize", "task": "0/" + "9" * 5000}, "has to be i/N"),
-    (prepare_data, PREPARE | {"shard_size": 2**63}, "--shard_size has to be below 9,223,372,036,854,775,808"),
-    (train, PLAN | {"learning_rate": "inf"}, "--learning_rate has to be finite"),
-    (train, PLAN | {"plan_tokens_per_second": "nan"}, "--plan_tokens_per_second has to be 1 or more"),
+    (train, PLAN | {"micro_batch_size": "9" * 5000}, "--micro_batch_size must be auto or at least 1"),
+    (train, PLAN | {"micro_batch_size": "\uff11\uff12"}, "--micro_batch_size must be auto or at least 1"),
+    (prepare_data, PREPARE | {"stage": "tokenize", "task": "0/" + "9" * 5000}, "must be i/N"),
+    (prepare_data, PREPARE | {"shard_size": 2**63}, "--shard_size must be below 9,223,372,036,854,775,808"),
+    (train, PLAN | {"learning_rate": "inf"}, "--learning_rate must be finite"),
+    (train, PLAN | {"plan_tokens_per_second": "nan"}, "--plan_tokens_per_second must be 1 or more"),
     (train, TINY | {"seed": 2**63 - 1, "max_steps": 1}, None),
-    (eval_hellaswag, EVALUATE | {"batch_tokens": 0}, "--batch_tokens has to be 1 or more, not 0"),
-    (eval_hellaswag, EVALUATE | {"limit": 0}, "--limit has to be 1 or more, not 0"),
+    (eval_hellaswag, EVALUATE | {"batch_tokens": 0}, "--batch_tokens must be 1 or more, not 0"),
+    (eval_hellaswag, EVALUATE | {"limit": 0}, "--limit must be 1 or more, not 0"),
     # A run that ends in weights that are no numbers, or in no update at all.
     (train, TINY | {"learning_rate": 1e308, "max_steps": 1}, "the model's probabilities are not finite|is not finite"),
-    (train, TINY | {"skip_steps": "1:2"}, "--skip_steps passes over every update from 1 to 2"),
+    (train, TINY | {"skip_steps": "1:2"}, "--skip_steps skips every update from 1 to 2"),
     # Names.
     (train, PLAN | {"data_dir": LONG_NAME}, "File name too long"),
     (train, TINY | {"run_name": LONG_NAME}, "File name too long"),
     (eval_hellaswag, EVALUATE | {"output": LONG_NAME}, "File name too long"),
     (eval_hellaswag, EVALUATE | {"data_file": "../given/loop"}, "Too many levels of symbolic links"),
     (prepare_data, PREPARE | {"output_dir": "../given/loop"}, "a link that leads to itself"),
-    (train, PLAN | {"data_dir": "caf\udce9"}, "has to be text in UTF-8"),
+    (train, PLAN | {"data_dir": "caf\udce9"}, "must be text in UTF-8"),
     (eval_hellaswag, EVALUATE | {"output": "--"}, "--output: expected one value"),
     (eval_hellaswag, EVALUATE | {"output": "../given/items.jsonl"}, "is given twice"),
     (eval_hellaswag, EVALUATE | {"output": "x", "per_example": "x"}, "is given twice"),
@@ -70,9 +70,9 @@ def test_flags(script, settings, message):
 
 
 YAML = [
-    (b'data_dir: "\\0"\n', "has to be text in UTF-8 without null characters"),
-    (b"skip_steps: ['--help']\n", "skip_steps has to be a single value or a list of such"),
-    (b"skip_steps: [[a]]\n", "skip_steps has to be a single value or a list of such"),
+    (b'data_dir: "\\0"\n', "must be text in UTF-8 without null characters"),
+    (b"skip_steps: ['--help']\n", "skip_steps must be a single value or a list of such"),
+    (b"skip_steps: [[a]]\n", "skip_steps must be a single value or a list of such"),
     (b"skip_steps: &a [*a]\n", "is not valid YAML"),
     (b"n_layer: " + b"[" * 50_000, "is not valid YAML"),
 ]
@@ -144,7 +144,7 @@ def test_records_of_a_run_that_goes_on(name, content):
 def test_samples(settings):
     with open_case("model") as case:
         base = {"model": "../given/model", "prompt": "a", "n_tokens": 8}
-        assert "has to be 1 or more" in answer(run_command, ["sample", *to_flags(base | settings)], case).err
+        assert "must be 1 or more" in answer(run_command, ["sample", *to_flags(base | settings)], case).err
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"])

@@ -186,14 +186,14 @@ def test_a_checkpoint_behind_a_link_is_the_runs_own(disk):
         ("run", "../../given/corpus/a.jsonl/runs", "is no folder"),
         ("run/checkpoints", "../../../given/corpus/a.jsonl/there", "is no folder"),
         ("run/checkpoints", "../../gone", "bring it back"),
-        ("run/checkpoints", "final", "lies too"),
+        ("run/checkpoints", "final", "replaced with it"),
         ("run/checkpoints/step_0000009", "step_0000009", "leads to itself"),
         ("run/metrics.jsonl", "metrics.jsonl", "leads to itself"),
         ("run/status.json", "/dev/null/there", "is no folder"),
-        ("run/log.txt", "samples.jsonl", "lies too"),
-        ("run/best", "checkpoints/step_0000002", "lies too"),
-        ("run/final", ".", "lies too"),
-        ("run/final", "..", "lies too"),
+        ("run/log.txt", "samples.jsonl", "replaced with it"),
+        ("run/best", "checkpoints/step_0000002", "replaced with it"),
+        ("run/final", ".", "replaced with it"),
+        ("run/final", "..", "replaced with it"),
         ("run/final", "/dev/shm", "a disk is mounted there"),
         ("run/tensorboard", "/dev/null/there", "is no folder"),
     ],
@@ -270,7 +270,7 @@ def test_a_result(main, flag, given, disk):
             path = case.folder / "cwd" / f"result{number}{'' if is_folder else '.json'}"
             target = put_link(path, kind, case, disk)
             if main is convert and target.exists():
-                target.rmdir()  # it has to be new
+                target.rmdir()  # it must be new
             ended = answer(main, to_flags(given | {flag: path}), case)
             assert ended.code == 0, ended.err
             check_links({path: target})

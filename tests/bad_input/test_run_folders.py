@@ -135,5 +135,5 @@ def test_a_trial_and_a_new_run_leave_alone_what_is_no_run_of_theirs():
         for name in ("models", "m"):
             for resume in ("auto", "never", checkpoint):
                 changes = LONGER | {"run_name": name, "resume_from_checkpoint": resume}
-                assert "is not the folder of a run" in answer(train.main, to_flags(TINY | changes), case).err
+                assert "is not a run folder" in answer(train.main, to_flags(TINY | changes), case).err
         assert all((folder / "mine.txt").exists() for folder in theirs)

@@ -52,7 +52,7 @@ def test_the_outputs_name_decides_its_format(tmp_path, kind, head):
         ([], "the following arguments are required: RUN"),
         (["missing"], "missing has neither metrics.jsonl nor log.txt"),
         (["empty"], "empty has neither metrics.jsonl nor log.txt"),
-        (["run", "--tokens_per_step=0"], "--tokens_per_step has to be 1 or more"),
+        (["run", "--tokens_per_step=0"], "--tokens_per_step must be 1 or more"),
         (["run", "--tokens_per_step=many"], "invalid int value: 'many'"),
         (["run", "--output=curves.bmp"], "its name must end in .png, .svg, .pdf"),
         (["run", "--output=missing/curves.png"], "cannot write missing/curves.png: No such file or directory"),

@@ -164,13 +164,13 @@ def test_mistakes_are_explained(argv, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- a\n- b\n", "has to hold `name: value` lines"),
+        ("- a\n- b\n", "must hold `name: value` lines"),
         ("a: [", "is not valid YAML"),
         ("learning_rat: 1", "did you mean learning_rate?"),
         ("lr: 1", "use --learning_rate"),
-        ("prompt: {a: b}", "prompt has to be a single value or a list"),
+        ("prompt: {a: b}", "prompt must be a single value or a list"),
         ("n_tokens: many", "invalid int value: 'many'"),
-        ("!!python/object/apply:os.system [true]", "has to hold `name: value` lines"),
+        ("!!python/object/apply:os.system [true]", "must hold `name: value` lines"),
     ],
 )
 def test_mistakes_in_a_file_are_explained(text, message, tmp_path):
@@ -183,12 +183,12 @@ def test_mistakes_in_a_file_are_explained(text, message, tmp_path):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--learning_rate=0", "--learning_rate has to be above 0, not 0.0"),
-        ("--learning_rate=nan", "--learning_rate has to be above 0, not nan"),
-        ("--n_tokens=0", "--n_tokens has to be 1 or more, not 0"),
-        ("--n_tokens=1e6", "--n_tokens has to be 10,000 or less, not 1000000"),
-        ("--share=inf", "--share has to be finite, not inf"),
-        ("--share=-1", "--share has to be 0 or more, not -1.0"),
+        ("--learning_rate=0", "--learning_rate must be above 0, not 0.0"),
+        ("--learning_rate=nan", "--learning_rate must be above 0, not nan"),
+        ("--n_tokens=0", "--n_tokens must be 1 or more, not 0"),
+        ("--n_tokens=1e6", "--n_tokens must be 10,000 or less, not 1000000"),
+        ("--share=inf", "--share must be finite, not inf"),
+        ("--share=-1", "--share must be 0 or more, not -1.0"),
     ],
 )
 def test_a_number_out_of_bounds_is_refused_however_it_is_given(flag, message, tmp_path):

@@ -131,7 +131,7 @@ def find_undurable(
 ) -> list[str]:
     """Return, in words, what a loss of power at some moment could leave half of, or lose.
 
-    What takes a name has to be on the disk before, with all files and folders in it; and the name itself before
+    What takes a name must be on the disk before, with all files and folders in it; and the name itself before
     anything is removed that had one, anything else takes one, or anything is reported.
 
     Args:

@@ -84,7 +84,7 @@ SCALES = {
 def scale() -> Scale:
     name = os.environ.get("GPU_TESTS_DEVICE", "cuda")
     if name not in SCALES:
-        raise ValueError(f"GPU_TESTS_DEVICE has to be one of {', '.join(SCALES)}, not {name}")
+        raise ValueError(f"GPU_TESTS_DEVICE must be one of {', '.join(SCALES)}, not {name}")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device (GPU_TESTS_DEVICE=cpu runs this at toy size)")
     return SCALES[name]

@@ -122,7 +122,7 @@ def test_a_compiler_that_fails_leaves_the_run_eager_unless_it_was_asked_for(
         with pytest.raises(UserError, match=r"^--compile on: torch\.compile (failed|is off): "):
             fit(WindowLoss(model), windows, [4], compile="on")
     assert type(found.loss_model) is WindowLoss
-    assert any(line.startswith("the run goes on eagerly: torch.compile ") for line in said)
+    assert any(line.startswith("falling back to eager mode: torch.compile ") for line in said)
 
 
 def test_advice_stands_where_nothing_fits(model, windows):
@@ -200,7 +200,7 @@ def test_processes_compile_together_or_not_at_all_and_say_why(fit_in_two_process
     lines = fit_in_two_processes(compile)
     answers = {f"{process}: answers Fails 4" for process in "01"}
     assert answers <= set(lines) if compile == "auto" else not answers & set(lines)
-    consequence = "all processes run eagerly" if compile == "auto" else "refuses"
+    consequence = "falling back to eager mode in all processes" if compile == "auto" else "refuses"
     for process in "01":
         (said,) = [line for line in lines if line.startswith(f"{process}: {consequence}")]
         assert "in process 1" in said and reason in said

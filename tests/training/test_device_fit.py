@@ -53,6 +53,6 @@ def test_weights_that_do_not_fit_a_gpu_are_told_from_what_would(monkeypatch):
     memory = describe_step_memory(TrainingConfig(model_size="1558M"), model, "bf16")
     for gigabytes, advice in ((5.5, "--model_size 124M (about 4.4 GB)"), (1.0, "a smaller --model_size, or another")):
         monkeypatch.setattr(device_fit, "measure_device_memory", lambda device, size=gigabytes: size * 1e9)
-        with pytest.raises(UserError, match=r"1,557,611,200 parameters alone do not fit") as raised:
+        with pytest.raises(UserError, match=r"1,557,611,200 parameters do not fit") as raised:
             device_fit.place_on_device(model, memory, accelerator)
         assert advice in str(raised.value)

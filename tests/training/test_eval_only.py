@@ -169,7 +169,7 @@ def test_a_data_folder_that_cannot_be_written_does_not_lose_the_result(gpt2, dat
     printed, errors = capsys.readouterr()
     assert "nats per token" in printed and "kept in" not in printed
     (warning,) = [line for line in errors.splitlines() if "warning" in line]
-    assert "the result was not kept" in warning and "Permission denied" in warning
+    assert "the result was not stored" in warning and "Permission denied" in warning
 
 
 def test_prepared_data_stays_what_it_is(gpt2, tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_fewer_sequences_are_taken_at_once_where_memory_runs_out():
     model.n_rows = 8
     assert result.loss == pytest.approx(measure(model).loss, rel=1e-6)
     model.n_rows = 0
-    with pytest.raises(UserError, match="not even one sequence fits"):
+    with pytest.raises(UserError, match="a single sequence does not fit"):
         measure(model)
 
 

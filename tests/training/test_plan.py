@@ -64,7 +64,7 @@ def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
     assert "524,288 tokens = 8 process(es) x 1 micro-step(s) x 64 sequence(s) x 1,024 tokens" in text
     assert "on 1 process(es) 8 micro-step(s) x 64 sequence(s)" in text
     assert "19,073 steps = 1.015 epochs, 9,999,745,024 tokens; warm-up 715 steps" in text
-    assert "PaLM paper" in text and "8.55e+18 in all" in text
+    assert "PaLM paper" in text and "8.55e+18 in total" in text
     assert "78 x 10,485,760 validation tokens" in text
     assert "2.9 h at 1,000,000 tokens/s" in text
     # A micro-batch that does not divide on other numbers of processes is no matter of this run.

@@ -75,7 +75,7 @@ def test_a_run_that_starts_over_replaces_all_but_its_settings(keeps_best, folder
 def test_files_that_are_not_a_run_s_are_not_replaced(folder):
     folder.check_replaceable()
     folder.config.unlink()
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not a run folder"):
         folder.check_replaceable()
     for path in folder.replaced_files:
         path.unlink(missing_ok=True)

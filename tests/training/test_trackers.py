@@ -68,7 +68,7 @@ def read_table(run: Path) -> list:
 def test_trackers_show_what_the_files_say_also_of_a_resumed_run(shards, tmp_path):
     argv = flags(shards, tmp_path, report_to="wandb,tensorboard")
     printed = train_in_a_terminal(argv, tmp_path)
-    assert "tracked by wandb and tensorboard" in printed
+    assert "trackers: wandb and tensorboard" in printed
     run = tmp_path / "run"
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step_0000012")
@@ -121,10 +121,10 @@ def test_a_tracker_that_does_not_start_is_told_all_at_the_end_and_others_at_once
     record = start_record(tmp_path / "run", "wandb,tensorboard")
     log_steps(record, range(1, 4))
     (warning,) = record.warn
-    assert warning.startswith("the tracker tensorboard failed, training goes on without it: FileExistsError")
+    assert warning.startswith("the tracker tensorboard failed, training continues without it: FileExistsError")
     (record.folder.path / "tensorboard").unlink()
     record.close()
-    assert record.warn[1:] == ["the tracker tensorboard was told at the end what it had missed"]
+    assert record.warn[1:] == ["the tracker tensorboard has received at the end what it missed"]
     scalars, texts = read_tensorboard(record.folder.path / "tensorboard")
     assert scalars["train/loss"] == {1: 4.0, 2: 3.0, 3: 2.0}
     assert list(texts["samples"]) == [1, 2, 3]
@@ -141,8 +141,8 @@ def test_what_wandb_missed_while_its_service_was_dead_is_told_at_the_end(tmp_pat
     log_steps(record, range(4, 8))
     record.close()
     first, last = record.warn
-    assert first.startswith("the tracker wandb failed, training goes on without it")
-    assert last == "the tracker wandb was told at the end what it had missed"
+    assert first.startswith("the tracker wandb failed, training continues without it")
+    assert last == "the tracker wandb has received at the end what it missed"
     told = read_wandb_run(max(record.folder.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime))
     losses = {step: items["train/loss"] for step, items in told["history"].items()}
     # One message may vanish in the dead service's socket before anybody knows.
@@ -194,7 +194,7 @@ def test_wandb_is_chosen_only_with_a_key_or_on_request(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("requested", ["tensorbord", "wandb,", "all", "wandb, tensorboard", "none,wandb", ""])
 def test_unknown_trackers_are_refused(requested):
-    with pytest.raises(UserError, match="has to be auto, none, or one or more of wandb, tensorboard"):
+    with pytest.raises(UserError, match="must be auto, none, or one or more of wandb, tensorboard"):
         TrainingConfig(report_to=requested)
 
 
@@ -292,7 +292,7 @@ def test_trouble_with_wandb_ends_as_an_offline_run_that_lacks_nothing(trouble, s
         monkeypatch.setenv(name, value)
     (warning,), (run,), seconds = record_run(tmp_path)
     assert seconds < 30  # on a busy machine, where wandb by itself takes minutes
-    assert warning.startswith("wandb runs offline") and f"wandb sync {run['path'].parent} " in warning
+    assert warning.startswith("wandb is offline") and f"wandb sync {run['path'].parent} " in warning
     assert {step: items["train/loss"] for step, items in run["history"].items()} == {1: 4.0, 2: 3.0, 3: 2.0}
     assert {name: os.environ[name] for name in environment} == environment
 

@@ -75,5 +75,5 @@ class PrepareConfig(SourceConfig):
         """The (i, N) of `--task i/N`."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", self.task)
         if match is None or not int(match[1]) < int(match[2]):
-            raise UserError(f"--task {self.task}: has to be i/N with i from 0 to N-1, such as 0/8")
+            raise UserError(f"--task {self.task}: must be i/N with i from 0 to N-1, such as 0/8")
         return int(match[1]), int(match[2])

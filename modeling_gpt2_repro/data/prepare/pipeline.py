@@ -55,7 +55,7 @@ class Request:
         return f"./{name}" if is_relative else name
 
     def describe(self) -> dict[str, Any]:
-        """Return, as JSON, what two runs have to agree on to work on the same shards."""
+        """Return, as JSON, what two runs must agree on to work on the same shards."""
         return {
             "settings": self.config.experiment,
             "source": self.corpus.source,

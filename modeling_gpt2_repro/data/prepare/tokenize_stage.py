@@ -86,7 +86,7 @@ class SortedChunk:
         """Return its documents, of `DOCUMENT_DTYPE`, with positions counted from the start of the corpus.
 
         Args:
-            key_range: the first and the last key to read; None for all. The chunk has to be sorted by key.
+            key_range: the first and the last key to read; None for all. The chunk must be sorted by key.
         """
         documents = np.load(_get_path(self.folder, self.task, "documents.npy"), mmap_mode="r")[self.start : self.end]
         if key_range is not None:
@@ -145,7 +145,7 @@ def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummar
 
 
 def load_summary(folder: Path, number: int, *, check: bool) -> TaskSummary | None:
-    """Return a finished task's summary; `None` for one that is unfinished, or damaged and has to be done again.
+    """Return a finished task's summary; `None` for one that is unfinished, or damaged and must be done again.
 
     Args:
         check: read all that the task wrote and compare its digest.

@@ -3,7 +3,7 @@
 It outlives its processes. A killed run finds its finished pieces there when it is started again; several processes, on
 several machines that see the folder, may each make a share of the pieces.
 
-    plan.json       what is being made: settings, source and tokenizer; later runs have to agree
+    plan.json       what is being made: settings, source and tokenizer; later runs must agree
     lock            held shared by a process that makes a share, exclusively by one that makes everything left
     unfinished/     the finished pieces of both stages
     *.npy           the shards

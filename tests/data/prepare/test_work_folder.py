@@ -199,8 +199,8 @@ def test_run_completes_what_a_share_began(flags, expected, tmp_path):
     "more, reason",
     [
         (["--task=0/2"], "--task is a share of a --stage"),
-        (["--stage=write", "--task=2/2"], "--task 2/2: has to be i/N"),
-        (["--stage=write", "--task=one"], "--task one: has to be i/N"),
+        (["--stage=write", "--task=2/2"], "--task 2/2: must be i/N"),
+        (["--stage=write", "--task=one"], "--task one: must be i/N"),
         (["--stage=tokenize", "--overwrite"], "--overwrite cannot be given with --stage"),
         (["--stage=tokenise"], "tokenize"),
     ],
