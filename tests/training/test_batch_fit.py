@@ -57,7 +57,7 @@ class SmallMemory(WindowLoss):
 
 def test_micro_batch_is_the_largest_that_fits(model, windows):
     assert fit(SmallMemory(model), windows, [4, 2, 1])[0].micro_batch_size == 2
-    with pytest.raises(UserError, match=r"even 4 sequence\(s\) at once do not fit"):
+    with pytest.raises(UserError, match=r"even 4 sequence\(s\) per micro-step do not fit"):
         fit(SmallMemory(model), windows, [8, 4])
 
 

@@ -188,7 +188,7 @@ def test_prepared_data_stays_what_it_is(gpt2, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"init_from": "scratch"}, "--eval_only needs a model: give --init_from"),
+        ({"init_from": "scratch"}, "--eval_only needs a model: set --init_from"),
         ({"eval_every": 0, "hellaswag_every": 0}, "nothing to evaluate"),
         ({"sequence_length": 300, "eval_tokens": 300}, "--sequence_length 300 is longer than the 256 positions of"),
         ({"init_from": "./no_model"}, "--init_from ./no_model does not exist"),

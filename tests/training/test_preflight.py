@@ -39,5 +39,5 @@ def test_more_than_a_week_on_a_cpu_has_to_be_meant():
     check_duration(week - 1, "cpu", is_accepted=False)
     check_duration(10 * week, "cuda", is_accepted=False)
     check_duration(10 * week, "cpu", is_accepted=True)
-    with pytest.raises(UserError, match=r"about 70 days: --yes"):
+    with pytest.raises(UserError, match=r"about 70 days: add --yes"):
         check_duration(10 * week, "cpu", is_accepted=False)
