@@ -52,6 +52,7 @@ GIVEN = {
     "runs/a", "runs/b",  # any two runs
     "log/log.txt",  # of the original script
     "openai-community/gpt2",  # on the Hub
+    "ckpt.pt",  # of nanoGPT
 }  # fmt: skip
 # Programs of other people: not installed here, or they need a login, a batch system or the Hub.
 FOREIGN = {
@@ -126,6 +127,8 @@ def read_files(name: str, argv: list[str], made: set[str]) -> None:
             read = settings.runs
         elif name.endswith((" summary", " publish")):
             read = [settings.folder]
+        elif name.endswith(" convert"):
+            read = [settings.checkpoint]
         else:
             read = [settings.model]
     for path in read:
@@ -140,7 +143,7 @@ def _in_the_repository(monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_a_document_fit_each_other(document):
     made: set[str] = set()
-    # Who reads a page of docs/ has the README's commands behind him.
+    # A page of docs/ may use what the README's commands made.
     for text in (Path(name).read_text() for name in dict.fromkeys(["README.md", document])):
         for block in list_blocks(text):
             commands = read_commands(block)
