@@ -1,8 +1,7 @@
-"""The settings of a command: one typed dataclass, filled from a YAML file and from command-line flags.
+"""Command settings: one typed dataclass, filled from a YAML file and command-line flags.
 
-A setting has one home, the field that declares it with `setting`: its default, its help, its bounds, and whether it is
-a path, private, or free to change when the work is resumed. Flags take precedence over the file given by `--config`,
-and the file over the defaults.
+Each setting is declared once, as a field created by `setting`: default, help text, bounds, and whether it is a path,
+private, or may change when the work is resumed. Flags override the `--config` file, which overrides the defaults.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from .files import open_atomically
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
-# Python's own integers have no end, but nothing here is counted so far, and products of larger ones fit no float.
+# Python integers are unbounded, but no setting needs larger ones, and their products could overflow a float.
 LARGEST_NUMBER = 2**64
 YES_OR_NO = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}  # transformers.hf_argparser.string_to_bool
 
@@ -51,14 +50,17 @@ def setting(
     """Declare a field of a `Config`.
 
     Args:
-        default: its value where neither flag nor file gives one; a list for a setting that takes several values.
-        help: what `--help` shows, with the unit.
-        heading: begins a group of flags in `--help`, which lasts until the next heading.
-        above, least, below, most: bounds of a number; `below=math.inf` asks for a finite one.
-        path: a path, or possibly one; a leading `~` stands for the home folder.
-        private: left out of the command that repeats the work, as it says nothing about the result.
-        resumable: may change when the work is resumed. What decides the result may not.
+        default: used if neither a flag nor the file sets the field; a list for a setting that takes several values.
+        help: text for `--help`, with the unit.
+        heading: starts a group of flags in `--help`, which extends to the next heading.
+        above, least, below, most: bounds of a number, exclusive (above, below) or inclusive; `below=math.inf` requires
+            a finite number.
+        path: the value is, or may be, a path; a leading `~` is expanded.
+        private: omitted from the recorded command that reproduces the work, because it does not affect the result.
+        resumable: may change when the work is resumed; `False` for settings that determine the result.
         positional: given without a flag.
+        metavar: placeholder for the value in `--help`.
+        aliases: other flags for the same setting, with their dashes.
     """
     metavar = metavar or ("PATH" if path else None)
     metadata = {
@@ -75,15 +77,15 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# Declares a setting that decides the result, which resumed work may not change.
+# Declares a setting that determines the result and therefore may not change when the work is resumed.
 experiment = functools.partial(setting, resumable=False)
 
 
 class Config:
-    """Base of a command's settings, each of which is checked against its bounds.
+    """Base class of a command's settings; checks each against its bounds.
 
     Raises:
-        UserError: a number out of bounds.
+        UserError: a number is out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class Config:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """The settings that decide the result, which may not change when the work is resumed."""
+        """The settings that determine the result and may not change when the work is resumed."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -110,69 +112,69 @@ def parse_arguments(
     prog: str | None = None,
     foreign_flags: Mapping[str, str] | None = None,
 ) -> AnyConfig:
-    """Fill `config_type` from `argv` (`None`: the arguments of this process).
+    """Parse `argv` (default: `sys.argv[1:]`) into a `config_type`.
 
     Args:
-        prog: the command's name in `--help`; `None` for the name of the script.
-        foreign_flags: flags of other projects, without dashes, and a sentence each that names ours.
+        prog: the command's name in `--help`; `None` for the script's name.
+        foreign_flags: flags of other projects, without dashes, each with a sentence that names the equivalent here.
 
     Raises:
-        UserError: an unknown name (the message has the nearest known one), a value of the wrong type, or a `--config`
-            file that cannot be read or is not a mapping.
+        UserError: an unknown setting (the message suggests the nearest known one), a value of the wrong type, or a
+            `--config` file that cannot be read or is not a mapping.
     """
     flags = list(sys.argv[1:] if argv is None else argv)
     parser, foreign_flags = Parser(config_type, prog=prog, description=description), foreign_flags or {}
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     for name, field in fields.items():
         if _is_list(field) and [flag.split("=")[0] for flag in flags].count(f"--{name}") > 1:
-            raise UserError(f"--{name} is given twice: put all its values behind one")
+            raise UserError(f"--{name} is given twice: list all its values after one --{name}")
     names = {name for name, field in fields.items() if not field.metadata["positional"]}
     if len(names) < len(fields):
         flags = _complete_switches(flags, {f"--{name}" for name, field in fields.items() if field.type is bool})
     config_file = Parser(add_help=False).parse_known_args(flags)[0].config
     if config_file is not None:
-        # As flags in front of the given ones, so that both pass the same checks.
+        # Prepended as flags: both sources pass the same checks, and the command line wins.
         aliases = {alias.lstrip("-") for field in fields.values() for alias in field.metadata["argparse"]["aliases"]}
         flags = _read_config_file(expand_home(config_file), names | aliases, foreign_flags) + flags
     namespace, unknown = parser.parse_known_args(flags)
     for argument in unknown:
         if argument.startswith("--"):
             raise UserError(_describe_unknown(argument[2:].split("=")[0], names, foreign_flags, dashes="--"))
-        raise UserError(f"unexpected argument {argument!r}: every setting is given as --name value (see --help)")
+        raise UserError(f"unexpected argument {argument!r}: pass settings as --name value (see --help)")
     return config_type(**{name: _read_value(field, getattr(namespace, name)) for name, field in fields.items()})
 
 
 def write_config(config: Config, path: str | Path) -> None:
-    """Write settings as YAML, which `--config` reads back to the same settings."""
+    """Write settings as YAML that `--config` reads back unchanged."""
     with open_atomically(path) as stream:
         yaml.safe_dump(dataclasses.asdict(config), stream, sort_keys=False, allow_unicode=True)
 
 
 def expand_home(path: str) -> str:
-    """Replace `~` or `~user` at the front of a path, which shells expand in some places only.
+    """Expand a leading `~` or `~user`, which shells leave alone in places such as `--flag=~/path`.
 
     Raises:
-        UserError: there is no such user, or this one's home folder is not known.
+        UserError: the user does not exist, or the home folder is unknown.
     """
     try:
         expanded = os.path.expanduser(path)
-    except ValueError:  # of a null character
+    except ValueError:  # a null character
         expanded = path
     if expanded.startswith("~"):
         user = path.partition("/")[0]
         raise UserError(
-            f"{path}: the home folder {user} is not known. Write it out, or ./{user} for a folder so called"
+            f"{path}: the home folder {user} is unknown: write out its path, or ./{user} for a folder of that name"
         )
     return expanded
 
 
 def whole_number(text: str) -> int:
-    """Read a whole number, also as people write large ones: `10_000`, `375e6`."""
+    """Parse an integer, including forms such as `10_000` and `375e6`."""
     try:
         number = int(text)
     except ValueError:
         if not float(text).is_integer():
-            raise ValueError(f"{text} is not a whole number") from None
+            raise ValueError(f"{text} is not an integer") from None
         number = int(float(text))
     if abs(number) > LARGEST_NUMBER:
         raise ValueError(f"{text} is too large")
@@ -182,7 +184,7 @@ def whole_number(text: str) -> int:
 def _find_broken_bound(
     value: float, above: float | None, least: float | None, below: float | None, most: float | None
 ) -> str | None:
-    """Return in words the first bound that a number breaks, `None` if it is inside. NaN breaks any bound."""
+    """Return the first violated bound in words, or `None`. NaN violates every bound."""
     if above is not None and not value > above:
         return f"above {above:g}"
     if least is not None and not value >= least:
@@ -195,7 +197,7 @@ def _find_broken_bound(
 
 
 def _complete_switches(flags: Sequence[str], switches: set[str]) -> list[str]:
-    """Give switches the value `true` unless a yes or no follows: argparse takes any next word for their value."""
+    """Append `=true` to switches that no yes or no follows: argparse would take the next argument as their value."""
     return [
         f"{flag}=true" if flag in switches and following.lower() not in YES_OR_NO else flag
         for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue="")
@@ -207,19 +209,19 @@ def _is_list(field: dataclasses.Field) -> bool:
 
 
 def _read_value(field: dataclasses.Field, value: Any) -> Any:
-    """Refuse what no setting can mean, and expand `~` in paths."""
-    if isinstance(value, list) and not _is_list(field):  # argparse takes `--name=--` for no value at all
+    """Reject values that no setting can have, and expand `~` in paths."""
+    if isinstance(value, list) and not _is_list(field):  # argparse parses `--name=--` as an empty list
         raise UserError(f"--{field.name}: expected one value")
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
-            raise UserError(f"--{field.name} {text!r}: must be text in UTF-8 without null characters")
+            raise UserError(f"--{field.name} {text!r}: must be valid UTF-8 without null characters")
     if not field.metadata["path"] or value is None:
         return value
     return [expand_home(each) for each in value] if isinstance(value, list) else expand_home(value)
 
 
 def _describe_unknown(name: str, names: set[str], foreign_flags: Mapping[str, str], dashes: str = "") -> str:
-    """Name the setting that was probably meant by one that does not exist."""
+    """Describe an unknown setting, with the known one that was probably meant."""
     name = name.replace("-", "_")
     if name in foreign_flags:
         return f"unknown setting {dashes}{name}: {foreign_flags[name]}"
@@ -231,9 +233,9 @@ def _describe_unknown(name: str, names: set[str], foreign_flags: Mapping[str, st
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Leaves scalars text, for the flags' own types to read, except what only YAML spells so, outside quotes.
+    """YAML loader that keeps scalars as text for the flags' types to parse, except unquoted nulls and `.inf`.
 
-    YAML 1.1 takes `on` and `no` for booleans, and 6e-4 for a word.
+    YAML 1.1 itself would read `on` and `no` as booleans, and 6e-4 as a string.
     """
 
     def construct_scalar(self, node: yaml.ScalarNode) -> str | None:
@@ -242,25 +244,25 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, str]) -> list[str]:
-    """Return the settings of a file as flags."""
+    """Return the settings in a YAML file as command-line flags."""
     try:
         content = Path(path).read_bytes()
-        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes it
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell writes UTF-16
         values = yaml.load(content.decode("utf-16" if is_wide else "utf-8"), Loader=_TextLoader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --config {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold `name: value` lines, not a {type(values).__name__}")
+        raise UserError(f"--config {path} must contain `name: value` lines, not a {type(values).__name__}")
     flags = []
     for name, value in values.items():
         if name not in names:
             raise UserError(f"--config {path}: " + _describe_unknown(str(name), names, foreign_flags))
-        # An item of a list could be a list itself, or be taken for the flag that it looks like.
+        # A list item could itself be a list, or look like a flag.
         items = value if isinstance(value, list) else []
         if isinstance(value, dict) or not all(isinstance(item, str) and not item.startswith("--") for item in items):
-            raise UserError(f"--config {path}: {name} must be a single value or a list of such")
+            raise UserError(f"--config {path}: {name} must be a single value or a list of single values")
         if items:
             flags += [f"--{name}", *items]
         elif value not in (None, []):
@@ -269,14 +271,14 @@ def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, st
 
 
 class Parser(HfArgumentParser):
-    """The parser of a `Config`, or of `--config` alone. Its complaints are `UserError`s."""
+    """Parser of a `Config`, or of `--config` alone. Raises `UserError` instead of exiting."""
 
     def __init__(self, config_type: type[Config] | None = None, **kwargs):
         self._group: argparse._ArgumentGroup | Parser = self
         super().__init__(config_type, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs})
         self.register("type", int, whole_number)
         self.add_argument(
-            "--config", metavar="FILE.yaml", help="settings to start from, by the names of the flags below"
+            "--config", metavar="FILE.yaml", help="file of settings, named like the flags below, which override it"
         )
 
     @staticmethod
@@ -297,7 +299,7 @@ class Parser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each flag once, with underscores (`HfArgumentParser` also accepts the spelling with dashes)."""
+    """Help formatter that shows each flag once, with underscores (`HfArgumentParser` also accepts dashes)."""
 
     def __init__(self, prog: str, **kwargs):
         super().__init__(prog, max_help_position=34, width=118, **kwargs)

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, and survive a loss of power; and checksums.
+"""Atomic and durable writing of files and folders, and checksums.
 
-Whichever system call is the last of a process, or fails, a name refers to the old content or to the new content, and
-all of the new content is on disk before the old is removed; where a file system cannot swap the names of two folders,
-once `restore_folder` was called. POSIX only: names are made durable by fsync of a folder.
+If the process dies or fails at any system call, a path refers either to the complete old or to the complete new
+content, and the old content is removed only once all of the new is on disk. On file systems that cannot swap two
+folders, this holds after `restore_folder`. POSIX only: renames are made durable by fsync of the parent folder.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from typing import IO, Any, Literal
 
 from .errors import UserError
 
-# The end of a file's or folder's name until it is complete.
+# Suffix of a file or folder until it is complete.
 TEMPORARY_SUFFIX = ".partial"
-# The end of a folder's name while another one takes its place. It is restored or deleted without asking, so nobody
-# else may use it.
+# Suffix of a folder while it is being replaced. Unlikely to be anybody else's, because such folders are restored or
+# deleted without asking.
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-# How long a process waits for another one that writes the same file.
+# How long to wait for another process that is writing the same file.
 LOCK_SECONDS = 10.0
 # Errors of file systems without locks, such as some network file systems.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -37,39 +37,39 @@ NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV)
 
 
 def follow_links(path: str | Path) -> Path:
-    """Return the absolute path with links resolved; unlike `Path.resolve`, also for a link that leads to itself."""
+    """Return the absolute path with links resolved. Unlike `Path.resolve`, accepts a link that points to itself."""
     return Path(os.path.realpath(path))
 
 
 def check_place(path: str | Path, is_folder: bool = False) -> None:
-    """Check, before the work, that its result can be written to `path`, links followed.
+    """Check, before the work starts, that its result can be written to `path`, following links.
 
     Args:
-        is_folder: the result is a folder that replaces another one, which is impossible for a mount point.
+        is_folder: the result is a folder that replaces `path`, which is impossible for a mount point.
 
     Raises:
-        UserError: it cannot be written; the message names `path` and where it leads.
+        UserError: the path cannot be written; the message has `path` and the target of its links.
     """
     place = follow_links(path)
-    named = str(path) if place == Path(os.path.abspath(path)) else f"{path}, which leads to {place}"
+    named = str(path) if place == Path(os.path.abspath(path)) else f"{path}, which points to {place}"
     if place.is_symlink():
-        raise UserError(f"{path} is a link that leads to itself: give another name, or remove the link")
+        raise UserError(f"{path} is a link that points to itself: choose another path or remove the link")
     if place.exists() and not place.is_file() and not place.is_dir():
         return  # a device or a pipe
     existing = next(parent for parent in place.parents if parent.exists())
     if not existing.is_dir():
-        raise UserError(f"cannot write {named}: {existing} is no folder")
+        raise UserError(f"cannot write {named}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {named}: you may not write to {existing}")
+        raise UserError(f"cannot write {named}: no permission to write to {existing}")
     if is_folder and place.is_mount():
-        raise UserError(f"cannot replace {named}: a disk is mounted there. Let it be a folder on that disk")
+        raise UserError(f"cannot replace {named}: it is a mount point; choose a folder below it")
 
 
 def make_way(path: str | Path) -> Path:
-    """Return `path` with links followed; if it is a link, create the folder that it leads into.
+    """Return `path` with links resolved; if it is a link, create its target's parent folder.
 
     Raises:
-        OSError: the link leads to itself, or the folder cannot be created.
+        OSError: the link points to itself, or the folder cannot be created.
     """
     place = follow_links(path)
     if place.is_symlink():
@@ -80,15 +80,15 @@ def make_way(path: str | Path) -> Path:
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Return whether a path is valid UTF-8, as text files and libraries in other languages than Python require."""
-    return not any("\ud800" <= character <= "\udfff" for character in str(path))  # how Python escapes other bytes
+    """Return whether a path is valid UTF-8, which text files and libraries not written in Python require."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))  # Python's escapes of other bytes
 
 
 @contextlib.contextmanager
 def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file for writing that takes its name only once it is complete and on disk.
+    """Open a file for writing that replaces `path` only once it is complete and on disk.
 
-    On an exception the temporary file is removed, and `path` stays as it was. Devices and pipes, such as `/dev/null`,
+    On an exception the temporary file is removed and `path` stays unchanged. Devices and pipes, such as `/dev/null`,
     are written to directly.
     """
     path, encoding = make_way(path), None if "b" in mode else "utf-8"
@@ -113,10 +113,10 @@ def _open_exclusively(path: Path) -> int:
     """Create a temporary file, or empty a leftover one, once no other process writes to it; return its descriptor."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
-        if path.is_symlink():  # opening it would write to where it leads
+        if path.is_symlink():  # opening it would write to its target
             path.unlink()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        is_held = try_lock(descriptor) == "held" and time.monotonic() < deadline  # the other process may hang
+        is_held = try_lock(descriptor) == "held" and time.monotonic() < deadline  # the other process may be hung
         if not is_held and is_file_at(descriptor, path):
             if os.fstat(descriptor).st_size:
                 os.ftruncate(descriptor, 0)
@@ -126,7 +126,7 @@ def _open_exclusively(path: Path) -> int:
 
 
 def try_lock(descriptor: int, is_exclusive: bool = True) -> LockState:
-    """Lock a file until it is closed, exclusively or shared, without waiting for another process that holds it."""
+    """Try to lock a file until it is closed, exclusively or shared, without waiting for the process that holds it."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -139,7 +139,7 @@ def try_lock(descriptor: int, is_exclusive: bool = True) -> LockState:
 
 
 def is_file_at(descriptor: int, path: Path) -> bool:
-    """Return whether an open file still has this name."""
+    """Return whether `path` still refers to this open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False
@@ -149,9 +149,9 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 def create_folder_atomically(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` that replaces `path` on success, once all of it is on disk.
 
-    On an exception the temporary folder is removed, and `path` stays as it was.
+    On an exception the temporary folder is removed and `path` stays unchanged.
     """
-    path = make_way(path)  # a link stays a link, and its target is replaced
+    path = make_way(path)  # a link is kept, and its target is replaced
     temporary = _get_temporary(path)
     clear_leftovers(path)
     make_folder(path.parent)
@@ -171,14 +171,14 @@ def create_folder_atomically(path: str | Path) -> Iterator[Path]:
 def take_name(new: Path, path: Path) -> Path | None:
     """Rename `new` to `path`, and return the new name of the folder that was there, if any.
 
-    On an exception both folders have the names that they had before.
+    On an exception both folders have their original names.
     """
     if not path.exists():
         os.replace(new, path)
         return None
     if _exchange(new, path):
         return new
-    # For a moment neither has the name; if the process ends here, `restore_folder` gives it back.
+    # Not atomic: if the process dies between the two renames, `restore_folder` undoes the first.
     replaced = set_aside(path, path)
     try:
         os.replace(new, path)
@@ -189,14 +189,14 @@ def take_name(new: Path, path: Path) -> Path | None:
 
 
 def set_aside(old: Path, path: Path) -> Path:
-    """Rename `old` to the name that `restore_folder(path)` restores or deletes, and return it."""
+    """Rename `old` to the path from which `restore_folder(path)` restores, or which it deletes; return that path."""
     replaced = _get_replaced(path)
     os.replace(old, replaced)
     return replaced
 
 
 def remove_folder(path: str | Path) -> None:
-    """Delete a folder, if it exists, without ever leaving part of it under its name; a link to it stays."""
+    """Delete a folder if it exists. It vanishes from `path` atomically; a link to it is kept, dangling."""
     path = follow_links(path)
     clear_leftovers(path)
     if path.is_dir():
@@ -205,7 +205,7 @@ def remove_folder(path: str | Path) -> None:
 
 
 def restore_folder(path: str | Path) -> None:
-    """Complete or undo a replacement of `path` that was interrupted."""
+    """Complete or undo an interrupted replacement of `path`."""
     path = follow_links(path)
     replaced = _get_replaced(path)
     if path.exists():
@@ -216,7 +216,7 @@ def restore_folder(path: str | Path) -> None:
 
 
 def clear_leftovers(path: str | Path) -> None:
-    """Clean up after a process that was killed while it wrote, replaced or deleted a folder."""
+    """Clean up after a process that was killed while it was writing, replacing or deleting a folder."""
     restore_folder(path)
     _remove(_get_temporary(follow_links(path)))
 
@@ -230,8 +230,8 @@ def _get_replaced(path: Path) -> Path:
 
 
 def _remove(leftover: Path) -> None:
-    """Delete a folder, if it exists, once the names beside it are durable."""
-    if leftover.is_symlink():  # its target belongs to somebody else
+    """Delete a folder, if it exists, after making its siblings' names durable."""
+    if leftover.is_symlink():  # the target is not ours to delete
         leftover.unlink()
     elif leftover.exists():
         sync_folder(leftover.parent)
@@ -239,18 +239,18 @@ def _remove(leftover: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder, links followed, and its missing parents, durably."""
+    """Create a folder and its missing parents durably, following links."""
     path = follow_links(path)
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-    sync_folder(path.parent)  # also if it exists: the process that created it may have been killed before this
+    sync_folder(path.parent)  # even if it exists: its creator may have been killed before the sync
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap the names of two folders atomically; return `False` if this system cannot."""
+    """Swap two folders atomically; return `False` if the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):  # only Linux has it
+    if not hasattr(libc, "renameat2"):  # Linux only
         return False
     if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
@@ -274,7 +274,7 @@ def compute_checksum(path: str | Path) -> str:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder and everything in it durable."""
+    """Make a folder and everything in it durable (fsync)."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
@@ -284,13 +284,13 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_file(path: str | Path) -> None:
-    """Make the content of a file durable, whichever process wrote it."""
+    """Make a file's content durable, even if another process wrote it."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names of a folder's entries durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

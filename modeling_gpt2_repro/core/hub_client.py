@@ -1,4 +1,4 @@
-"""Questions to the Hugging Face Hub that are answered at once, or fail at once with one line."""
+"""Calls to the Hugging Face Hub that succeed or fail quickly, with a one-line error."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from huggingface_hub.utils import httpx
 from .errors import UserError
 
 HUB_TIMEOUT_SECONDS = 10
-# Seconds to wait before a question is repeated to a Hub that answers "not now".
+# Seconds to wait before each retry of a request that failed with a temporary error.
 PAUSES = (1, 3)
 
 GATED = "is gated: accept its terms on the Hub and run `hf auth login`"
@@ -25,23 +25,23 @@ Answer = TypeVar("Answer")
 
 
 class HubUnreachableError(ConnectionError):
-    """The Hub gave no answer: no network, no such host, offline mode, or a server error."""
+    """The Hub did not answer: no network, unknown host, offline mode, or a server error."""
 
 
 class HubForbiddenError(UserError):
-    """The Hub knows this user, who may not do what was asked (403)."""
+    """The Hub authenticated the user, who lacks permission for the request (403)."""
 
 
 def ask_hub(question: Callable[[], Answer], what: str) -> Answer:
-    """Return `question()`, one call of `huggingface_hub.HfApi` about `what` ("dataset a/b").
+    """Return `question()`, one `huggingface_hub.HfApi` call about `what` (for example "dataset a/b").
 
-    The libraries above `HfApi` retry for up to a minute before they give up; a plain question first keeps an offline
-    start quick and quiet. It is repeated only where the Hub is there and asks for patience.
+    Libraries built on `HfApi` retry for up to a minute. Calling `HfApi` first makes an offline start fail fast and
+    quietly; only temporary errors reported by the Hub are retried.
 
     Raises:
-        UserError: the Hub answered that there is no such thing, or that it is not for this user (the latter, where it
-            knows the user, as a `HubForbiddenError`).
-        HubUnreachableError: it did not answer.
+        UserError: the repository or revision does not exist, or the user has no access.
+        HubForbiddenError: the Hub authenticated the user, who has no access (a `UserError`).
+        HubUnreachableError: the Hub did not answer, or failed through all retries.
     """
     for pause in (*PAUSES, None):
         try:
@@ -51,7 +51,7 @@ def ask_hub(question: Callable[[], Answer], what: str) -> Answer:
         except RevisionNotFoundError as error:
             raise UserError(f"the {what} has no such --revision") from error
         except HFValidationError as error:
-            raise UserError(f"the {what} is no local folder, and no name on the Hub: check the name") from error
+            raise UserError(f"the {what} is neither a local folder nor a valid Hub id: check the name") from error
         except RepositoryNotFoundError as error:
             raise UserError(f"the Hub has no {what} (if it is private: run `hf auth login`)") from error
         except HfHubHTTPError as error:
@@ -61,16 +61,16 @@ def ask_hub(question: Callable[[], Answer], what: str) -> Answer:
             if pause is None or not _is_temporary(error):
                 raise HubUnreachableError(describe_hub_failure(error)) from error
             time.sleep(pause)
-        except Exception as error:  # the HTTP library beneath HfApi, and so its errors, changes with the release
+        except Exception as error:  # the HTTP library under HfApi, and thus its errors, depends on the version
             raise HubUnreachableError(f"{type(error).__name__}: {error}") from error
     raise AssertionError("the last pause is none")
 
 
 def describe_hub_failure(error: BaseException) -> str | None:
-    """Return what failed between us and the Hub, `None` for an error of another kind.
+    """Describe a failed Hub request, or return `None` for any other error.
 
-    Libraries wrap such an error in their own, so that its causes are looked at too. Addresses, which may be signed,
-    are left out.
+    Libraries wrap these errors in their own, so the chain of causes is searched too. URLs are omitted because they may
+    be signed.
     """
     causes = list(_list_causes(error))
     for cause in causes:
@@ -79,8 +79,8 @@ def describe_hub_failure(error: BaseException) -> str | None:
         if isinstance(cause, HfHubHTTPError):
             status = f"{cause.response.status_code} {cause.response.reason_phrase}"
             if cause.response.status_code in (401, 403):
-                return f"the Hub refuses access ({status}): run `hf auth login`"
-            return f"the Hub answers {status}" + (": try again later" if _is_temporary(cause) else "")
+                return f"the Hub denied access ({status}): run `hf auth login`"
+            return f"the Hub returned {status}" + (": try again later" if _is_temporary(cause) else "")
     for kind in (httpx.TransportError, ConnectionError, TimeoutError):
         for cause in causes:
             if isinstance(cause, kind):

@@ -1,7 +1,7 @@
-"""Starting accelerate: its processes and devices, with everything that decides numbers set by the experiment alone.
+"""Starting accelerate's processes and devices, with numerical behavior determined by the experiment's settings alone.
 
-Of accelerate's environment variables, those that start processes are kept, and those that change an experiment are
-removed or refused.
+Of accelerate's environment variables, those that start processes are kept, and those that would change an experiment
+are removed or rejected.
 """
 
 import os
@@ -15,17 +15,17 @@ from accelerate.utils import parse_flag_from_env
 from .devices import is_out_of_memory, supports_bf16
 from .errors import UserError
 
-# The first process saves and draws while the others wait in a collective.
+# Rank 0 saves and draws while the other ranks wait in a collective.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
 
 # The values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic.
 REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 
 # Set by `accelerate launch` to start processes, or by users to choose a device and to debug. The launcher's precision
-# only shows that there is a launcher: the experiment's is passed to accelerate and overrides it.
+# is kept only as a sign of the launcher: the experiment's is passed to accelerate and overrides it.
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH")
 HEEDED = (*FLAGS, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_LOG_LEVEL")
-# Other ways to train, which a user's accelerate configuration may ask for, and which must not be ignored silently.
+# Other ways to train, which a user's accelerate configuration may request and must not be ignored silently.
 REFUSED_VARIABLES = (
     "ACCELERATE_USE_DEEPSPEED",
     "ACCELERATE_USE_FSDP",
@@ -41,15 +41,16 @@ TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "o
 def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic: bool = False) -> Accelerator:
     """Start accelerate with the precision of the experiment, which overrides the launcher's.
 
-    `bf16` becomes float32 on devices without it, as does `fp16` off CUDA, where nothing scales the loss.
+    `bf16` falls back to float32 on devices without it, and `fp16` does on anything but CUDA, where no loss scaling
+    exists.
 
     Args:
-        tf32: compute products of float32 matrices in TF32 if the device has it.
-        deterministic: see `compute_deterministically`. Always on for a CPU, where it costs next to nothing.
+        tf32: multiply float32 matrices in TF32 if the device supports it.
+        deterministic: see `compute_deterministically`. Always on for CPUs, where it costs next to nothing.
 
     Raises:
-        UserError: the launcher started more processes than there are devices, the processes cannot find each other,
-            or the environment asks for another way to train.
+        UserError: the launcher started more processes than there are devices, the processes cannot connect, or the
+            environment requests an unsupported way to train.
     """
     settle_environment()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -65,13 +66,13 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
 
 
 def settle_environment() -> None:
-    """Remove accelerate's other variables from this process's environment, before accelerate reads them.
+    """Remove accelerate variables that could change the experiment, before accelerate reads them.
 
-    An experiment depends on its settings alone: `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` divides no gradient, and
-    `ACCELERATE_DYNAMO_BACKEND` compiles nothing.
+    Settings alone define an experiment: `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` must not divide gradients, nor
+    `ACCELERATE_DYNAMO_BACKEND` compile the model.
 
     Raises:
-        UserError: a variable asks for another way to train, or a flag is neither true nor false.
+        UserError: a variable requests an unsupported way to train, or a flag is neither true nor false.
     """
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "FORK_LAUNCHED"]:
         value = os.environ[name].lower()
@@ -79,19 +80,18 @@ def settle_environment() -> None:
             raise UserError(f"the environment has {name}={os.environ[name]}: set it to true or false, or unset it")
         if name in REFUSED_VARIABLES and value not in ("", *FALSE):
             raise UserError(
-                f"the environment has {name}={os.environ[name]}, which these scripts do not do: unset it, or launch "
-                "with --config_file accelerate_config.yaml; CUDA_VISIBLE_DEVICES chooses devices"
+                f"the environment has {name}={os.environ[name]}, which is not supported: unset it, or launch with "
+                "--config_file accelerate_config.yaml (CUDA_VISIBLE_DEVICES selects devices)"
             )
         if name not in HEEDED:
             del os.environ[name]
 
 
 def start_processes() -> PartialState:
-    """Join the processes that the launcher started, each with a device of its own.
+    """Initialize the process group, one device per process.
 
     Raises:
-        UserError: there are fewer devices than processes, so that some would share one or believe to be alone; or the
-            processes cannot find each other.
+        UserError: there are fewer devices than processes, or the processes cannot connect.
     """
     n_launched, n_local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -109,8 +109,8 @@ def start_processes() -> PartialState:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the processes do not find each other ({reason}): look at the launcher's address and port (MASTER_ADDR, "
-            "MASTER_PORT), and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, which name a network of this machine"
+            f"the processes cannot connect to each other ({reason}): check the launcher's address and port "
+            "(MASTER_ADDR, MASTER_PORT) and this machine's network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from error
     if n_launched != state.num_processes:
         raise UserError(
@@ -121,8 +121,12 @@ def start_processes() -> PartialState:
 
 
 def check_driver() -> None:
-    """Raise a `UserError` if the driver is too old for this torch, which would silently use the CPU instead."""
-    with warnings.catch_warnings(action="ignore"):  # torch warns of the same, in many lines
+    """Check that the driver is recent enough for this torch, which would otherwise silently use the CPU.
+
+    Raises:
+        UserError: the driver is too old.
+    """
+    with warnings.catch_warnings(action="ignore"):  # torch's own warning fills many lines
         if torch.version.cuda is None or torch.cuda.is_available():
             return
         try:
@@ -137,9 +141,9 @@ def check_driver() -> None:
 
 
 def compute_deterministically(is_wanted: bool) -> None:
-    """Let torch use only deterministic operations, and its compiler choose kernels without timing them.
+    """Restrict torch to deterministic operations, and its compiler to choosing kernels without timing them.
 
-    An operation that has no deterministic form raises a `RuntimeError` when called. Call this before the first CUDA
+    An operation without a deterministic implementation then raises a `RuntimeError`. Call this before the first CUDA
     call: cuBLAS reads its setting once (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
     """
     if is_wanted:

@@ -1,8 +1,8 @@
-"""One writer per folder: a lock file that names the process which holds it.
+"""One writer per folder: a lock file that identifies the process holding it.
 
-The kernel's lock on the file (flock) ends with its process, however that ends. It may not reach other machines that
-share the folder, or not exist on their file system. The holder therefore writes a heartbeat into the file, and other
-machines take it for dead after `SILENCE_SECONDS` without one.
+The kernel releases the lock (flock) however its process ends. But flock may not be visible to other machines that
+share the folder, or not be supported by the file system. The holder therefore writes a heartbeat into the file, and
+other machines consider it dead after `SILENCE_SECONDS` without one.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from .files import LockState, follow_links, is_file_at, make_folder, try_lock
 
 HEARTBEAT_SECONDS = 15.0
 SILENCE_SECONDS = 120.0
-# The children of a killed process hold its lock until they notice.
+# Child processes of a killed holder keep its lock until they notice.
 PATIENCE_SECONDS = 3.0
 FILE_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock, as the lock file has it. Times are in seconds since 1970.
+    """The process that holds a lock, as recorded in the lock file. Times are in seconds since 1970.
 
     Attributes:
         host: name of the machine, for messages.
-        machine: identifies one boot of the machine, and one container's process ids (see `identify_machine`).
-        process_id: on that machine.
-        since: when the process took the lock.
+        machine: identifies one boot of the machine and one process-id namespace (see `identify_machine`).
+        process_id: in that namespace.
+        since: when the process acquired the lock.
         heartbeat: when it last confirmed that it holds the lock.
     """
 
@@ -51,19 +51,19 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether the process belongs to this machine, which can tell if it exists."""
+        """Whether the process runs on this machine, where its existence can be checked."""
         return self.machine == identify_machine()
 
 
 class FolderLock:
-    """The exclusive right to write to a folder, as a lock file in it. Also a context manager.
+    """A lock file that grants the exclusive right to write to a folder. Also a context manager.
 
     Args:
         folder: created if missing.
         name: of the lock file.
-        what: what the holder is doing to the folder, for the message to other processes.
-        is_shared: allow other holders once `share` is called. Heartbeats do not count then.
-        say: receives the notice of a wait, and of a file system on which a shared lock excludes nobody.
+        what: start of the error message that other processes get, up to the folder ("another x is working on").
+        is_shared: allow other holders once `share` is called; heartbeats are then ignored.
+        say: called with a notice before a wait, and if the file system does not support a shared lock.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class FolderLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock, unless this process has it; at once if the holder died on this machine.
+        """Acquire the lock, unless this process holds it; immediately if the holder died on this machine.
 
-        For a holder on another machine, wait for its next heartbeat, or for `SILENCE_SECONDS` without one.
+        If the holder is on another machine, wait for its next heartbeat, or for `SILENCE_SECONDS` without one.
 
         Raises:
             UserError: another process holds the lock.
@@ -94,25 +94,25 @@ class FolderLock:
             is_elsewhere = holder is not None and not holder.is_here and not self.is_shared
             if is_elsewhere and holder == first and waited < 2 * SILENCE_SECONDS:
                 if waited < 1:
-                    self._say(f"{self.path} belongs to {holder}: waiting {SILENCE_SECONDS:.0f} s for a heartbeat")
+                    self._say(f"{self.path} is held by {holder}: waiting {SILENCE_SECONDS:.0f} s for a heartbeat")
                 time.sleep(1)
             elif is_elsewhere or waited > PATIENCE_SECONDS:
                 who = f": {holder}" if holder is not None else ""
-                raise UserError(f"{self.what} {self.folder}{who}. Wait for it, or stop it")
+                raise UserError(f"{self.what} {self.folder}{who}: wait for it to finish, or stop it")
             time.sleep(0.05)
 
     def _try_to_take(self, waited: float) -> bool:
-        """Take the lock if it is free, or if its holder on another machine was silent while this process waited."""
-        for folder in (self.folder, self.path.parent):  # they differ if the file is a link
+        """Acquire the lock if it is free, or if its holder on another machine sent no heartbeat during the wait."""
+        for folder in (self.folder, self.path.parent):  # they differ if the lock file is a link
             make_folder(folder)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         state = try_lock(descriptor)
-        if state == "held" and self.is_shared:  # the first to come has it exclusively until it calls `share`
+        if state == "held" and self.is_shared:  # the first holder has it exclusively until it calls `share`
             state = try_lock(descriptor, is_exclusive=False)
-        # Without its name, the file is one that its holder has just removed, or whose folder it has moved.
+        # If the path refers to another file now, the holder just removed this one or moved its folder.
         is_free = is_file_at(descriptor, self.path) and self._is_free(state, read_holder(self.path), waited)
         if is_free and state == "held":
-            self.path.unlink(missing_ok=True)  # of a dead machine: nobody else would release it
+            self.path.unlink(missing_ok=True)  # the holder's machine is dead: nobody else would release it
         elif is_free and self._sign(descriptor, state):
             self._descriptor = descriptor
             return True
@@ -126,28 +126,28 @@ class FolderLock:
         return is_silent or (holder.is_here and not psutil.pid_exists(holder.process_id))
 
     def _sign(self, descriptor: int, state: LockState) -> bool:
-        """Write this process into the lock file, and return whether it holds the lock."""
+        """Record this process in the lock file, and return whether it holds the lock."""
         now = time.time()
         self._write(descriptor, Holder(platform.node(), identify_machine(), os.getpid(), now, now))
         if state == "unsupported" and self.is_shared:
-            self._say(f"the file system of {self.folder} has no locks: make sure that nothing else works there")
+            self._say(f"the file system of {self.folder} has no locks: make sure that no other process writes there")
         elif state == "unsupported":
-            time.sleep(0.2)  # of several processes that found it free at the same moment, the last to write has it
+            time.sleep(0.2)  # if several processes found it free at the same time, the last to write wins
             return self.is_ours()
         return True
 
     def share(self) -> None:
-        """Admit other holders to a lock that was created with `is_shared`."""
+        """Allow other holders of a lock that was created with `is_shared`."""
         try_lock(self._descriptor, is_exclusive=False)
 
     def beat(self) -> None:
         """Write a heartbeat if one is due and this process still holds the lock."""
         if time.time() - self._holder.heartbeat >= HEARTBEAT_SECONDS and self.is_ours():
-            with contextlib.suppress(OSError):  # a full disk may have room at the next beat
+            with contextlib.suppress(OSError):  # a full disk may have space by the next heartbeat
                 self._write(self._descriptor, replace(self._holder, heartbeat=time.time()))
 
     def start_beating(self, on_beat: Callable[[], None]) -> None:
-        """Write heartbeats from a thread until the release, and call `on_beat` after each."""
+        """Write heartbeats from a thread until `release`, calling `on_beat` after each."""
 
         def keep_beating() -> None:
             while not self._is_released.wait(HEARTBEAT_SECONDS):
@@ -165,7 +165,7 @@ class FolderLock:
         self.release()
 
     def describe_holder(self) -> dict[str, str | int]:
-        """Return, as JSON, what shows others whether this process is alive."""
+        """Return a JSON-compatible record from which others can see whether this process is alive."""
         return {
             "host": self._holder.host,
             "process_id": self._holder.process_id,
@@ -174,20 +174,24 @@ class FolderLock:
         }
 
     def is_ours(self) -> bool:
-        """Return whether this process still holds the lock: after a long suspension, another may have taken it."""
+        """Return whether this process still holds the lock: another may have taken it during a long suspension."""
         found = read_holder(self.path)
         return found is None or replace(found, heartbeat=self._holder.heartbeat) == self._holder
 
     def check(self) -> None:
-        """Raise a `UserError` if another process has taken the lock."""
+        """Check that this process still holds the lock.
+
+        Raises:
+            UserError: another process has taken the lock.
+        """
         if not self.is_ours():
             raise UserError(
-                f"{self.folder} was taken over by {read_holder(self.path)}: this process had sent no heartbeat for "
+                f"{self.folder} was taken over by {read_holder(self.path)}: this process had written no heartbeat for "
                 f"{SILENCE_SECONDS:.0f} s"
             )
 
     def release(self) -> None:
-        """Release the lock if this process holds it, and remove the folders that were created for it alone."""
+        """Release the lock if this process holds it, and remove folders that it created and that are empty."""
         if self._descriptor is None:
             return
         self._is_released.set()
@@ -201,19 +205,19 @@ class FolderLock:
                     self.path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
-        with contextlib.suppress(OSError):  # a folder is not empty
+        with contextlib.suppress(OSError):  # not empty
             for folder in self._created:
                 folder.rmdir()
 
     def _write(self, descriptor: int, holder: Holder) -> None:
-        # One write of constant length, so that nobody reads half of it; JSON may end in blanks.
+        # A single write of constant length, so that no reader sees half of it; JSON allows trailing spaces.
         content = json.dumps(asdict(holder)).encode()
         os.pwrite(descriptor, content.ljust(FILE_BYTES - 1) + b"\n", 0)
         self._holder = holder
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return the holder of a lock; `None` if there is none, or it has not written its name yet."""
+    """Return the holder of a lock; `None` if there is none, or it has not been recorded yet."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -221,7 +225,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def identify_machine() -> str:
-    """Return an identifier of this boot of this machine, and of this container's process ids."""
+    """Return an identifier of this boot of this machine, and of this container's process-id namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

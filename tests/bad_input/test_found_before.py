@@ -49,8 +49,8 @@ FLAGS = [
     (train, TINY | {"run_name": LONG_NAME}, "File name too long"),
     (eval_hellaswag, EVALUATE | {"output": LONG_NAME}, "File name too long"),
     (eval_hellaswag, EVALUATE | {"data_file": "../given/loop"}, "Too many levels of symbolic links"),
-    (prepare_data, PREPARE | {"output_dir": "../given/loop"}, "a link that leads to itself"),
-    (train, PLAN | {"data_dir": "caf\udce9"}, "must be text in UTF-8"),
+    (prepare_data, PREPARE | {"output_dir": "../given/loop"}, "a link that points to itself"),
+    (train, PLAN | {"data_dir": "caf\udce9"}, "valid UTF-8"),
     (eval_hellaswag, EVALUATE | {"output": "--"}, "--output: expected one value"),
     (eval_hellaswag, EVALUATE | {"output": "../given/items.jsonl"}, "is given twice"),
     (eval_hellaswag, EVALUATE | {"output": "x", "per_example": "x"}, "is given twice"),
@@ -70,9 +70,9 @@ def test_flags(script, settings, message):
 
 
 YAML = [
-    (b'data_dir: "\\0"\n', "must be text in UTF-8 without null characters"),
-    (b"skip_steps: ['--help']\n", "skip_steps must be a single value or a list of such"),
-    (b"skip_steps: [[a]]\n", "skip_steps must be a single value or a list of such"),
+    (b'data_dir: "\\0"\n', "without null characters"),
+    (b"skip_steps: ['--help']\n", "skip_steps must be a single value"),
+    (b"skip_steps: [[a]]\n", "skip_steps must be a single value"),
     (b"skip_steps: &a [*a]\n", "is not valid YAML"),
     (b"n_layer: " + b"[" * 50_000, "is not valid YAML"),
 ]

@@ -182,20 +182,20 @@ def test_a_checkpoint_behind_a_link_is_the_runs_own(disk):
 @pytest.mark.parametrize(
     ("name", "leads_to", "said"),
     [
-        ("run", "run", "leads to itself"),
-        ("run", "../../given/corpus/a.jsonl/runs", "is no folder"),
-        ("run/checkpoints", "../../../given/corpus/a.jsonl/there", "is no folder"),
+        ("run", "run", "points to itself"),
+        ("run", "../../given/corpus/a.jsonl/runs", "is not a folder"),
+        ("run/checkpoints", "../../../given/corpus/a.jsonl/there", "is not a folder"),
         ("run/checkpoints", "../../gone", "bring it back"),
         ("run/checkpoints", "final", "replaced with it"),
-        ("run/checkpoints/step_0000009", "step_0000009", "leads to itself"),
-        ("run/metrics.jsonl", "metrics.jsonl", "leads to itself"),
-        ("run/status.json", "/dev/null/there", "is no folder"),
+        ("run/checkpoints/step_0000009", "step_0000009", "points to itself"),
+        ("run/metrics.jsonl", "metrics.jsonl", "points to itself"),
+        ("run/status.json", "/dev/null/there", "is not a folder"),
         ("run/log.txt", "samples.jsonl", "replaced with it"),
         ("run/best", "checkpoints/step_0000002", "replaced with it"),
         ("run/final", ".", "replaced with it"),
         ("run/final", "..", "replaced with it"),
-        ("run/final", "/dev/shm", "a disk is mounted there"),
-        ("run/tensorboard", "/dev/null/there", "is no folder"),
+        ("run/final", "/dev/shm", "is a mount point"),
+        ("run/tensorboard", "/dev/null/there", "is not a folder"),
     ],
 )
 def test_a_link_that_no_run_can_use(name, leads_to, said):

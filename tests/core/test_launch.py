@@ -121,7 +121,7 @@ def test_what_a_run_would_not_be_itself_with_is_refused_by_name(shards, tmp_path
 def test_precision_that_a_cpu_lacks_becomes_float32_and_is_said(monkeypatch):
     accelerator = launch.start_accelerator("fp16")
     assert accelerator.mixed_precision == "no" and accelerator.scaler is None
-    assert "float32, because it has no fp16" in devices.describe_device(accelerator, "fp16")
+    assert "float32, because the device has no fp16" in devices.describe_device(accelerator, "fp16")
 
 
 @pytest.mark.parametrize("supported, precision", [(True, "bf16"), (False, "no")])

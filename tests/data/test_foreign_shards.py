@@ -62,7 +62,7 @@ OTHER_CONTENTS = [
     ("train.bin", np.arange(9, dtype="<i8").tofile, "four bytes"),
     ("x_train_000001.bin", np.arange(9, dtype="<u2").tofile, "no header"),
     ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240801, version=7), "Llama 3"),
-    ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240326), "GPT-2 model of llm.c"),
+    ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240326), "llm.c GPT-2 model"),
     ("x_train.bin", lambda path: write_llmc(path, [1, 2], version=2), "version 1"),
     ("x_train.bin", lambda path: write_llmc(path, [1, 2], count=1), "longer than it says"),
     ("x_train.bin", write_bytes((20240520).to_bytes(4, "little")), "version 1"),

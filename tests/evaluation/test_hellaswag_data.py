@@ -179,7 +179,7 @@ def test_every_form_in_which_the_items_come_is_read(tmp_path, form):
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"PK\3\4" + bytes(20), "zip archive"),
         (b"\x93NUMPY" + bytes(20), "NumPy"),
-        ((20240522).to_bytes(4, "little") + bytes(1020), "questions of llm.c"),
+        ((20240522).to_bytes(4, "little") + bytes(1020), "an llm.c file of multiple-choice questions"),
         (b"PAR1 and no more", "cannot read"),
         (b"ARROW1 and no more", "cannot read"),
         (b"\xff\xff\xff\xff and no more", "cannot read"),

@@ -48,9 +48,9 @@ def test_llmc_s_other_files_are_refused(tmp_path):
         (content[:16] + b"\0\0\0\0" + content[20:], "is damaged"),
         (content[:16] + b"\xff\xff\xff\x7f" + content[20:], "is damaged"),
         (content[:16] + b"\xff\xff\xff\xff" + content[20:], "is damaged"),
-        ((20240327).to_bytes(4, "little") + content[4:], "debug state of llm.c"),
-        ((20240520).to_bytes(4, "little") + content[4:], "token shard of llm.c"),
-        ((20240803).to_bytes(4, "little") + content[4:], "Llama 3 model of llm.c"),
+        ((20240327).to_bytes(4, "little") + content[4:], "llm.c debug state"),
+        ((20240520).to_bytes(4, "little") + content[4:], "llm.c token shard"),
+        ((20240803).to_bytes(4, "little") + content[4:], "llm.c Llama 3 model"),
     ]:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=complaint):

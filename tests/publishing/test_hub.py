@@ -284,13 +284,13 @@ def test_repository_is_public_only_when_asked(hub, finished_run, run):
 
 MISTAKES = {
     "no token": (["--repo_id=me/new"], "", "run `hf auth login` or set HF_TOKEN"),
-    "expired token": (["--repo_id=me/new"], "hf_expired0123456789", "the token: the Hub refuses access (401"),
+    "expired token": (["--repo_id=me/new"], "hf_expired0123456789", "the token: the Hub denied access (401"),
     "token to read": (["--repo_id=me/new"], READER, "me has no write access to me/new"),
     "foreign namespace": (["--repo_id=stranger/new"], ME, "no write access to stranger/new: pass a --repo_id of"),
     "foreign repository": (["--repo_id=stranger/public"], ME, "me has no write access to stranger/public"),
     "dataset": (["--repo_id=me/corpus"], ME, "me/corpus is a dataset, not a model: pass another --repo_id"),
     "another model": (["--repo_id=bert"], ME, "me/bert does not look like a model from this package"),
-    "name": (["--repo_id=me/a/b"], ME, "no name on the Hub: check the name"),
+    "name": (["--repo_id=me/a/b"], ME, "nor a valid Hub id"),
 }
 
 
@@ -395,7 +395,7 @@ def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
     hub.fail("/commit/", "500", times=1)
     result = run("train", *flags(shards, tmp_path, "mended", push_to_hub=True, **QUICK))
     assert result.code == 0, result.err
-    assert result.out.count("publishing failed; training continues, retrying later: the Hub answers 500") == 1
+    assert result.out.count("publishing failed; training continues, retrying later: the Hub returned 500") == 1
     assert hub.repositories["models/me/mended"].tags == TAGS
 
 

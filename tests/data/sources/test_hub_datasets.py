@@ -233,7 +233,7 @@ def test_finished_folder_is_recognised_without_the_hub(run, hub, tmp_path):
     before = hash_folder(tmp_path / "out")
     hub.stop()
     result = run("--dataset", "org/edufineweb")
-    assert (result.code, "already there" in result.out) == (0, True)
+    assert (result.code, "already exists" in result.out) == (0, True)
     check_is_one_line(run(), "dataset_name (org/edufineweb there)")
     assert hash_folder(tmp_path / "out") == before
 
@@ -243,7 +243,10 @@ MISTAKES = {
     "column of lines": (["--dataset=org/edufineweb", "--text_column=story"], "--text_column one of url, text"),
     "kind of column": (["--text_column", "score"], "holds double, not strings"),
     "dataset": (["--dataset", "org/none"], "the Hub has no dataset 'org/none'"),
-    "name": (["--dataset", "org/none/at/all"], "the dataset 'org/none/at/all' is no local folder, and no name"),
+    "name": (
+        ["--dataset", "org/none/at/all"],
+        "'org/none/at/all' is neither a local folder nor a valid Hub id",
+    ),
     "config": (["--dataset_config_name", "sample-1T"], "'sample-10BT'"),
     "split": (["--split", "test"], "Available splits: ['train'] (see --split)"),
     "revision": (["--revision", "v9"], "the dataset 'HuggingFaceFW/fineweb-edu' has no such --revision"),
@@ -269,7 +272,7 @@ def test_tokens_open_what_they_may_and_are_never_shown(run, tmp_path):
     check_is_one_line(run("--dataset", "org/gated", token=STRANGER), "is gated: accept its terms")
     check_is_one_line(run("--dataset", "org/private", token=STRANGER), "the Hub has no dataset 'org/private'")
     result = run(token="hf_expired0123456789")
-    check_is_one_line(result, "error: the dataset 'HuggingFaceFW/fineweb-edu': the Hub refuses access (401")
+    check_is_one_line(result, "error: the dataset 'HuggingFaceFW/fineweb-edu': the Hub denied access (401")
     assert "hf_expired" not in result.err
 
 
@@ -297,7 +300,7 @@ def test_hub_that_fails_in_mid_run_keeps_what_is_finished(run, hub, expected, tm
     hub.fail("002.parquet", failure)
     result = run(num_workers=num_workers)
     check_is_one_line(result, "the dataset 'HuggingFaceFW/fineweb-edu', file 3 of 3 (sample/10BT/002.parquet): the ")
-    assert "2 finished pieces are kept: the same command goes on from there" in result.err
+    assert "2 finished pieces are kept: the same command resumes" in result.err
     assert hub.count_requests("002.parquet") < 20
     hub.start()
     hub.heal()
@@ -310,7 +313,7 @@ def test_hub_that_fails_in_mid_run_keeps_what_is_finished(run, hub, expected, tm
     finally:
         hub.repositories[FINEWEB_EDU].references["main"] = begun
     assert result.code == 0, result.err
-    assert "2 pieces are finished" in result.out
+    assert "2 pieces finished" in result.out
     assert hash_shards(tmp_path / "out") == expected
     assert load_manifest(tmp_path / "out").source["revision"] == begun
     assert hub.count_requests("001.parquet") == 0
@@ -321,7 +324,7 @@ def test_no_file_is_begun_once_one_has_failed(run, hub):
     for i in range(2, 8):
         hub.fail(f"train-{i}.parquet", "slow")
     result = run("--dataset", "org/many", num_workers=2)
-    check_is_one_line(result, "file 2 of 8 (train-1.parquet): the Hub refuses access (403 Forbidden)")
+    check_is_one_line(result, "file 2 of 8 (train-1.parquet): the Hub denied access (403 Forbidden)")
     assert hub.count_requests("train-0.parquet") > 0
     assert hub.count_requests("train-4.parquet") == hub.count_requests("train-5.parquet") == 0
 
