@@ -52,8 +52,8 @@ FLAGS = [
     (prepare_data, PREPARE | {"output_dir": "../given/loop"}, "a link that points to itself"),
     (train, PLAN | {"data_dir": "caf\udce9"}, "valid UTF-8"),
     (eval_hellaswag, EVALUATE | {"output": "--"}, "--output: expected one value"),
-    (eval_hellaswag, EVALUATE | {"output": "../given/items.jsonl"}, "is given twice"),
-    (eval_hellaswag, EVALUATE | {"output": "x", "per_example": "x"}, "is given twice"),
+    (eval_hellaswag, EVALUATE | {"output": "../given/items.jsonl"}, "must be different files"),
+    (eval_hellaswag, EVALUATE | {"output": "x", "per_example": "x"}, "must be different files"),
     # What works, and was refused: a size that some of the example numbers of processes do not divide.
     (train, PLAN | {"micro_batch_size": 2}, None),
 ]
