@@ -44,7 +44,7 @@ quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Runs all benchmarks sequentially (about 45 minutes on two cores) and writes docs/benchmarks.md. A failing benchmark
+# Runs all benchmarks sequentially (about 50 minutes on two cores) and writes docs/benchmarks.md. A failing benchmark
 # does not stop the others. HellaSwag's items are read from .gpu/hellaswag_val.jsonl.gz if it exists.
 bench: install
 	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev,bench]'

@@ -59,7 +59,7 @@ def run(source: Path, target: Path, num_workers: int) -> tuple[int, float, int]:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__, "prepare_data_memory")
     parser.add_argument("--tokens", type=float, nargs="+", default=[100e6, 300e6], help="approximate sizes")
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--texts", nargs="+", default=["zipfian", "new words"], choices=TEXTS)
     parser.add_argument("--num_workers", type=int, default=count_cores())
     options = parser.parse_args(argv)
     report = Report("prepare_data_memory", options)
