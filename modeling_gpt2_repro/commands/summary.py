@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.arguments import Config, setting
-from ..core.errors import UserError
+from ..core.errors import UserError, format_line
 from ..core.terminal import get_columns, wrap_text
 from ..data.shards import MAX_VOCAB_SIZE, load_manifest
 from ..data.unigram import measure_unigram_loss
-from ..publishing.scores import ACCURACIES, describe_score, list_scores, read_training_scores
+from ..publishing.scores import ACCURACIES, Score, describe_score, list_scores, read_training_scores
 from ..training.building import build_skeleton
 from ..training.config import TrainingConfig
 from ..training.console import format_duration
@@ -58,8 +58,7 @@ def summarize(folder: RunFolder, columns: int) -> list[str]:
         *describe_scores(folder, last),
     ]
     for label, text in rows:
-        first, *others = wrap_text(text, columns, indent)
-        lines += [_start_line(label) + first, *others]
+        lines += wrap_text(_start_line(label) + text, columns, indent)
     places = {"model": folder.final, "curves": folder.curves, "numbers": folder.metrics}
     return lines + [_start_line(label) + str(path) for label, path in places.items() if path.exists()]
 
@@ -80,11 +79,11 @@ def describe_losses(folder: RunFolder, metrics: Sequence[Metrics]) -> Iterator[R
         vocab_size = find_vocab_size(folder, config)
         n_windows = config.eval_tokens // config.sequence_length
         loss = measure_unigram_loss(config.data_dir, n_windows, config.sequence_length, vocab_size)
-        yield "unigram entropy", f"{loss:.4f}, the loss of a model that knows only how frequent each token is"
+        yield "unigram entropy", f"{loss:.4f}, from token frequencies alone"
     except UserError as error:
         vocab_size = find_vocab_size(folder, None)
-        yield "unigram entropy", f"not available: {error}"
-    yield "chance", f"{math.log(vocab_size):.4f}, the logarithm of the vocabulary size, {vocab_size:,}"
+        yield "unigram entropy", f"not available: {format_line(str(error))}"
+    yield "chance", f"{math.log(vocab_size):.4f}, ln {vocab_size:,}"
 
 
 def find_vocab_size(folder: RunFolder, config: TrainingConfig | None) -> int:
@@ -107,7 +106,7 @@ def describe_samples(samples: Sequence[dict[str, Any]], last_step: int) -> Itera
     for sample in (first, last) if first is not last else (last,):
         if sample is not None:
             names = {0: "before training", last_step: "after training"}
-            yield names.get(sample["step"], f"step {sample['step']:,}"), str(sample.get("text"))
+            yield names.get(sample["step"], f"step {sample['step']:,}"), format_line(str(sample.get("text")))
 
 
 def describe_speed(metrics: Sequence[Metrics]) -> Iterator[Row]:
@@ -121,27 +120,27 @@ def describe_speed(metrics: Sequence[Metrics]) -> Iterator[Row]:
     full_flops = count_flops_per_token(build_skeleton(full, GPT2_VOCAB_SIZE), full.sequence_length)
     flops = last.get("train/flops", 0) / tokens if (tokens := last.get("train/tokens", 0)) > 0 else 0
     seconds = FULL_RUN_TOKENS * (full_flops / flops if flops > 0 else 1) / rate
-    model = (
-        f"{full_flops / 1e6:,.0f} M FLOPs per token, against {flops / 1e6:,.0f} M here"
-        if flops > 0
-        else "if this model costs as much per token, which the metrics do not record"
-    )
+    if flops > 0:
+        model = f"the 124M model ({full_flops / 1e6:,.0f} M FLOPs per token, {flops / 1e6:,.0f} M here)"
+    else:
+        model = "this model (the metrics do not record FLOPs; the 124M model may need more)"
     advice = "; it is made for GPUs" if seconds > LONG_SECONDS else ""
-    yield (
-        "full run",
-        f"at this rate, the full run of 10 B tokens (124M model: {model}) would take {format_duration(seconds)}"
-        f"{advice}",
-    )
+    yield "full run", f"10 B tokens at this rate would take {format_duration(seconds)} with {model}{advice}"
 
 
 def describe_scores(folder: RunFolder, last: Metrics) -> Iterator[Row]:
     """Describe the HellaSwag scores of the finished model by eval_hellaswag.py or, without any, those in training."""
     scores = list_scores(folder)
     for name in dict.fromkeys(score["data"] for score in scores):
-        yield "HellaSwag items", name
+        yield "HellaSwag items", format_line(name)
         for score in (score for score in scores if score["data"] == name):
-            for metric in ACCURACIES:
-                yield f"{score['protocol']}", f"{metric} {describe_score(score, metric)}"
+            yield from _describe_accuracies(score["protocol"], score)
     if not scores:
         for protocol, score in read_training_scores(last).items():
-            yield f"{protocol}", f"acc_norm {describe_score(score, 'acc_norm')}, in training"
+            yield from _describe_accuracies(protocol, score)
+
+
+def _describe_accuracies(protocol: str, score: Score) -> Iterator[Row]:
+    for label, metric in zip((protocol, ""), ACCURACIES, strict=True):
+        if metric in score:
+            yield label, f"{metric} {describe_score(score, metric)}"

@@ -4,8 +4,6 @@ import shutil
 import unicodedata
 from collections.abc import Iterator
 
-from .errors import escape_controls
-
 # Of an output that is not a terminal.
 DEFAULT_COLUMNS = 80
 
@@ -23,22 +21,21 @@ def count_columns(text: str) -> int:
     )
 
 
-def wrap_text(text: str, columns: int, indent: str = "") -> list[str]:
-    """Break a text between words, or inside words that are too long, into lines of at most `columns` columns.
+def wrap_text(line: str, columns: int, indent: str = "") -> list[str]:
+    """Break a line between words, or inside words that are too long, into lines of at most `columns` columns.
 
-    Line breaks and runs of spaces become single spaces, and control characters escapes. `indent` begins all lines but
-    the first, for which the caller has written as many columns already.
+    `indent` begins all lines but the first. Spaces between words are kept, except those at a break.
     """
-    room = max(columns - count_columns(indent), 1)
-    lines = [""]
-    for word in escape_controls(" ".join(text.split())).split(" "):
-        candidate = f"{lines[-1]} {word}" if lines[-1] else word
+    lines, room = [""], columns
+    for number, word in enumerate(line.split(" ")):
+        candidate = f"{lines[-1]} {word}" if number else word
         if count_columns(candidate) <= room:
             lines[-1] = candidate
-        else:
-            pieces = list(_break_word(word, room))
-            lines = [*lines, *pieces] if lines[-1] else pieces
-    return [lines[0], *(indent + line for line in lines[1:])]
+        elif word:
+            room = max(columns - count_columns(indent), 1)
+            lines += _break_word(word, room)
+    first, *others = (each.rstrip() for each in lines)
+    return [first, *(indent + each.lstrip() for each in others)]
 
 
 def _break_word(word: str, room: int) -> Iterator[str]:

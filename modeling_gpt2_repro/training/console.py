@@ -6,8 +6,13 @@ import time
 from tqdm import tqdm
 
 from ..core.streams import outliving_readers
+from ..core.terminal import get_columns, wrap_text
 
 SECONDS_BETWEEN_LINES = 15
+LABEL_INDENT = " " * 12
+# A bar leaves room for all numbers from this width on; tqdm's own rate, in steps, says less than tokens/s.
+WIDE_COLUMNS = 110
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Console:
@@ -21,9 +26,11 @@ class Console:
         self.first_line: float | None = None
 
     def say(self, *lines: str) -> None:
-        """Print lines, above the progress bar if there is one."""
+        """Print lines, above the progress bar if there is one; a terminal gets them wrapped below their labels."""
         if self.enabled:
             with outliving_readers():
+                if sys.stdout.isatty():
+                    lines = tuple(part for line in lines for part in wrap_text(line, get_columns(), LABEL_INDENT))
                 tqdm.write("\n".join(lines))
                 sys.stdout.flush()
 
@@ -32,18 +39,19 @@ class Console:
         self.max_steps = max_steps
         is_hidden = not (self.enabled and sys.stderr.isatty())
         with outliving_readers():
-            self.bar = tqdm(initial=step, total=max_steps, unit="step", dynamic_ncols=True, disable=is_hidden)
+            self.bar = tqdm(
+                initial=step, total=max_steps, bar_format=BAR_FORMAT, dynamic_ncols=True, disable=is_hidden
+            )
 
     def show_step(self, step: int, metrics: dict[str, float]) -> None:
         """Show the metrics of update `step`."""
         now = time.monotonic()
-        numbers = (
-            f"loss {metrics['train/loss']:.3f}  lr {metrics['train/lr']:.1e}  "
-            f"grad norm {metrics['train/grad_norm']:.2f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
-        )
+        loss, rate = f"loss {metrics['train/loss']:.3f}", f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
+        numbers = f"{loss}  lr {metrics['train/lr']:.1e}  grad norm {metrics['train/grad_norm']:.2f}  {rate}"
         if not self.bar.disable:
+            is_wide = get_columns() >= WIDE_COLUMNS
             with outliving_readers():
-                self.bar.set_postfix_str(numbers, refresh=False)
+                self.bar.set_postfix_str(numbers if is_wide else f"{loss}  {rate}", refresh=False)
                 self.bar.update()
         elif self.first_line is None or now - self.last_line >= SECONDS_BETWEEN_LINES or step == self.max_steps:
             line = f"step {step}/{self.max_steps}  {numbers}"

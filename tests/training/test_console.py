@@ -43,6 +43,36 @@ def test_one_bar_on_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_the_bar_fits_a_terminal_and_keeps_the_loss_and_the_rate(monkeypatch, columns):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console = Console(enabled=True)
+    console.start(0, 19073)
+    console.bar.dynamic_ncols = lambda _: (columns, 40)
+    console.show_step(1, METRICS)
+    console.bar.refresh()
+    console.close()
+    last = terminal.getvalue().rstrip("\n").split("\r")[-1]
+    assert len(last) <= columns and last.rstrip().endswith("tokens/s]")
+    assert "1/19073" in last and "loss 3.142" in last
+    assert ("grad norm 0.50" in last) == (columns > 80)
+
+
+def test_long_lines_are_wrapped_on_a_terminal_only(monkeypatch, capsys):
+    line = "step        " + "many words " * 12
+    monkeypatch.setenv("COLUMNS", "80")
+    Console(enabled=True).say(line)
+    assert capsys.readouterr().out == line + "\n"
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    Console(enabled=True).say(line)
+    first, *others = terminal.getvalue().splitlines()
+    assert others and all(len(each) <= 80 and each.startswith(" " * 12) for each in others)
+    assert " ".join([first, *others]).split() == line.split()
+
+
 def test_only_one_process_speaks(capsys):
     console = Console(enabled=False)
     console.say("hello")
