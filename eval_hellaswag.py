@@ -119,14 +119,13 @@ def report_scores(config: HellaSwagConfig, results: Sequence[HellaSwagResult], i
 def format_scores(results: Sequence[HellaSwagResult], with_published: bool) -> str:
     """Format a table with one line per protocol and metric, optionally with columns for published scores."""
     published_models = PUBLISHED_MODELS if with_published else ()
-    rows = [["protocol", "metric", "score", "stderr", "n", *published_models]]
+    rows = [["protocol", "metric", "score", *published_models]]
     for result in results:
         for metric in ("acc", "acc_norm"):
-            published = PUBLISHED_SCORES[result.protocol, metric]
-            numbers = [getattr(result, metric), getattr(result, f"{metric}_stderr")]
-            numbers += map(published.get, published_models)
-            score, stderr, *others = ("-" if number is None else format_score(number) for number in numbers)
-            rows.append([result.protocol, metric, score, stderr, str(result.n), *others])
+            score = format_score(getattr(result, metric), getattr(result, f"{metric}_stderr"), result.n)
+            published = map(PUBLISHED_SCORES[result.protocol, metric].get, published_models)
+            others = ("-" if number is None else f"{number:.4f}" for number in published)
+            rows.append([result.protocol, metric, score, *others])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for result in results:

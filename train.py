@@ -238,10 +238,11 @@ def accumulate_gradients(run: Run, batches: Iterator[torch.Tensor]) -> tuple[tor
 def evaluate(run: Run, step: int) -> None:
     """Compute validation loss, HellaSwag and samples of the model after `step` updates, each if due."""
     config, plan, record = run.config, run.plan, run.record
-    metrics = {}
+    metrics, lines = {}, []
     if plan.is_due(config.eval_every, step):
         validation = run.inputs.evaluate_loss(run.model, plan.micro_batch_size, run.accelerator)
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
+        lines.append(f"val/loss {validation.loss:.4f}, val/bpb {validation.bpb:.4f}")
         if config.save_best and metrics["val/loss"] < record.best_val_loss and run.accelerator.is_main_process:
             save_best(run, step, metrics)
     if plan.is_due(config.hellaswag_every, step):
@@ -251,10 +252,10 @@ def evaluate(run: Run, step: int) -> None:
             with run.accelerator.autocast():
                 result = evaluate_hellaswag(run.model, encoded, accelerator=run.accelerator, show_progress=False)
             metrics |= result.metrics()
+            lines += result.describe()
     if metrics:
         record.log(step, metrics)
-        shown = {name: value for name, value in metrics.items() if not name.endswith(("_stderr", "/n"))}
-        run.console.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        run.console.say(*(f"step {step}: {line}" for line in lines))
     if plan.is_due(config.sample_every, step) and run.accelerator.is_main_process:
         prompt, seed = config.sample_prompt, config.seed + step
         texts = generate_samples(run.model, run.inputs.tokenizer, prompt, n_tokens=config.sample_tokens, seed=seed)

@@ -77,7 +77,8 @@ def test_scores_are_printed_and_written_by_protocol(model_folder, tmp_path, caps
         for metric, field in (("acc", "predicted"), ("acc_norm", "predicted_norm")):
             assert scores[metric] == sum(example[field] == example["label"] for example in own) / LIMIT
             row = next(line.split() for line in printed.splitlines() if line.split()[:2] == [protocol, metric])
-            assert row[2:] == [f"{scores[metric]:.4f}", f"{scores[f'{metric}_stderr']:.4f}", str(LIMIT)]
+            expected = f"{scores[metric]:.4f} ± {scores[f'{metric}_stderr']:.4f} (chance 0.25, {LIMIT} items)"
+            assert " ".join(row[2:]) == expected
     assert set(examples[0]) == {"protocol", "ind", "label", "nll", "predicted", "predicted_norm"}
     assert "GPT-2" not in printed
 
@@ -103,8 +104,9 @@ def test_published_figures_stand_beside_the_full_validation_set_only():
     header, _, original, _, lm_eval, *note = eval_hellaswag.format_scores(results, with_published=True).splitlines()
     models = ["GPT-2 124M", "GPT-2 350M", "GPT-2 774M", "GPT-2 1558M", "GPT-3 125M"]
     assert [header.index(model) for model in models] == sorted(header.index(model) for model in models)
-    assert original.split()[5:] == ["0.2955", "0.3752", "0.4320", "0.4893", "0.3370"]
-    assert lm_eval.split() == ["lm_eval", "acc_norm", "0.3100", "0.0046", "10042", "0.3114", "-", "-", "0.5089", "-"]
+    assert original.split()[9:] == ["0.2955", "0.3752", "0.4320", "0.4893", "0.3370"]
+    assert lm_eval.split()[:5] == ["lm_eval", "acc_norm", "0.3100", "±", "0.0046"]
+    assert "(chance 0.25, 10,042 items)" in lm_eval and lm_eval.split()[9:] == ["0.3114", "-", "-", "0.5089", "-"]
     assert "not measured here" in " ".join(note)
     assert "GPT" not in eval_hellaswag.format_scores(results, with_published=False)
 

@@ -61,7 +61,7 @@ def test_it_shows_a_run_and_measures_its_model(shards, tmp_path):
     )
     assert measured == pytest.approx(recorded, abs=2e-4)
     first, last = find_lines(text, "first 3 items of hellaswag_sample.jsonl, original:", "in the run, original:")
-    assert first.split("acc_norm ")[1].split(",")[0] == last.split("acc_norm ")[1]
+    assert first.split("acc_norm ")[1].split()[0] == last.split("acc_norm ")[1]
     assert "step     12  " in text and "detecting periods needs at least 128 steps" in text
     assert text.count("> Hello, I'm a language model,") == 3
 

@@ -139,9 +139,9 @@ def format_baseline(baseline: Baseline) -> str:
         if val["val/bpb"] is not None:
             lines.append(f"  bpb       {val['val/bpb']:.4f} bits per byte")
     if score := baseline.hellaswag:
-        lines.append(f"HellaSwag   {score['n']:,} items: {score['name']}, protocol {score['protocol']}")
-        lines.append(f"  acc_norm  {format_score(score['acc_norm'], score['acc_norm_stderr'])}")
-        lines.append(f"  acc       {format_score(score['acc'], score['acc_stderr'])}")
+        lines.append(f"HellaSwag   {score['name']}, protocol {score['protocol']}")
+        lines.append(f"  acc_norm  {format_score(score['acc_norm'], score['acc_norm_stderr'], score['n'])}")
+        lines.append(f"  acc       {format_score(score['acc'], score['acc_stderr'], score['n'])}")
         if score["n_truncated"]:
             lines.append(f"  truncated {score['n_truncated']:,} contexts on the left, to fit the model")
     return "\n".join(lines)

@@ -20,12 +20,14 @@ from ..core.devices import compute_once
 from ..core.errors import UserError
 from ..model.limits import get_max_positions
 from .hellaswag_protocols import EncodedHellaSwag, EncodedItem
-from .multiple_choice import compute_accuracies, pick_endings
+from .multiple_choice import compute_accuracies, format_score, pick_endings
 from .scoring import can_share_context, choose_batch_tokens, evaluation_mode, score_items
 from .shared_context import EncodedChoices, build_rows, plan_batches
 
 # Prefix of a run's metrics, by protocol.
 METRIC_PREFIXES = {"original": "hellaswag", "lm_eval": "hellaswag_lm_eval"}
+# Where stderr is not a terminal, a short evaluation shows no progress, and a long one little.
+SECONDS_BETWEEN_REPORTS = 15
 SCORE_NAMES = ("acc_norm", "acc", "acc_norm_stderr", "acc_stderr", "n")
 
 
@@ -66,6 +68,14 @@ class HellaSwagResult:
         values = {name: getattr(self, name) for name in SCORE_NAMES}
         prefix = METRIC_PREFIXES[self.protocol]
         return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
+
+    def describe(self) -> list[str]:
+        """Return a line per accuracy, with its standard error beside chance, under its metric name in a run."""
+        prefix, values = METRIC_PREFIXES[self.protocol], vars(self)
+        return [
+            f"{prefix}/{name} {format_score(values[name], values[f'{name}_stderr'], self.n)}"
+            for name in ("acc_norm", "acc")
+        ]
 
     def per_example(self) -> list[dict[str, Any]]:
         """Return one JSON-serializable object per item."""
@@ -153,7 +163,10 @@ def score_batches(
     """Return the summed negative log-probabilities of the endings by item index; a batch is a list of item indices."""
     nll: dict[int, list[float]] = {}
     n_correct, n_items = 0, sum(map(len, batches))
-    with tqdm(total=n_items, desc=f"HellaSwag {encoded.protocol}", unit="item", disable=not show_progress) as bar:
+    is_log = not sys.stderr.isatty()
+    options = {"delay": SECONDS_BETWEEN_REPORTS, "mininterval": SECONDS_BETWEEN_REPORTS} if is_log else {}
+    options |= {"desc": f"HellaSwag {encoded.protocol}", "unit": "item", "leave": False, "dynamic_ncols": True}
+    with tqdm(total=n_items, disable=not show_progress, **options) as bar:
         for batch in batches:
             batch_nll = score_items(model, [rows[index] for index in batch], selects_places)
             for index, sums in zip(batch, batch_nll, strict=True):

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+CHANCE = 0.25  # accuracy of guessing one of four endings
+
 
 def pick_endings(nll: Sequence[float], lengths: Sequence[int]) -> tuple[int, int]:
     """Return the indices of the most probable ending by sum and by mean over length. Ties go to the first.
@@ -35,6 +37,13 @@ def compute_accuracies(picked: Sequence[tuple[int, int]], labels: Sequence[int])
     return result
 
 
-def format_score(score: float, stderr: float | None = None) -> str:
-    """Format an accuracy and, if known, its standard error, e.g. `0.2955 +- 0.0046`."""
-    return f"{score:.4f}" if stderr is None else f"{score:.4f} +- {stderr:.4f}"
+def format_score(score: float, stderr: float | None = None, n: int | None = None) -> str:
+    """Format an accuracy with its standard error beside chance, e.g. `0.2708 ± 0.0642 (chance 0.25, 48 items)`.
+
+    Args:
+        stderr: standard error; `None` if unknown.
+        n: number of items; `None` if unknown.
+    """
+    error = "" if stderr is None else f" ± {stderr:.4f}"
+    items = "" if n is None else f", {n:,} items"
+    return f"{score:.4f}{error} (chance {CHANCE}{items})"

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from ..evaluation.multiple_choice import CHANCE
 from ..training.metrics import EVERY_STEP
 from .curves import Curves, Series
 from .figures import RUN_COLORS, TRAIN_COLOR, VAL_COLOR, finish_axes, format_count, make_drawable
@@ -26,7 +27,6 @@ SCORES = {
     LM_EVAL_SCORE: {"protocol": "lm_eval", "style": {"marker": "s", "linestyle": ":", "fillstyle": "none"}},
 }
 FAINT = {"alpha": 0.22, "linewidth": 0.6}  # raw values behind their moving average
-CHANCE = 0.25
 SMALLEST_SCORE_SPAN = 0.04  # about ±4 standard errors on HellaSwag's validation split
 SMALL_PANELS = {
     "train/lr": "learning rate",

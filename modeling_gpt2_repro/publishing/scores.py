@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from ..core.errors import format_line
 from ..evaluation.hellaswag import METRIC_PREFIXES, SCORE_NAMES
 from ..evaluation.hellaswag_data import DATASET_NAME, DATASET_REVISION
+from ..evaluation.multiple_choice import format_score
 from ..model.folder import identify_weights
 from ..plots.references import is_scored_on_validation_split
 from ..training.config import TrainingConfig
@@ -115,10 +116,10 @@ def choose_validation_split_scores(
 
 
 def describe_score(score: Score, metric: str) -> str:
-    """Format a score with its standard error, number of items and precision, as far as known."""
+    """Format a score as `format_score` does, with its precision, as far as known."""
     stderr, n, dtype = score.get(f"{metric}_stderr"), score.get("n"), score.get("dtype")
-    error = f" ± {stderr:.4f} (standard error)" if isinstance(stderr, float) else ""
-    return f"{score[metric]:.4f}{error}" + (f", {n:,} items" if n else "") + (f", in {dtype}" if dtype else "")
+    text = format_score(score[metric], stderr if isinstance(stderr, float) else None, int(n) if n else None)
+    return text + (f", in {dtype}" if dtype else "")
 
 
 def build_eval_results(scores: Mapping[str, Score]) -> list[EvalResult]:

@@ -123,7 +123,7 @@ def test_scores_of_the_finished_model_replace_those_in_training(run_folder, caps
     text, error = capsys.readouterr()
     (line,) = error.splitlines()
     assert "hellaswag_gpt2.json" in line and "gpt2" in line
-    assert "items.jsonl" in text and "acc_norm 0.5000 ± 0.1000" in text and "26 items" in text
+    assert "items.jsonl" in text and "acc_norm 0.5000 ± 0.1000 (chance 0.25, 26 items), in float32" in text
     assert "0.2604" not in text
 
 

@@ -128,7 +128,7 @@ def test_tokens_without_bytes_leave_bits_a_byte_out(path):
 def test_format_says_what_was_measured_and_nothing_else():
     lines = format_baseline(BASELINE).splitlines()
     assert lines[0].split() == ["model", "gpt2"]
-    assert "  acc_norm  0.3000 +- 0.0700" in lines
+    assert "  acc_norm  0.3000 ± 0.0700 (chance 0.25, 48 items)" in lines
     assert any("2 contexts" in line for line in lines)
     assert "HellaSwag" not in format_baseline(dataclasses.replace(BASELINE, hellaswag=None))
     assert "nats" not in format_baseline(dataclasses.replace(BASELINE, validation=None))

@@ -1,7 +1,9 @@
 """Scores on HellaSwag: what is computed, and that nothing but model, items and protocol changes the numbers."""
 
+import functools
 import math
 import random
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag, reduce_nll
-from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
+from modeling_gpt2_repro.evaluation import hellaswag
+from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult, evaluate_hellaswag, reduce_nll
+from modeling_gpt2_repro.evaluation.hellaswag_data import N_ENDINGS, SAMPLE_FILE, load_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, EncodedItem, encode_hellaswag
+from modeling_gpt2_repro.evaluation.multiple_choice import CHANCE, format_score
 
 REAL_FILE = Path(__file__).parents[3] / "shared" / "data" / "hellaswag_val.jsonl"
 
@@ -165,10 +169,17 @@ def test_plain_rows_are_said_once(tokenizer, sample, capsys):
     assert line.startswith("GPT2WithoutMask does not support a 4-D attention mask")
 
 
-def test_progress_says_the_protocol_and_the_running_score(model, tokenizer, sample, capsys):
-    evaluate_hellaswag(model, encode_hellaswag(sample[:4], tokenizer, "lm_eval"), batch_tokens=1)
+def test_progress_says_the_protocol_and_the_running_score(model, tokenizer, sample, capsys, monkeypatch):
+    encoded = encode_hellaswag(sample[:4], tokenizer, "lm_eval")
+    evaluate_hellaswag(model, encoded, batch_tokens=1)
+    assert capsys.readouterr().err == ""  # a log
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    # Shown after every batch, however fast.
+    monkeypatch.setattr(hellaswag, "tqdm", functools.partial(hellaswag.tqdm, mininterval=0, miniters=1))
+    evaluate_hellaswag(model, encoded, batch_tokens=1)
     bar = capsys.readouterr().err
     assert "HellaSwag lm_eval" in bar and "4/4" in bar and "acc_norm 0." in bar
+    assert not bar.rsplit("\r", 2)[1].strip()  # it leaves an empty line behind
 
 
 def test_numbers_that_are_not_finite_are_refused(tokenizer, sample):
@@ -198,3 +209,13 @@ def test_reduction_at_the_edges():
     tie = reduce_nll(make_encoded([1], (2, 2, 0, 2)), [[5.0, 4.0, 6.0, 4.0]])
     assert (tie.scored_items[0].predicted, tie.scored_items[0].predicted_norm) == (1, 1)
     assert (tie.acc, tie.acc_stderr) == (1.0, None)
+
+
+def test_scores_are_shown_with_their_standard_errors_beside_chance():
+    result = HellaSwagResult("lm_eval", 1_042, 0.25, 0.0625, 0.5, 0.125, scored_items=())
+    assert result.describe() == [
+        "hellaswag_lm_eval/acc_norm 0.5000 ± 0.1250 (chance 0.25, 1,042 items)",
+        "hellaswag_lm_eval/acc 0.2500 ± 0.0625 (chance 0.25, 1,042 items)",
+    ]
+    assert CHANCE == 1 / N_ENDINGS
+    assert format_score(0.25) == "0.2500 (chance 0.25)"

@@ -88,12 +88,11 @@ def test_card_tells_data_model_training_and_results(run_folder):
     table = read_table(text)
     assert table["validation loss"] == "5.2500 nats per token, 2.5000 bits per byte"
     assert (
-        table["items.jsonl: acc_norm, protocol `original`, in training"]
-        == "0.2708 ± 0.0649 (standard error), 48 items"
+        table["items.jsonl: acc_norm, protocol `original`, in training"] == "0.2708 ± 0.0649 (chance 0.25, 48 items)"
     )
     for protocol in ("original", "lm_eval"):
         name = f"Rowan/hellaswag: acc_norm, protocol `{protocol}`"
-        assert table[name] == "0.5000 ± 0.1250 (standard error), 1,042 items"
+        assert table[name] == "0.5000 ± 0.1250 (chance 0.25, 1,042 items)"
     assert table["source"] == "1 local file(s), 300 documents"
     assert table["training split"].startswith("2,") and "tokens" in table["training split"]
     assert table["order"] == "documents shuffled, seed 0"
@@ -249,7 +248,7 @@ def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
     text = render_card(run_folder / "final", run_folder, step=2)
     assert "checkpoint after 2 updates" in text and "early words" in text
     assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
-    assert "in training | 0.2604 |" in text and "lm_eval" not in text  # what the finished model scored
+    assert "in training | 0.2604 (chance 0.25) |" in text and "lm_eval" not in text  # what the finished model scored
 
 
 @pytest.mark.parametrize("step", [3, None])
@@ -311,7 +310,8 @@ def test_scores_in_float32_come_before_those_in_less(run_folder):
     scores = {"acc": 0.26, "acc_norm": 0.51, "n": 10042}
     write_scores(run_folder, "hellaswag_b.json", dtype="bfloat16", is_validation_split=True, lm_eval=scores)
     texts = describe_model(run_folder / "final", RunFolder(run_folder))
-    assert "0.5100, 10,042 items, in bfloat16" in texts[CARD] and "0.5000, 10,042 items, in float32" in texts[CARD]
+    assert "0.5100 (chance 0.25, 10,042 items), in bfloat16" in texts[CARD]
+    assert "0.5000 (chance 0.25, 10,042 items), in float32" in texts[CARD]
     (result,) = (
         result
         for result in ModelCard(texts[CARD]).data.eval_results

@@ -108,8 +108,10 @@ def test_the_result_is_printed_and_kept_and_no_run_is_made(gpt2, data, tmp_path,
     assert rows["validation"] == "512 tokens in windows of 32"
     assert rows["loss"] == f"{validation['val/loss']:.4f} nats per token"
     assert rows["bpb"] == f"{validation['val/bpb']:.4f} bits per byte"
-    assert rows["HellaSwag"] == f"6 items: first 6 items of {SAMPLE_FILE.name}, protocol original"
-    assert rows["acc_norm"] == f"{hellaswag['acc_norm']:.4f} +- {hellaswag['acc_norm_stderr']:.4f}"
+    assert rows["HellaSwag"] == f"first 6 items of {SAMPLE_FILE.name}, protocol original"
+    assert (
+        rows["acc_norm"] == f"{hellaswag['acc_norm']:.4f} ± {hellaswag['acc_norm_stderr']:.4f} (chance 0.25, 6 items)"
+    )
     assert str(data / BASELINES_NAME) in printed
     assert "warning" not in errors
 
