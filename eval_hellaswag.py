@@ -39,18 +39,18 @@ class HellaSwagConfig(Config):
     model: str = setting(MISSING, "folder or Hub id of a causal language model and its tokenizer", path=True)
     data_file: str | None = setting(
         None,
-        f"HellaSwag items (.jsonl or .parquet) with the dataset's field names; None: the validation split of "
+        f"HellaSwag items (.jsonl or .parquet) with the dataset's field names; default: the validation split of "
         f"{DATASET_NAME}",
         path=True,
     )
     protocol: Literal["original", "lm_eval", "both"] = setting("both", "how items are rendered and scored")
-    limit: int | None = setting(None, "score only the first N items; None: all", least=1)
+    limit: int | None = setting(None, "score only the first N items; default: all", least=1)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the model; log-softmax is in float32")
     batch_tokens: int | None = setting(
-        None, "maximum tokens per forward pass, including padding; None: chosen by free memory", least=1
+        None, "maximum tokens per forward pass, including padding; default: chosen by free memory", least=1
     )
-    output: str | None = setting(None, "write the scores to this .json file; None: only print them", path=True)
-    per_example: str | None = setting(None, "write the result of each item to this .jsonl file; None: skip", path=True)
+    output: str | None = setting(None, "also write the scores to this .json file", path=True)
+    per_example: str | None = setting(None, "also write the result of each item to this .jsonl file", path=True)
     trust_remote_code: bool = setting(False, "run the model code included with --model")
 
 

@@ -1,4 +1,4 @@
-"""Configuration of the GPT-2 reproduction. Every checkpoint includes this file, so it imports no other."""
+"""Configuration of the GPT-2 reproduction. Every checkpoint includes it, so it imports nothing from the package."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig

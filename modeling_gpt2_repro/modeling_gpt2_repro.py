@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2_repro import GPT2ReproConfig
 
-# Positions per chunk of the training loss (their logits are in memory at once): few on a CPU, enough to fill a GPU.
+# Positions per chunk of the training loss, whose logits are in memory at once: few on CPU, enough to keep a GPU busy.
 LOSS_CHUNK_TOKENS, OTHER_LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}, 2048
 
 

@@ -71,8 +71,8 @@ def render_original(item: HellaSwagItem) -> tuple[str, list[str]]:
 def render_lm_eval(item: HellaSwagItem) -> tuple[str, list[str]]:
     """Return the texts of the context and its continuations under the `lm_eval` protocol.
 
-    As in the harness, trailing spaces of the context move to the start of each continuation, so that tokens do not
-    cross the boundary.
+    As in the harness, trailing spaces of the context move to the start of each continuation, so that the two meet at a
+    word boundary.
     """
     prompt = clean_marks(f"{item.activity_label}: {item.ctx_a} {item.ctx_b.capitalize()}")
     context = prompt.rstrip()
@@ -93,9 +93,9 @@ def clean_marks(text: str) -> str:
 def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -> EncodedHellaSwag:
     """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
 
-    `original` encodes contexts and endings separately, without special tokens. `lm_eval` encodes the context, and
-    context and ending together; the ending is what follows as many tokens as the context has. As in the harness,
-    `lm_eval` keeps a special token that the tokenizer puts at the start of a text (GPT-2's has none).
+    `original` encodes contexts and endings separately, without special tokens. `lm_eval` encodes the context alone and
+    followed by each ending; the ending's tokens are those beyond the context's length. As in the harness, `lm_eval`
+    keeps a special token that the tokenizer adds at the start of a text (GPT-2's adds none).
 
     Raises:
         UserError: a context or an ending encodes to no tokens.
@@ -108,8 +108,8 @@ def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -
         ending_ids = [ending[len(context_ids) :] for ending in ids] if is_joint else ids
         if not context_ids or not all(ending_ids):
             raise UserError(
-                f"the context or an ending of item {item.ind} encodes to no tokens: save the tokenizer that the model "
-                "was trained with in its folder"
+                f"the context or an ending of item {item.ind} encodes to no tokens: replace the tokenizer in the "
+                "model's folder with the one that it was trained with"
             )
         lengths = tuple(map(len, map(clean_marks, item.endings) if is_joint else ending_ids))
         encoded.append(EncodedItem(context_ids, ending_ids, item.ind, item.label, lengths))
@@ -117,7 +117,7 @@ def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -
 
 
 class HellaSwagQuestions:
-    """Items encoded lazily: each protocol on first use, by one process for all.
+    """Items that are encoded lazily under each protocol, once for all processes.
 
     `encode` and `check_fits` are collective: all processes must call them.
     """

@@ -38,6 +38,6 @@ def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: st
     n_rows = model.get_input_embeddings().num_embeddings
     if largest_id >= n_rows:
         raise UserError(
-            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer produces id {largest_id}: save "
-            "the tokenizer that the model was trained with in its folder"
+            f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer produces id {largest_id}: "
+            "replace the tokenizer in its folder with the one that it was trained with"
         )

@@ -52,7 +52,7 @@ def load_causal_lm(
         _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     # Without tokenizer files, transformers builds a tokenizer that has only special tokens.
     if not tokenizer("HellaSwag")["input_ids"]:
-        raise UserError(f"{subject} has no tokenizer: save the one that the model was trained with in its folder")
+        raise UserError(f"{subject} has no tokenizer: add the one that the model was trained with to its folder")
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
     check_causal(model.to(device), name, flag)
     return model, tokenizer

@@ -27,7 +27,7 @@ LOGGED_METRICS = {"train": "train/loss", "val": "val/loss", "hella": "hellaswag/
 
 @dataclass(frozen=True)
 class Series:
-    """Values of a metric by number of steps: two float64 arrays of equal length, with ascending steps."""
+    """Values of a metric, each for the model after that many steps: two float64 arrays, with ascending steps."""
 
     steps: np.ndarray
     values: np.ndarray
