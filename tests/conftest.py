@@ -1,4 +1,4 @@
-"""What every test relies on: no network, the CPU, one thread a process, and small real data."""
+"""The setup of every test (no network, CPU only, one thread per process) and fixtures of small real data."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ _request = CurveDrawer.request
 
 
 def pytest_collection_finish():
-    """Spare the garbage collector the million objects of the imports: each run collects, and would take 0.3 s."""
+    """Exempt the imports' million objects from garbage collection; every run collects, which would take 0.3 s."""
     gc.collect()
     gc.freeze()
 
@@ -44,13 +44,13 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """A folder of shards of a small vocabulary."""
+    """A folder of shards with a small vocabulary."""
     return write_story_data(tmp_path_factory.mktemp("story"))
 
 
 @pytest.fixture(scope="session")
 def gpt2_shards(tmp_path_factory, tokenizer) -> Path:
-    """A folder of shards of GPT-2's ids without a manifest: documents of shuffled sentences, in three files."""
+    """A folder of three shards of GPT-2's ids, without a manifest; the documents are shuffled sentences."""
     folder = tmp_path_factory.mktemp("shards")
     ids = [[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]] for text in draw_documents(160)]
     train, val = np.concatenate(ids[16:]).astype(np.uint16), np.concatenate(ids[:16]).astype(np.uint16)
@@ -62,7 +62,7 @@ def gpt2_shards(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def forks():
-    """Processes of their own of the scripts and commands, whose imports are waited for once."""
+    """A server that runs scripts and commands in forked processes, after importing their modules once."""
     modules = ["train", "prepare_data", "eval_hellaswag", "modeling_gpt2_repro.__main__", "standard_streams", "cases"]
     path = os.pathsep.join(str(REPOSITORY / name) for name in ("", "tests", "tests/bad_input"))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -71,14 +71,14 @@ def forks():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_probe():
-    """A run measures its CPU, which takes a second: here the first run does it for all others of the process."""
+def _measure_peak_once():
+    """Measure the CPU's peak, which takes a second, once per process instead of once per run."""
     throughput.measure_peak_flops = functools.cache(throughput.measure_peak_flops)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_pictures():
-    """A run in this process leaves a stand-in for its last picture, and has none drawn before; see `real_pictures`."""
+def _skip_pictures():
+    """Skip the plots of runs in this process, except for a placeholder at the end; see `real_pictures`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CurveDrawer, "request", lambda self: None)
         patch.setattr(drawer, "draw_curves", lambda folder: folder.curves.write_bytes(b"a picture"))
@@ -87,7 +87,7 @@ def _no_pictures():
 
 @contextlib.contextmanager
 def real_pictures() -> Iterator[None]:
-    """Let runs draw: half a second for each at its end, and three seconds for a process that draws meanwhile."""
+    """Let runs draw, which takes 0.5 s at the end of each, and 3 s in a process that also draws during the run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CurveDrawer, "request", _request)
         patch.setattr(drawer, "draw_curves", draw_curves)
@@ -96,8 +96,8 @@ def real_pictures() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
-    """accelerate and torch keep their state in the process, and a second run in it may want another precision."""
+    """Reset the process-wide state of accelerate and torch, as the next run may need another precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(1)  # the bits of a loss depend on it
+    torch.set_num_threads(1)  # a loss depends on it, in its last bits

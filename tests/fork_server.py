@@ -1,4 +1,4 @@
-"""Cheap runs of scripts in processes of their own: one process pays for the imports and forks for each run."""
+"""A fork server: one process pays for the imports, then forks for every run of a script."""
 
 import contextlib
 import json
@@ -9,23 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-# In the forks a wait, as for a Hub that asks for patience, is short.
+# time.sleep is cut short in the forks, for instance for the back-off of the Hub's client.
 SERVER = """
 import ctypes, gc, importlib, json, os, signal, subprocess, sys, time, traceback
 exec(sys.argv[1])
 for name in sys.argv[2:]:
     importlib.import_module(name)
 gc.collect()
-gc.freeze()  # or each fork would copy the pages of all objects when it collects garbage
+gc.freeze()  # else garbage collection in a fork copies the pages of all objects
 sleep = time.sleep
 def trace(options):
-    ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: where only parents may trace
+    ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER, where only parents may trace
     tracer = subprocess.Popen(["strace", "-f", "-p", str(os.getpid()), *options], stderr=subprocess.PIPE)
     while "TracerPid:\\t0\\n" in open("/proc/self/status").read():
         if tracer.poll() is not None:
             raise RuntimeError(tracer.stderr.read().decode())
         sleep(0.001)
-    signal.alarm(120)  # what is hindered may fail, and must not hang
+    signal.alarm(120)  # a run with injected faults may fail, but must not hang
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 for line in sys.stdin:
     run = json.loads(line)
@@ -51,8 +51,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 
-# A `setup` without what costs time and changes no file: the probe of a peak, the drawing of a picture, and the process
-# that draws beside the run, whose pictures the run draws once more at its end.
+# A `setup` that skips slow steps which change no file: measuring the peak, rendering figures, and the process that
+# draws during the run (the run draws the same figures at its end).
 QUICKER = """
 import matplotlib.figure
 import modeling_gpt2_repro.training.run
@@ -63,7 +63,7 @@ CurveDrawer.request = lambda self: None
 matplotlib.figure.Figure.savefig = lambda self, stream, **_: stream.write(bytes(100_000))
 """
 
-# What a launcher does, but in forks.
+# Does in forks what a launcher does in new processes.
 LAUNCHER = """
 from torch.distributed import TCPStore
 store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # on a free port
@@ -86,7 +86,7 @@ CALL_MAIN = "assert module.main(run['argv']) == 0"
 
 
 class ForkServer:
-    """Runs the `main` of the modules that it was opened with."""
+    """A client of the server process, which runs `main` of the modules that it imported at its start."""
 
     def __init__(self, process: subprocess.Popen):
         self._process = process
@@ -100,11 +100,11 @@ class ForkServer:
         script="",
         strace: Sequence[str] = (),
     ) -> SimpleNamespace:
-        """Run `module.main(argv)`, or `script`; `code`, `out`, `err` and `seconds` tell how it went.
+        """Run `module.main(argv)`, or `script`; return `code`, `out`, `err` and `seconds`.
 
         Args:
-            folder: for the files `stdout` and `stderr`.
-            strace: options with which it is traced, and ended if it takes more than two minutes.
+            folder: where the files `stdout` and `stderr` are written.
+            strace: options of strace; a traced run is killed after two minutes.
         """
         streams = {name: str(folder / name) for name in ("stdout", "stderr")}
         order = {"module": module, "name": module.rpartition(".")[2], "argv": [str(each) for each in argv]}
@@ -119,13 +119,13 @@ class ForkServer:
     def launch(
         self, n_processes: int, module: str, argv: Sequence[object], folder: Path, script: str = CALL_MAIN
     ) -> SimpleNamespace:
-        """Run a script in so many processes, as a launcher would start them; `code` is 0 if those of all are."""
+        """Run a script in `n_processes` processes, as a launcher would; `code` is 0 if every process exits with 0."""
         return self.run(module, argv, folder, script=LAUNCHER.format(n_processes=n_processes, script=script))
 
 
 @contextlib.contextmanager
 def serve_forks(modules: Sequence[str], environment: Mapping[str, str], setup: str = "") -> Iterator[ForkServer]:
-    """Open a process that has run `setup`, has imported `modules`, and knows no other environment."""
+    """Start a process with only `environment`, which runs `setup` and then imports `modules`."""
     command = [sys.executable, "-c", SERVER, setup, *modules]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process, contextlib.closing(process.stdin):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness itself, its own `hellaswag` task pointed at a local file: what ours is compared with."""
+"""lm-evaluation-harness, its own `hellaswag` task reading a local file, as the reference for our scores."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from lm_eval.tasks.hellaswag.utils import process_docs
 
 
 def build_task(data_file: Path) -> ConfigurableTask:
-    """Return the harness's task as it ships it, but for where its items lie."""
+    """Return the harness's own task, except that its items come from `data_file`."""
     text = (Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml").read_text()
     config = yaml.safe_load(text.replace("!function", ""))
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(data_file)}}}
@@ -23,7 +23,7 @@ def build_task(data_file: Path) -> ConfigurableTask:
 
 
 def silence_harness() -> None:
-    """Keep its notices off the terminal, and its tokenizer from warning of forks."""
+    """Keep the harness's log off the terminal, and silence the tokenizers' warning about forks."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -32,7 +32,7 @@ def run_harness(model, tokenizer, data_file: Path, batch_size: int = 16) -> dict
     """Score a model on all items of a file.
 
     Returns:
-        `acc`, `acc_norm` and their `*_stderr`, and `nll`, four sums an item in the order of the file.
+            `acc`, `acc_norm` and their `*_stderr`, and `nll`: four sums per item, in the file's order.
     """
     silence_harness()
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars

@@ -1,15 +1,15 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: repositories in memory, to be read, created and written to.
+"""A fake Hugging Face Hub on 127.0.0.1, with repositories in memory that clients can read, create and write to.
 
     with LoopbackHub() as hub:
         sha = hub.commit("datasets/org/name", {"README.md": b"...", "data/0.parquet": b"..."})
         subprocess.run(command, env={**os.environ, **hub.environment(home)})
         assert hub.count_bytes("0.parquet") < 1000
 
-Repositories are keyed as the Hub's addresses spell them: `datasets/org/name`, `models/org/name`. `huggingface_hub` and
-`datasets` take the Hub's address from the environment when they are imported, so that its clients must be processes
-of their own. Who writes needs the token of one of `users`, and may write in the user's own namespace and in those of
-its organisations. Large files go as in git's LFS: asked for in a batch, put to an address of their own, verified, and
-named by their SHA-256 in a commit. Every request is recorded; `fail` makes chosen requests go wrong.
+Repositories are keyed as in the Hub's URLs: `datasets/org/name`, `models/org/name`. `huggingface_hub` and `datasets`
+read the endpoint from the environment at import, so clients must run in separate processes. Writing needs the token of
+one of `users`, and is allowed in the user's own namespace and in those of the user's organisations. Large files follow
+the git LFS protocol: a batch request, an upload to a URL per object, a verification, and the SHA-256 in the commit.
+Every request is recorded; `fail` injects failures.
 """
 
 import base64
@@ -36,7 +36,7 @@ LARGE_FILE_SUFFIXES = (".safetensors", ".bin", ".png")
 
 @dataclasses.dataclass(frozen=True)
 class User:
-    """Whose token it is; one of the role `read` writes nowhere."""
+    """The owner of a token; the role `read` writes nowhere."""
 
     name: str
     organisations: tuple[str, ...] = ()
@@ -45,13 +45,13 @@ class User:
 
 @dataclasses.dataclass
 class Repository:
-    """Commits by their sha, each a whole tree of files; branches and tags that name commits; and who may read.
+    """Commits by sha (each a whole tree of files), the branches and tags that point to them, and the access rules.
 
     Attributes:
-        private: unknown to all but the tokens of `readers`.
-        gated: everybody sees that it is there, and the tokens of `readers` may open its files.
-        tags: those of its references that are no branches.
-        objects: large files by their SHA-256, committed or not.
+        private: visible only to the tokens of `readers`.
+        gated: visible to everybody, but only the tokens of `readers` may download files.
+        tags: the references that are not branches.
+        objects: large files by SHA-256, committed or not.
     """
 
     commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
@@ -63,7 +63,7 @@ class Repository:
     readers: set[str] = dataclasses.field(default_factory=set)
 
     def resolve(self, revision: str) -> str:
-        """Return the sha that a branch, a tag or a sha names."""
+        """Return the sha of a branch, a tag or a sha."""
         sha = self.references.get(revision, revision)
         if sha not in self.commits:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -72,7 +72,7 @@ class Repository:
 
 @dataclasses.dataclass
 class Request:
-    """A request that was answered: `body_bytes` of its answer were sent."""
+    """An answered request; `body_bytes` is the number of bytes sent in the body of the answer."""
 
     method: str
     path: str
@@ -82,7 +82,7 @@ class Request:
 
 @dataclasses.dataclass
 class Failure:
-    """What goes wrong with the next `times` requests whose path contains `path`."""
+    """A failure of the next `times` requests whose path contains `path`."""
 
     path: str
     kind: str
@@ -90,7 +90,7 @@ class Failure:
 
 
 class Refusal(Exception):
-    """An answer that is an error, in the form that `huggingface_hub` understands."""
+    """An error response in the form that `huggingface_hub` understands."""
 
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message)
@@ -98,13 +98,13 @@ class Refusal(Exception):
 
 
 class LoopbackHub:
-    """The Hub; a context manager that serves while it is open.
+    """The fake Hub; a context manager that serves while it is open.
 
     Attributes:
         repositories: by key.
-        requests: what was asked since the last `forget_requests`.
-        users: by token; any other token is refused.
-        n_held: requests that were held.
+            requests: the requests since the last `forget_requests`.
+            users: by token; any other token is rejected.
+            n_held: the number of requests held so far.
     """
 
     def __init__(self):
@@ -126,7 +126,7 @@ class LoopbackHub:
         self.stop()
 
     def start(self) -> None:
-        """Serve; after a `stop`, at the same address."""
+        """Start serving; after a `stop`, at the same address."""
         if self._server:
             return
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -135,7 +135,7 @@ class LoopbackHub:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Be unreachable: new connections are refused."""
+        """Stop serving; new connections are refused."""
         self._is_healed.set()
         with self._lock:
             server, self._server = self._server, None
@@ -148,7 +148,7 @@ class LoopbackHub:
         return f"http://127.0.0.1:{self._port}"
 
     def environment(self, home: Any) -> dict[str, str]:
-        """Return the environment variables of a process that takes this for the Hub, with its caches in `home`."""
+        """Return the environment of a process that uses this server as the Hub, with its caches in `home`."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -160,7 +160,7 @@ class LoopbackHub:
         }
 
     def commit(self, key: str, files: Mapping[str, bytes | None], branch: str = MAIN, sha: str | None = None) -> str:
-        """Commit `files` (None deletes) on top of `branch`, made where it is missing; return the commit's sha."""
+        """Commit `files` (None deletes) on top of `branch`, created if missing; return the commit's sha."""
         repository = self.repositories.setdefault(key, Repository())
         tree = dict(repository.commits.get(repository.references.get(branch, ""), {}))
         for path, content in files.items():
@@ -174,7 +174,7 @@ class LoopbackHub:
         return sha
 
     def tag(self, key: str, name: str, revision: str = MAIN) -> None:
-        """Give a revision another name."""
+        """Tag a revision."""
         repository = self.repositories[key]
         repository.references[name] = repository.resolve(revision)
         repository.tags.add(name)
@@ -184,24 +184,24 @@ class LoopbackHub:
         return repository.commits[repository.resolve(revision)][path]
 
     def fail(self, path: str, kind: str, times: float = float("inf")) -> None:
-        """Let requests go wrong.
+        """Make requests fail.
 
         Args:
-            path: a part of the paths that are hit.
-            kind: "500" or another status, "reset" in the middle of the body (of an upload: the request's), "slow" by a
-                third of a second, "held" until the Hub is healed, or "gone": instead of an answer the Hub is stopped.
-            times: how many of them.
+            path: a substring of the paths that fail.
+            kind: "500" or another status; "reset", in the middle of the body (for an upload, of the request's);
+                "slow", by a third of a second; "held", until `heal`; or "gone", which stops the Hub before it answers.
+            times: how many requests fail.
         """
         self._is_healed.clear()
         self._failures.append(Failure(path, kind, times))
 
     def heal(self) -> None:
-        """Let nothing go wrong any more."""
+        """Stop all failures, and release the held requests."""
         self._failures.clear()
         self._is_healed.set()
 
     def hold(self) -> None:
-        """Let a request wait until the Hub is healed."""
+        """Block a request until `heal`."""
         self.n_held += 1
         self._is_healed.wait()
 
@@ -209,15 +209,15 @@ class LoopbackHub:
         self.requests.clear()
 
     def count_requests(self, path: str, method: str = "") -> int:
-        """Return how many requests there were for paths that contain `path`."""
+        """Return the number of requests whose path contains `path`."""
         return sum(path in request.path and method in request.method for request in self.requests)
 
     def count_bytes(self, path: str) -> int:
-        """Return how many bytes were sent in answer to requests for paths that contain `path`."""
+        """Return the number of body bytes sent for requests whose path contains `path`."""
         return sum(request.body_bytes for request in self.requests if path in request.path)
 
     def take_failure(self, path: str) -> str | None:
-        """Return what has to go wrong with this request."""
+        """Return the kind of failure for this request, and count it; None if it succeeds."""
         with self._lock:
             for failure in self._failures:
                 if failure.path in path and failure.times > 0:
@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             if self._failure and self._failure.isdigit():
-                raise Refusal(int(self._failure), "", "out of order")
+                raise Refusal(int(self._failure), "", "injected failure")
             for method, pattern, answer in ROUTES:
                 match = re.fullmatch(pattern, address.path)
                 if match and method == ("GET" if self.command == "HEAD" else self.command):
@@ -310,18 +310,18 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         try:
             metadata = yaml.safe_load(match[1]) if match else {}
-            assert isinstance(metadata, dict), "the metadata are no mapping"
+            assert isinstance(metadata, dict), "the metadata is not a mapping"
             for entry in metadata.get("model-index", []):
                 assert isinstance(entry["name"], str), "a model without a name"
                 for result in entry["results"]:
-                    assert result["task"]["type"] and result["dataset"]["type"], "a result of no task or data set"
+                    assert result["task"]["type"] and result["dataset"]["type"], "a result without a task or dataset"
                     assert all(metric["type"] for metric in result["metrics"]), "a metric without a type"
         except (yaml.YAMLError, AssertionError, LookupError, TypeError) as error:
             self._send(400, json.dumps({"errors": [{"message": str(error)}], "warnings": []}).encode(), {})
         else:
             self._send_json({"errors": [], "warnings": []})
 
-    def tell_upload_modes(self, key: str, revision: str) -> None:
+    def send_upload_modes(self, key: str, revision: str) -> None:
         repository = self._open(key, is_written=True)
         tree = repository.commits[repository.resolve(revision)]
         files = []
@@ -332,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
         self._send_json({"files": files})
 
-    def tell_upload_addresses(self, key: str) -> None:
+    def send_upload_addresses(self, key: str) -> None:
         key = add_kind(key)
         repository = self._open(key, is_written=True)
         objects = []
@@ -345,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def take_object(self, key: str, oid: str) -> None:
         if hashlib.sha256(self._body).hexdigest() != oid:
-            raise Refusal(400, "", "the content is another one")
+            raise Refusal(400, "", "the content does not match its SHA-256")
         self.hub.repositories[key].objects[oid] = self._body
         self._send(200, b"", {})
 
@@ -461,7 +461,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(206, content[start:end], headers)
 
     def _identify(self) -> User:
-        """Return the user of the request's token."""
+        """Return the user that the request's token belongs to."""
         token = self._get_token()
         if not token:
             raise Refusal(401, "", "Invalid username or password.")
@@ -479,18 +479,18 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "", f"You don't have the rights to write under the namespace {namespace}")
 
     def _open(self, key: str, is_content: bool = False, is_written: bool = False) -> Repository:
-        """Return a repository that the request's token may see.
+        """Return a repository that the request's token can see.
 
         Args:
-            is_content: its files are to be opened.
-            is_written: something in it is to be changed.
+            is_content: the request downloads files.
+            is_written: the request changes something.
         """
         token = self._get_token()
         repository = self.hub.repositories.get(key)
         if repository is not None and repository.private and token not in repository.readers:
             user = self.hub.users[token] if token else None
             if not isinstance(user, User) or key.split("/")[1] not in (user.name, *user.organisations):
-                repository = None  # the Hub doesn't tell strangers that there is something
+                repository = None  # the Hub hides private repositories from strangers
         if repository is None:
             status, message = (404, "Repository not found") if token else (401, "Invalid username or password.")
             raise Refusal(status, "RepoNotFound", message)
@@ -513,7 +513,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._failure == "reset":
             body = body[: len(body) // 2]
             request = dataclasses.replace(request, status=None, body_bytes=min(request.body_bytes, len(body)))
-        self.hub.requests.append(request)  # before the client can look
+        self.hub.requests.append(request)  # before the client gets the answer and reads the record
         if self.command != "HEAD":
             self.wfile.write(body)
         if self._failure == "reset":
@@ -521,7 +521,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        # Closing a socket that lingers for no time resets the connection.
+        # Closing a socket with a linger time of zero resets the connection.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.shutdown(socket.SHUT_RD)
         self.close_connection = True
@@ -534,8 +534,8 @@ ROUTES = [
     ("POST", r"/api/repos/create", _Handler.create_repository),
     ("POST", r"/api/validate-yaml", _Handler.validate_card),
     ("PUT", _API + r"/settings", _Handler.change_settings),
-    ("POST", _API + r"/preupload/(?P<revision>[^/]+)", _Handler.tell_upload_modes),
-    ("POST", r"/(?P<key>(?:datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.tell_upload_addresses),
+    ("POST", _API + r"/preupload/(?P<revision>[^/]+)", _Handler.send_upload_modes),
+    ("POST", r"/(?P<key>(?:datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.send_upload_addresses),
     ("PUT", _OBJECT, _Handler.take_object),
     ("POST", _OBJECT + r"/verify", _Handler.verify_object),
     ("POST", _API + r"/commit/(?P<revision>[^/]+)", _Handler.take_commit),
@@ -552,7 +552,7 @@ ROUTES = [
 
 
 def list_entries(tree: Mapping[str, bytes], folder: str) -> list[dict[str, Any]]:
-    """Return the files and folders anywhere below `folder`, as the Hub's tree listing describes them."""
+    """Return all files and folders below `folder`, as in the Hub's tree listing."""
     entries = {}
     for path, content in sorted(tree.items()):
         parts = path.split("/")
@@ -566,21 +566,21 @@ def list_entries(tree: Mapping[str, bytes], folder: str) -> list[dict[str, Any]]
 
 @functools.cache
 def hash_blob(content: bytes) -> str:
-    """Return the name that git gives to a file's content."""
+    """Return git's hash of a blob."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def is_large(path: str) -> bool:
-    """Tell whether a file goes by way of LFS."""
+    """Return whether a file is stored in LFS."""
     return path.endswith(LARGE_FILE_SUFFIXES)
 
 
 @functools.cache
 def name_content(path: str, content: bytes) -> str:
-    """Return what tells a file's content from another: the SHA-256 of a large one, else git's name."""
+    """Return the identifier of a file's content: the SHA-256 of a large file, else git's hash."""
     return hashlib.sha256(content).hexdigest() if is_large(path) else hash_blob(content)
 
 
 def add_kind(key: str) -> str:
-    """Return the key of a repository as a web address spells it, where models have no prefix."""
+    """Return a repository's key from its web address, where models have no prefix."""
     return key if key.startswith(("datasets/", "spaces/")) else f"models/{key}"

@@ -1,4 +1,4 @@
-"""A GPT-2 in plain torch, under the names that nanoGPT and build-nanogpt save, and nanoGPT's checkpoint of it."""
+"""A GPT-2 in plain torch with nanoGPT's and build-nanogpt's tensor names, and nanoGPT's checkpoint of it."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ GELUS = {"gelu": nn.GELU(), "gelu_new": nn.GELU(approximate="tanh")}
 
 
 class Reference(nn.Module):
-    """The function that both projects compute, under the names that both save, in plain torch."""
+    """The function that nanoGPT and build-nanogpt compute, with their tensor names, in plain torch."""
 
     def __init__(self, vocab_size=97, bias=True, gelu="gelu", mask=False, n_head=2, n_embd=32, seed=0):
         super().__init__()
@@ -38,7 +38,7 @@ class Reference(nn.Module):
         )
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        for parameter in self.parameters():  # loud enough that the wrong GELU or a lost bias shows
+        for parameter in self.parameters():  # large enough for a wrong GELU or a lost bias to show
             nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class Reference(nn.Module):
 
 
 def save_nanogpt(path, model, prefix="_orig_mod.", **changes):
-    """Write what nanoGPT's train.py writes; a change to `None` takes a model argument out."""
+    """Write a checkpoint as nanoGPT's train.py does; a change to `None` removes a model argument."""
     model_args = {**SHAPE, "bias": True, "vocab_size": model.lm_head.out_features, "dropout": 0.2} | changes
     optimizer = torch.optim.AdamW(model.parameters())
     model.lm_head.weight.sum().backward()

@@ -1,12 +1,12 @@
-"""Command lines as a shell understands them, without being run."""
+"""Command lines as a shell parses them, without running them."""
 
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 
-# In a shell that finds no program, every command is one that is not found.
-NOTING = """
+# With an empty PATH, bash calls its handler for every command.
+RECORDING = """
 PATH=/nowhere
 command_not_found_handle() { printf '%s\\0' "$@" '' >&3; }
 source() { command_not_found_handle source "$@"; }
@@ -15,16 +15,16 @@ BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def read_commands(script: str) -> list[list[str]]:
-    """Return the arguments of each command in a shell script, as its program would get them."""
+    """Return each command's arguments in a shell script, as its program would get them."""
     with tempfile.TemporaryDirectory() as folder:
-        noted = Path(folder) / "noted"
+        recorded = Path(folder) / "recorded"
         subprocess.run(
-            ["bash", "--norc", "-euc", f"exec 3>{noted}\n{NOTING}\n{script}"],
+            ["bash", "--norc", "-euc", f"exec 3>{recorded}\n{RECORDING}\n{script}"],
             check=True,
             cwd=tempfile.gettempdir(),
             env={"LC_ALL": "C.UTF-8"},
         )
-        fields = noted.read_text().split("\0")
+        fields = recorded.read_text().split("\0")
     commands: list[list[str]] = [[]]
     for field in fields[:-1]:
         if field:
@@ -35,5 +35,5 @@ def read_commands(script: str) -> list[list[str]]:
 
 
 def list_blocks(text: str) -> list[str]:
-    """Return the shell scripts in a text in Markdown."""
+    """Return the bash blocks of a Markdown text."""
     return BLOCK.findall(text)

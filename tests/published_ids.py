@@ -1,4 +1,4 @@
-"""The published ids of some texts, by GPT-2's own tokenizer."""
+"""Token ids published for GPT-2's own tokenizer, by text."""
 
 PUBLISHED = {
     "Hello, I'm a language model,": [15496, 11, 314, 1101, 257, 3303, 2746, 11],

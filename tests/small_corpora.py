@@ -1,4 +1,4 @@
-"""A corpus, a tokenizer and shards so small that whole runs take less than a second."""
+"""A corpus, a tokenizer and shards small enough for a whole run to take less than a second."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ STORY = (
 
 
 def draw_documents(count: int) -> list[str]:
-    """Return documents of the story's sentences, in an order of its own each, always the same."""
+    """Return documents of the story's sentences, each in its own order; the same on every call."""
     sentences = [sentence + "." for sentence in STORY.split(". ")]
     generator = np.random.default_rng(0)
     return [" ".join(generator.permutation(sentences)) for _ in range(count)]
@@ -41,30 +41,30 @@ def write_tokenizer(folder: Path, vocab_size: int = 300, texts: Sequence[str] = 
 
 
 def write_corpus(path: Path, n_documents: int = 60) -> Path:
-    """Write a jsonl file of documents no two of which are the same."""
+    """Write a JSON Lines file of distinct documents."""
     texts = [f"{number}: {STORY[: 40 + 7 * (number % 20)]}" for number in range(n_documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
 def list_data_flags(corpus: Path, tokenizer: Path, output_dir: Path) -> list[str]:
-    """Return the flags with which prepare_data.py makes four shards of the corpus, in one process."""
+    """Return the flags for prepare_data.py to write four shards of the corpus in one process."""
     flags = {"files": corpus, "tokenizer": tokenizer, "output_dir": output_dir, "val_tokens": 300}
     flags |= {"shard_size": 1500, "num_workers": 1}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def write_small_data(folder: Path) -> Path:
-    """Write a corpus, a tokenizer and their shards, and return the folder of these."""
+    """Write a corpus, a tokenizer and their shards; return the folder of the shards."""
     tokenizer, corpus = write_tokenizer(folder / "tokenizer"), write_corpus(folder / "corpus.jsonl")
     assert prepare_data.main(list_data_flags(corpus, tokenizer, folder / "data")) == 0
     return folder / "data"
 
 
 def write_story_data(folder: Path) -> Path:
-    """Write shards of the story in three files, with a tokenizer of 1,000 ids that has words for prompts and items.
+    """Write three shards of the story, with a tokenizer of 1,000 ids that has words for prompts and HellaSwag items.
 
-    A step of a small model costs a fraction of what it costs with GPT-2's 50,257 ids.
+    With so few ids, a step of a small model costs a fraction of a step with GPT-2's 50,257.
     """
     texts = [STORY, TrainingConfig.sample_prompt] * 20 + [SAMPLE_FILE.read_text(encoding="utf-8")]
     tokenizer, corpus = write_tokenizer(folder / "tokenizer", 1000, texts), folder / "story.jsonl"

@@ -1,4 +1,4 @@
-"""Training runs small enough for a test, and what is read from their folders."""
+"""Training runs small enough for a test, and readers of their metrics."""
 
 import json
 import subprocess
@@ -55,12 +55,12 @@ def read_losses(run_folder: Path) -> dict[int, float]:
 
 
 def list_launch_command(n_processes: int, argv: list[str]) -> list[str]:
-    """Return the command that runs train.py as real processes on the CPU."""
+    """Return the command that runs train.py in separate processes on the CPU."""
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={n_processes}"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     return [*command, *(["--multi_gpu"] if n_processes > 1 else []), str(REPOSITORY / "train.py"), *argv]
 
 
 def launch(n_processes: int, argv: list[str]) -> subprocess.CompletedProcess:
-    """Run train.py as several real processes to its end."""
+    """Run train.py to its end in several separate processes."""
     return subprocess.run(list_launch_command(n_processes, argv), capture_output=True, text=True)

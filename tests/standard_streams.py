@@ -1,4 +1,4 @@
-"""Standard streams of every kind, and what a script makes of them: for processes that a fork server forks."""
+"""Standard streams of every kind, and scripts that use them, in processes of the fork server."""
 
 import contextlib
 import os
@@ -13,20 +13,20 @@ from modeling_gpt2_repro.core import locks
 
 
 def set_stream(name: str, encoding: str = "utf-8", errors: str = "strict") -> None:
-    """Open a standard stream anew, as the interpreter does."""
+    """Reopen a standard stream as the interpreter does."""
     descriptor = {"stdout": 1, "stderr": 2}[name]
     setattr(sys, name, open(descriptor, "w", encoding=encoding, errors=errors, closefd=False))  # noqa: SIM115
 
 
 def redirect(path: str, encoding: str) -> None:
-    """Let stdout be a file in some encoding."""
+    """Redirect stdout to a file in the given encoding."""
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     set_stream("stdout", encoding)
     set_stream("stderr", encoding, "backslashreplace")
 
 
-def give_nobody(kind: str) -> None:
-    """Let stdout be what nobody reads, or what takes nothing."""
+def break_stdout(kind: str) -> None:
+    """Make stdout closed, a pipe without a reader, or a full device."""
     if kind == "closed":
         os.close(1)
         sys.stdout = None
@@ -41,14 +41,14 @@ def give_nobody(kind: str) -> None:
 
 
 def end(code: int) -> None:
-    """End this process as the interpreter does."""
+    """End this process as the interpreter does at exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def run_on_terminal(argv: Sequence[str], run: Path) -> int:
-    """Run train.py on a terminal that closes after some steps, and return its exit code."""
+    """Run train.py on a terminal that closes after a few steps; return its exit code."""
     process_id, terminal = pty.fork()
     if process_id == 0:
         set_stream("stdout")
@@ -64,7 +64,7 @@ def run_on_terminal(argv: Sequence[str], run: Path) -> int:
 
 
 def run_twice(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
-    """Call a script twice at the same time, and print each process's id and exit code; neither waits for long."""
+    """Run a script twice at the same time, with a short wait for locks; print each process's id and exit code."""
     locks.PATIENCE_SECONDS = 0.2
     processes = []
     for _ in range(2):

@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# By their names in the configurations of transformers; each configuration takes those that it knows.
+# By parameter name in transformers' configurations; each configuration gets the ones that it has.
 SIZES = {
     "vocab_size": 101,
     "pad_token_id": 0,
@@ -44,6 +44,6 @@ SIZES |= {name: size for size, names in NAMES_BY_SIZE.items() for name in names}
 def build_config(model_type: str, **changes) -> PreTrainedConfig:
     default = CONFIG_MAPPING[model_type]()
     sizes = {name: size for name, size in SIZES.items() if hasattr(default, name)}
-    if model_type == "xlnet":  # has no limit, and raises if it is given one
+    if model_type == "xlnet":  # unlimited, and raises if given a limit
         del sizes["max_position_embeddings"]
     return type(default)(**sizes | changes)

@@ -1,4 +1,4 @@
-"""Random models of ours and of transformers, small enough to build in every test."""
+"""Random models of this package and of transformers, small enough to build in every test."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -11,9 +11,9 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def build_model(seed: int = 0, **changes) -> GPT2ReproForCausalLM:
-    """A model whose weights depend on the seed alone, and where each of them shows in the logits.
+    """Build a model whose weights depend on the seed alone, and in which every weight affects the logits.
 
-    Fresh models would not do: biases and layer norms at 0 and 1 hide a mix-up, and attention is nearly uniform.
+    A freshly initialized model hides mix-ups: its biases are 0, its norms 1, and its attention nearly uniform.
     """
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**{**SHAPE, **NO_SPECIAL_TOKENS, **changes}))
     generator = torch.Generator().manual_seed(seed)
@@ -30,14 +30,14 @@ def build_stock_model(**changes) -> GPT2LMHeadModel:
 
 
 def build_pair(**changes) -> tuple[GPT2ReproForCausalLM, GPT2LMHeadModel]:
-    """A model of ours and transformers' own with the same weights."""
+    """Build a `GPT2ReproForCausalLM` and transformers' own GPT-2 with the same weights."""
     model, stock = build_model(**changes), build_stock_model(**changes)
     stock.load_state_dict(model.state_dict(), strict=True)
     return model, stock
 
 
 def silence_blocks(model: GPT2ReproForCausalLM | GPT2LMHeadModel) -> None:
-    """Let the blocks add nothing to the residual stream: embeddings, last layer norm and head are left."""
+    """Let the blocks add nothing to the residual stream; only embeddings, final layer norm and head remain."""
     with torch.no_grad():
         for block in model.transformer.h:
             for projection in (block.attn.c_proj, block.mlp.c_proj):

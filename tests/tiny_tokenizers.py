@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the families that people bring, trained on a few lines, most by transformers' own classes."""
+"""Tiny tokenizers of common families, trained on a few lines, most of them with transformers' own classes."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def build_roberta() -> PreTrainedTokenizerFast:
 
 
 def build_llama3() -> PreTrainedTokenizerFast:
-    """Merges are ignored for words that are tokens, and a template begins each text."""
+    """Build a tokenizer that ignores merges for words in its vocabulary and starts each text from a template."""
     trained = _train_bytes(["<|begin_of_text|>", "<|end_of_text|>"])
     backend = Tokenizer(models.BPE(**trained, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,7 +64,7 @@ def build_llama3() -> PreTrainedTokenizerFast:
 
 
 def build_clip() -> PreTrainedTokenizerFast:
-    """Its unknown token is its end-of-text token, and never needed: any byte can stand anywhere in a word."""
+    """Build a tokenizer whose unknown token is its end-of-text token, and unused: every byte can appear anywhere."""
     trained = _train_bytes(["<|startoftext|>", EOT], end_of_word_suffix="</w>")
     for symbol in pre_tokenizers.ByteLevel.alphabet():
         trained["vocab"].setdefault(f"{symbol}</w>", len(trained["vocab"]))
@@ -91,7 +91,7 @@ def build_gemma() -> PreTrainedTokenizerFast:
 
 
 def build_merged_end() -> PreTrainedTokenizerFast:
-    """A merge makes the end-of-text token of letters, as where merges are made of a SentencePiece vocabulary."""
+    """Build a tokenizer whose merges form the end-of-text token from letters, as those of SentencePiece do."""
     letters = sorted(set("".join(LINES)))
     vocabulary = {token: index for index, token in enumerate(["<unk>", "</s>", *letters, "</", "s>"])}
     merges = [("<", "/"), ("s", ">"), ("</", "s>")]
@@ -108,7 +108,7 @@ def build_xlm_roberta() -> PreTrainedTokenizerFast:
 
 
 def build_unigram_nfkc() -> PreTrainedTokenizerFast:
-    """Its normalizer makes the end-of-text token of fullwidth characters and of capitals."""
+    """Build a tokenizer whose normalizer forms the end-of-text token from full-width characters and from capitals."""
     model = models.Unigram(_train_unigram(SENTENCEPIECE_TOKENS), unk_id=0)
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -123,7 +123,7 @@ def build_bert() -> PreTrainedTokenizerFast:
 
 
 def build_word_piece() -> PreTrainedTokenizerFast:
-    """Words end at whitespace only, so that special tokens are words."""
+    """Build a tokenizer that splits at whitespace only; special tokens are words in its vocabulary."""
     backend = Tokenizer(models.WordPiece(_train_words(["[UNK]", "</s>"]), unk_token="[UNK]"))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), normalizers.Replace("@end@", "</s>")]
@@ -144,14 +144,14 @@ def build_word_level() -> PreTrainedTokenizerFast:
 
 
 def build_plain_added_end() -> PreTrainedTokenizerFast:
-    """The end-of-text token is an added one that is not special, and takes the spaces around it."""
+    """Build a tokenizer whose end-of-text token is added but not special, and absorbs the spaces around it."""
     trained = _train_bytes([])
     definition = json.loads(GPT2Tokenizer(**trained).backend_tokenizer.to_str())
     end = {"id": len(trained["vocab"]), "content": "<end>", "single_word": False, "lstrip": True, "rstrip": True}
     definition["added_tokens"] = [end | {"normalized": True, "special": False}]
     backend = Tokenizer.from_str(json.dumps(definition))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer._special_tokens_map["eos_token"] = "<end>"  # which the class would make special
+    tokenizer._special_tokens_map["eos_token"] = "<end>"  # the setter would make it special
     return tokenizer
 
 
@@ -180,7 +180,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 
 def _train(model, trainer, pre_tokenizer, normalizer=None) -> dict:
-    """Return the vocabulary, and the merges where there are any, as a tokenizer's class takes them."""
+    """Return the vocabulary, and the merges if there are any, as arguments of a tokenizer's class."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer
     if normalizer is not None:

@@ -1,4 +1,4 @@
-"""Reading back what trackers wrote: wandb's offline runs and TensorBoard's event files."""
+"""Readers of the trackers' output: wandb's offline runs and TensorBoard's event files."""
 
 import json
 import struct
@@ -18,11 +18,11 @@ FULL, LAST = 1, 4
 def read_wandb_run(path: Path, is_whole: bool = True) -> dict[str, Any]:
     """Read a `.wandb` file: `id`, `name`, `config`, `summary`, and `history`, its metrics by step.
 
-    wandb writes the end of it after `finish` has returned: a whole run is waited for.
+    wandb writes the end of the file after `finish` has returned, so this waits for a whole run to be complete.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while "exit" not in (run := _parse_wandb(path)) and is_whole:
-        assert time.monotonic() < deadline, f"{path} has no end"
+        assert time.monotonic() < deadline, f"{path} is still incomplete after {PATIENCE_SECONDS} s"
         time.sleep(0.05)
     return run
 
@@ -51,10 +51,10 @@ def _read_items(items) -> dict[str, Any]:
 
 
 def _split_log(content: bytes) -> list[bytes]:
-    """Split a log of LevelDB's format, after wandb's own header, into its whole records: it may be written yet."""
+    """Return the complete records of a LevelDB log that follows wandb's header; the file may still be growing."""
     records, parts, place = [], [], HEADER_BYTES
     while place + HEADER_BYTES <= len(content):
-        if BLOCK_BYTES - place % BLOCK_BYTES < HEADER_BYTES:  # too little for a record: padding
+        if BLOCK_BYTES - place % BLOCK_BYTES < HEADER_BYTES:  # padding: too short for a record
             place += BLOCK_BYTES - place % BLOCK_BYTES
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)
@@ -70,7 +70,7 @@ def _split_log(content: bytes) -> list[bytes]:
 
 
 def read_tensorboard(folder: Path) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, str]]]:
-    """Read the scalars and the texts of an event folder as TensorBoard shows them, each by name and step."""
+    """Read an event folder as TensorBoard does: its scalars and its texts, each by name and step."""
     events = EventAccumulator(str(folder), size_guidance={}, tensor_size_guidance={"scalars": 0, "text": 0})
     events.Reload()
     scalars: dict[str, dict[int, float]] = {}

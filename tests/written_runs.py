@@ -1,4 +1,4 @@
-"""Run folders written by hand, for what reads them."""
+"""Run folders written by hand, to test their readers."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def write_run(folder: Path, lines: list[dict], **settings) -> Path:
 
 
 def build_lines(n_steps: int, every: int = 10) -> list[dict]:
-    """A loss that falls from 11 to 3 within the first hundred steps."""
+    """Return metrics of a loss that falls from 11 to 3 within the first hundred steps."""
     lines = []
     for step in range(n_steps + 1):
         loss = 3 + 8 * np.exp(-step / 30)

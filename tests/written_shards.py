@@ -1,4 +1,4 @@
-"""A small folder of shards, what may befall one of them, and files of other programs."""
+"""A small folder of shards, ways to damage one of them, and shards in other programs' formats."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2
 
 
 def write_shards(folder: Path) -> Path:
-    """Write ten validation and 25 training tokens in shards of ten, with their manifest."""
+    """Write 10 validation tokens and 25 training tokens in shards of ten, with their manifest."""
     tokens = {"val": np.arange(10, dtype=np.uint16), "train": np.arange(25, dtype=np.uint16)}
     shards = []
     for split, first_number in (("val", 0), ("train", 1)):
@@ -57,8 +57,8 @@ def write_bytes(content):
     return lambda path: path.write_bytes(content)
 
 
-def assert_shard_refused(path, complaint):
-    """Check that a folder's only shard is refused by name, and for what it is."""
+def assert_shard_rejected(path, complaint):
+    """Check that a folder's only shard is rejected with `complaint`, in a message that has its path."""
     with pytest.raises(UserError, match=complaint) as raised:
         open_split(path.parent, "train")
     assert str(path) in str(raised.value)

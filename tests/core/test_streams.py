@@ -103,7 +103,7 @@ def test_a_choice_of_the_user_stays(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "full", "closed"])
 def test_a_run_needs_nobody_who_reads(data, tmp_path, run_script, kind):
-    result = run_script(f"give_nobody({kind!r})", "train", flags(data, tmp_path, **QUICK))
+    result = run_script(f"break_stdout({kind!r})", "train", flags(data, tmp_path, **QUICK))
     assert result.code == 0, result.err
     assert list(read_losses(tmp_path / "run")) == list(range(1, N_STEPS + 1))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
@@ -111,7 +111,7 @@ def test_a_run_needs_nobody_who_reads(data, tmp_path, run_script, kind):
 
 @pytest.mark.parametrize("kind, code", [("pipe", 141), ("full", 2), ("closed", 0)])
 def test_a_command_ends_as_others_do_where_nobody_reads(finished_run, run_script, kind, code):
-    result = run_script(f"give_nobody({kind!r})", COMMANDS, ["summary", finished_run])
+    result = run_script(f"break_stdout({kind!r})", COMMANDS, ["summary", finished_run])
     assert result.code == code
     assert "Traceback" not in result.err and result.err.count("\n") == (code == 2), result.err
 

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from written_shards import LFS_POINTER, assert_shard_refused, write_bytes, write_llmc
+from written_shards import LFS_POINTER, assert_shard_rejected, write_bytes, write_llmc
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.data.shards import list_checksums, map_files, open_split
@@ -72,7 +72,7 @@ OTHER_CONTENTS = [
 @pytest.mark.parametrize(("name", "write", "complaint"), OTHER_CONTENTS)
 def test_a_file_of_another_program_is_refused_for_what_it_is(tmp_path, name, write, complaint):
     write(tmp_path / name)
-    assert_shard_refused(tmp_path / name, complaint)
+    assert_shard_rejected(tmp_path / name, complaint)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from written_shards import DAMAGES, LFS_POINTER, assert_shard_refused, write_bytes, write_llmc, write_shards
+from written_shards import DAMAGES, LFS_POINTER, assert_shard_rejected, write_bytes, write_llmc, write_shards
 
 from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import compute_checksum
@@ -123,7 +123,7 @@ OTHER_CONTENTS = [
 @pytest.mark.parametrize(("name", "write", "complaint"), OTHER_CONTENTS)
 def test_what_has_the_name_of_a_shard_is_said_by_its_kind(tmp_path, name, write, complaint):
     write(tmp_path / name)
-    assert_shard_refused(tmp_path / name, complaint)
+    assert_shard_rejected(tmp_path / name, complaint)
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):
