@@ -6,10 +6,8 @@ BIN := .venv/bin
 TEST_WORKERS ?= 2
 
 SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
-# The demo works offline and always runs on the CPU.
-DEMO_ENVIRONMENT := HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-slow test-gpu quality bench fuzz audit ecosystem
+.PHONY: install demo next-steps test test-slow test-gpu quality bench fuzz audit ecosystem
 
 install: .venv/installed
 
@@ -18,15 +16,32 @@ install: .venv/installed
 	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
 	@touch $@
 
+# The demo works offline and always runs on the CPU.
+demo: export HF_HUB_OFFLINE := 1
+demo: export ACCELERATE_USE_CPU := true
+demo: export TOKENIZERS_PARALLELISM := false
 demo: install
-	$(DEMO_ENVIRONMENT) $(BIN)/python prepare_data.py --config configs/demo_data.yaml
-	$(DEMO_ENVIRONMENT) $(BIN)/accelerate launch --config_file accelerate_config.yaml --num_processes 1 \
+	$(BIN)/python prepare_data.py --config configs/demo_data.yaml
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml \
+		--num_processes 1 --main_process_port 0 \
 		train.py --config configs/demo.yaml --resume_from_checkpoint never
-	$(DEMO_ENVIRONMENT) $(BIN)/python eval_hellaswag.py --model runs/demo/final --data_file $(SAMPLE_ITEMS) \
-		--output runs/demo/hellaswag_sample.json
-	@echo "Samples from a new process that loads runs/demo/final with AutoModelForCausalLM:"
-	$(DEMO_ENVIRONMENT) $(BIN)/python -m modeling_gpt2_repro sample --model runs/demo/final --n_samples 2
+	@# A new process loads the model with AutoModelForCausalLM; the summary shows the scores that it writes.
+	$(BIN)/python eval_hellaswag.py --model runs/demo/final \
+		--data_file $(SAMPLE_ITEMS) \
+		--output runs/demo/hellaswag_sample.json >/dev/null
 	$(BIN)/python -m modeling_gpt2_repro summary runs/demo
+	@$(MAKE) --silent next-steps
+
+next-steps:
+	@printf '%s\n' '' '# Next: activate the environment that make installed' \
+		'source .venv/bin/activate' \
+		'# Train on your own text' \
+		'python prepare_data.py --files "books/*.txt" --output_dir data/books' \
+		'python train.py --config configs/laptop.yaml --data_dir data/books \' '    --run_name books' \
+		'# Continue your own prompt' \
+		'python -m modeling_gpt2_repro sample --model runs/demo/final \' '    --prompt "The function returns"' \
+		'# See what the full run takes' \
+		'python train.py --config configs/gpt2_124M.yaml --plan'
 
 test: install
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -119,8 +120,9 @@ def read_files(name: str, argv: list[str], made: set[str]) -> None:
     else:
         settings = parse(name, argv)
         if name == "train.py":
-            read = [settings.data_dir]
-            made.add(f"{settings.output_dir}/{settings.run_name}")
+            is_plan = settings.plan and settings.max_steps is not None  # needs no data and writes nothing
+            read = [] if is_plan else [settings.data_dir]
+            made |= set() if is_plan else {f"{settings.output_dir}/{settings.run_name}"}
         elif name == "prepare_data.py":
             made.add(settings.output_dir)
         elif name.endswith(" plots"):
@@ -297,6 +299,19 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
 
 def read_tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_next_steps_after_the_demo_fit_each_other(tmp_path, monkeypatch, capsys):
+    text = subprocess.run(["make", "--silent", "next-steps"], check=True, capture_output=True, text=True).stdout
+    commands, made = read_commands(text), {"data/demo", "runs/demo"}
+    for command in commands:
+        follow(command, made)
+    assert [command[1] for command in commands[1:]] == ["prepare_data.py", "train.py", "-m", "train.py"]
+    assert "--plan" in commands[-1] and made >= {"data/books", "runs/books"}
+    assert max(map(len, text.splitlines())) <= 80
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    assert train.main([each.replace("configs/", f"{REPOSITORY}/configs/") for each in commands[-1][2:]]) == 0
+    assert "19,073 steps" in capsys.readouterr().out
 
 
 def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
