@@ -152,7 +152,7 @@ def print_outcome(manifest: Manifest, folder: Path, seconds: float) -> None:
     if manifest.duplicates:
         print(f"kept {manifest.duplicates:,} training documents that duplicate an earlier one")
     if manifest.validation_ends_inside_document:
-        print("the validation split ends inside a long document, whose remainder is training text")
+        print("the validation split ends inside a document (no boundary is suitable); the rest of it is training text")
     for split, totals in (("train", manifest.train), ("val", manifest.val)):
         shards = manifest.list_shards(split)
         print(f"{split}: {totals.tokens:,} tokens, {totals.documents:,} documents, {len(shards)} shards")

@@ -481,7 +481,7 @@ def test_verify_finds_what_befell_the_tokenizer(tmp_path, capsys, file, damage):
         path.write_text(path.read_text() + " ")
     capsys.readouterr()
     assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 2
-    reason = {"missing": "is missing", "changed": "has another checksum"}[damage]
+    reason = {"missing": "is missing", "changed": "has a different checksum"}[damage]
     assert f"tokenizer/{file} {reason}" in capsys.readouterr().err
     assert prepare_data.main([*flags, "--overwrite"]) == 0
     assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 0
@@ -555,16 +555,16 @@ def remove_shards(folder, manifest):
     ("damage", "reason"),
     [
         (remove_tokenizer, "cannot load the tokenizer 'no-such-user/no-such-tokenizer'|cannot reach the Hub"),
-        (damage_tokenizer, r"holds no tokenizer.*: bring .* back as .*/tokenizer, or prepare the data again"),
+        (damage_tokenizer, r"contains no tokenizer.*: restore .* as .*/tokenizer, or prepare the data again"),
         (change_fingerprint, "is not the one that"),
-        (truncate_shard, "corpus_train_000001.npy is no whole .npy file"),
+        (truncate_shard, "corpus_train_000001.npy is not a complete .npy file"),
         (
             write_foreign_id,
-            "corpus_train_000001.npy holds 1 ids beyond the vocabulary of 257, the first, 257, at pos.* 77",
+            "corpus_train_000001.npy has 1 ids beyond the vocabulary of 257, the first, 257, at pos.* 77",
         ),
         (leave_unfinished, "unfinished"),
         (block_picture, r"cannot write .*inspection\.png"),
-        (remove_shards, "holds no train shards"),
+        (remove_shards, "has no train shards"),
     ],
 )
 def test_a_folder_that_cannot_be_inspected_is_one_line(run, corpus, tmp_path, damage, reason):

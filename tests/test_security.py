@@ -161,7 +161,7 @@ def test_a_pickle_as_a_shard_is_refused_unread(gpt2_shards, tmp_path, trap, caps
     assert train.main(flags(data_dir=folder, output_dir=tmp_path, report_to="none")) == 2
     (folder / "story_train_000001.npy").write_bytes(pickle.dumps(trap))
     assert train.main(flags(data_dir=folder, output_dir=tmp_path, report_to="none")) == 2
-    assert capsys.readouterr().err.count("is no whole .npy file") == 2
+    assert capsys.readouterr().err.count("is not a complete .npy file") == 2
 
 
 def test_a_pickle_as_a_checkpoint_of_nanogpt_is_refused_unread(tmp_path, trap, capsys):

@@ -425,7 +425,7 @@ def test_plan_prints_the_arithmetic_and_touches_nothing(shards, tmp_path, capsys
     assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan", "--max_steps=19073"]) == 0
     assert "124,439,808 parameters" in capsys.readouterr().out
     assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan"]) == 2
-    assert "make it with prepare_data.py" in capsys.readouterr().err
+    assert "create it with prepare_data.py" in capsys.readouterr().err
 
 
 def test_a_cpu_run_of_more_than_a_week_has_to_be_meant(shards, tmp_path, capsys):

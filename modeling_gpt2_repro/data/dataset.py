@@ -1,4 +1,4 @@
-"""Reading shards: windows of T+1 tokens out of memory-mapped files."""
+"""Reading windows of T+1 tokens from memory-mapped shards."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,31 +12,31 @@ from ..core.devices import enter_device, name_device
 from ..core.errors import UserError
 from .shards import load_manifest, open_split
 
-# Micro-batches read ahead; each is half a megabyte at 64 x 1,024 tokens.
+# Micro-batches to prefetch; each is half a megabyte at 64 x 1,024 tokens.
 PREFETCHED = 4
 
 
 class TokenDataset(torch.utils.data.Dataset):
-    """The windows of one split: window i holds tokens [i*T, (i+1)*T], the last of which is the next window's first.
+    """The windows of one split. Window i is tokens [i*T, (i+1)*T]; its last token is the first of the next window.
 
-    A window thus gives T inputs and T targets, and may straddle two shards. Only what is read is paged in, so memory
+    A window thus provides T inputs and T targets, and may span shards. Only pages that are read are loaded, so memory
     does not grow with the corpus.
 
     Args:
-        folder: shards and, where `prepare_data.py` wrote them, their manifest.
+        folder: the shards and, if `prepare_data.py` wrote them, their manifest.
         split: `train` or `val`.
         sequence_length: T, in tokens.
-        vocab_size: reading an id that is not below it is an error.
+        vocab_size: number of ids in the model's vocabulary; reading a larger id is an error.
 
     Raises:
-        UserError: no readable shards, or fewer tokens than one window.
+        UserError: the folder has no readable shards, or fewer tokens than one window.
     """
 
     def __init__(self, folder: str, split: str, sequence_length: int, vocab_size: int):
         self.folder, self.split = folder, split
         self.sequence_length, self.vocab_size = sequence_length, vocab_size
         self.manifest = load_manifest(folder)
-        # As plain arrays, because slicing an `np.memmap` takes ten times as long.
+        # Plain arrays, because slicing an `np.memmap` takes ten times as long.
         self.shards = [np.asarray(shard) for shard in open_split(folder, split)]
         self.shard_ends = np.cumsum([len(shard) for shard in self.shards])
         self.n_tokens = int(self.shard_ends[-1])
@@ -59,10 +59,10 @@ class TokenDataset(torch.utils.data.Dataset):
         return self.read([range(self.n_windows)[window]])[0]
 
     def read(self, windows: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """Return the given windows, each in [0, len(self)), as int64 of shape (len(windows), T+1).
+        """Return windows by index, each in [0, len(self)), as int64 of shape (len(windows), T+1).
 
         Raises:
-            UserError: a token id that the model has no row for.
+            UserError: a token id is outside the model's vocabulary.
         """
         tokens = np.concatenate(self._list_pieces(np.asarray(windows, dtype=np.int64)))
         if tokens.max() >= self.vocab_size:
@@ -73,7 +73,7 @@ class TokenDataset(torch.utils.data.Dataset):
         return torch.from_numpy(tokens.astype(np.int64)).view(len(windows), -1)
 
     def _list_pieces(self, windows: np.ndarray) -> list[np.ndarray]:
-        """Return views of the shards that make up `windows`, one or more for each, in order."""
+        """Return views of the shards that make up `windows` in order, one or more per window."""
         starts = windows * self.sequence_length
         shards = np.searchsorted(self.shard_ends, starts, side="right")
         pieces = []
@@ -89,15 +89,14 @@ class TokenDataset(torch.utils.data.Dataset):
 def prefetch(
     dataset: TokenDataset, micro_batches: Iterable[np.ndarray], device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Yield `dataset.read(micro_batch)` on `device` for each of `micro_batches`, reading `PREFETCHED` of them ahead.
+    """Yield `dataset.read(micro_batch)` on `device` for each of `micro_batches`, in order, prefetching `PREFETCHED`.
 
-    The order is that of `micro_batches`, which the reading thread iterates over as well. Batches for a CUDA device are
-    pinned, so that their copies do not wait for the work queued before them. An error is raised where its batch is
-    due. The thread ends with the iterator, exhausted or closed, and never waits for the consumer: a loop that breaks
-    leaves nothing hanging.
+    A thread iterates over `micro_batches` and reads them. Batches for a CUDA device are pinned, so copying them is
+    asynchronous. A read error is raised when its batch is due. The thread ends with the iterator, whether exhausted or
+    closed, and never blocks on the consumer: breaking out of the loop leaves nothing behind.
 
-    One thread is enough, and a process would only add a copy: a batch in the page cache takes 0.1 ms, and numpy
-    releases the interpreter's lock while it waits for one from the disk (80 ms for permuted windows on a cold SSD).
+    One thread suffices, and a process would only add a copy: a batch in the page cache takes 0.1 ms, and numpy
+    releases the GIL while it waits for the disk (80 ms for permuted windows on a cold SSD).
     """
     windows = iter(micro_batches)
     pin = device.type == "cuda"
@@ -109,7 +108,7 @@ def prefetch(
         batch = dataset.read(micro_batch)
         return batch.pin_memory() if pin else batch
 
-    # A thread begins on GPU 0, where pinning would open a second context in the processes of the other GPUs.
+    # New threads start on GPU 0, where pinning memory would create a second context in the other GPUs' processes.
     enter = partial(enter_device, name_device(device))
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead", initializer=enter) as reader:
         batches = deque(reader.submit(read_next) for _ in range(PREFETCHED))

@@ -1,8 +1,8 @@
-"""What a folder of shards holds: exact statistics in one pass over its files, and documents from anywhere in it.
+"""Inspecting a data folder: exact statistics in one pass over its shards, and a random sample of documents.
 
-Everything is counted from the tokens on disk. Memory does not grow with the corpus: the counts of ids and of chunks
-are small, and so is that of document lengths, because n tokens make documents of at most sqrt(2n) different lengths
-(141,421 for ten billion tokens).
+Everything is counted from the tokens on disk. Memory barely grows with the corpus: counts are kept per id, per chunk
+and per document length, and n tokens make documents of at most sqrt(2n) different lengths (141,421 for ten billion
+tokens).
 """
 
 import collections
@@ -35,9 +35,9 @@ class Document:
     """A document in the shards.
 
     Attributes:
-        position: of its end-of-text id, which stands in front of it, in `file`.
-        tokens: its length, with that id; it may continue in the next file.
-        ids: without that id, uint16; no more than requested.
+        position: of the end-of-text id that precedes it, in `file`.
+        tokens: its length, including that id; it may continue in the next file.
+        ids: uint16, without that id and truncated to the requested number.
     """
 
     split: Split
@@ -49,19 +49,20 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitStatistics:
-    """One split, counted.
+    """Statistics of one split.
 
-    A document is an end-of-text id and what follows it up to the next one, across files; lengths include that id.
+    A document is an end-of-text id and everything up to the next one, across files; its length includes that id.
 
     Attributes:
-        files: the split's shards in order.
-        text_bytes: UTF-8 bytes that the tokens stand for.
-        token_counts: how often each id occurs, int64 of shape `(vocab_size,)`.
-        lengths: the lengths that documents have, in tokens, ascending, int64; `length_counts`: how many have each.
-        chunk_bounds: where each chunk begins in the split, and where the last one ends, int64 of shape
-            `(chunks + 1,)`; no chunk lies in two files.
-        documents_before: documents that begin before each of these bounds, int64 of the same shape. A document is
-            found by reading one chunk.
+        files: the split's shards, in order.
+        text_bytes: UTF-8 bytes of the tokens' text.
+        token_counts: occurrences of each id, int64 of shape `(vocab_size,)`.
+        lengths: distinct document lengths in tokens, ascending, int64.
+        length_counts: number of documents of each length.
+        chunk_bounds: start of each chunk in the split, and end of the last one, int64 of shape `(chunks + 1,)`; no
+            chunk spans two files.
+        documents_before: number of documents that start before each bound, int64 of the same shape. Finding a document
+            thus takes reading one chunk.
     """
 
     split: Split
@@ -76,40 +77,40 @@ class SplitStatistics:
 
     @property
     def tokens(self) -> int:
-        """All tokens."""
+        """Number of tokens in the split."""
         return int(self.chunk_bounds[-1])
 
     @property
     def documents(self) -> int:
-        """Documents that begin in the split."""
+        """Number of documents that start in the split."""
         return int(self.documents_before[-1])
 
     @property
     def tokens_before_first(self) -> int:
-        """Tokens before the first end-of-text id: the rest of a document that began elsewhere."""
+        """Number of tokens before the first end-of-text id: the remainder of a document that starts elsewhere."""
         return self.tokens - int(self.lengths @ self.length_counts)
 
     @property
     def ids_in_use(self) -> int:
-        """How many ids of the vocabulary occur at all."""
+        """Number of vocabulary ids that occur."""
         return int(np.count_nonzero(self.token_counts))
 
     @property
     def mean_length(self) -> float:
-        """Tokens per document."""
+        """Mean number of tokens per document."""
         return int(self.lengths @ self.length_counts) / self.documents
 
     def find_length(self, percent: int) -> int:
-        """Return the smallest length that at least `percent` percent of the documents do not exceed."""
+        """Return a percentile of document lengths: the smallest that at least `percent` % of documents stay within."""
         return int(np.percentile(self.lengths, percent, weights=self.length_counts, method="inverted_cdf"))
 
     def list_most_common(self, count: int) -> list[int]:
-        """Return up to `count` ids that occur, the most common first, the lower id first among equals."""
+        """Return the `count` most common ids that occur, most common first; ties are broken by the lower id."""
         order = np.argsort(-self.token_counts, kind="stable")[:count]
         return order[self.token_counts[order] > 0].tolist()
 
     def read_document(self, number: int, max_ids: int) -> Document:
-        """Read document `number`, counted from 0 in the order of the split, with up to `max_ids` of its ids."""
+        """Read document `number`, counted from 0 in split order, with up to `max_ids` of its ids."""
         start, end = self._find_start(number), self._find_start(number + 1)
         ids = read_tokens(self.files.values(), start + 1, min(end, start + 1 + max_ids))
         file_ends = np.cumsum([len(tokens) for tokens in self.files.values()])
@@ -118,7 +119,7 @@ class SplitStatistics:
         return Document(self.split, path.name, position, end - start, ids)
 
     def _find_start(self, number: int) -> int:
-        """Return where a document begins in the split; after the last one, where the split ends."""
+        """Return the position in the split at which a document starts; for `number == documents`, the split's end."""
         if number == self.documents:
             return self.tokens
         chunk = int(np.searchsorted(self.documents_before, number, side="right")) - 1
@@ -129,7 +130,7 @@ class SplitStatistics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inspection:
-    """A folder of shards: its manifest, where it has one, its tokenizer, its splits, and some documents."""
+    """An inspected data folder: its manifest, if any, its tokenizer, statistics per split, and sampled documents."""
 
     folder: Path
     manifest: Manifest | None
@@ -139,20 +140,20 @@ class Inspection:
 
 
 def inspect_folder(folder: Path, n_documents: int, seed: int, max_ids: int) -> Inspection:
-    """Count what is in `folder` and read `n_documents` of its documents, with up to `max_ids` ids each.
+    """Compute statistics of `folder` and sample `n_documents` of its documents, with up to `max_ids` ids each.
 
-    A folder without a manifest is taken for one of GPT-2's tokenizer. A bar on stderr shows the progress.
+    A folder without a manifest is assumed to use GPT-2's tokenizer. A progress bar is shown on stderr.
 
     Raises:
-        UserError: a missing or unfinished folder, one without shards or tokens, a damaged shard or manifest, a
-            tokenizer that cannot be loaded or is not the shards', or ids that it does not have.
+        UserError: the folder is missing, unfinished or without tokens, a shard or the manifest is damaged, or the
+            tokenizer cannot be loaded, is not the shards' or lacks some of their ids.
     """
     manifest = load_manifest(folder)
-    # Without any shards, the error is the one for the split that every folder has.
+    # If there are no shards, mapping the split that every folder has raises the error.
     files = {split: map_files(folder, split) for split in list_splits(folder) or ["train"]}
     total = sum(len(tokens) for of_split in files.values() for tokens in of_split.values())
     if not total:
-        raise UserError(f"the shards of {folder} hold no tokens: make the folder again")
+        raise UserError(f"the shards of {folder} contain no tokens: prepare the folder again")
     tokenizer = load_data_tokenizer(folder)
     byte_lengths = token_byte_lengths(tokenizer)
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None, delay=1) as bar:
@@ -170,15 +171,15 @@ def scan_split(
     byte_lengths: np.ndarray,
     report_progress: Callable[[int], Any] = lambda tokens: None,
 ) -> SplitStatistics:
-    """Count one split in one pass.
+    """Compute the statistics of one split in one pass.
 
     Args:
-        files: the split's shards in order.
+        files: the split's shards, in order.
         byte_lengths: UTF-8 bytes of each id, of shape `(vocab_size,)`.
         report_progress: called after each chunk with its number of tokens.
 
     Raises:
-        UserError: a shard has an id from `vocab_size` on.
+        UserError: a shard has an id of `vocab_size` or above.
     """
     vocab_size = len(byte_lengths)
     token_counts = np.zeros(MAX_VOCAB_SIZE, dtype=np.int64)
@@ -198,7 +199,7 @@ def scan_split(
             report_progress(len(chunk))
         if token_counts[vocab_size:].any():
             beyond = describe_ids_beyond(tokens, vocab_size)
-            raise UserError(f"{path} {beyond}: it is damaged, or another tokenizer wrote it")
+            raise UserError(f"{path} {beyond}: it is damaged or was written with another tokenizer")
     length_counts.update((n_tokens - last_start).tolist())
     lengths = sorted(length_counts)
     return SplitStatistics(
@@ -215,9 +216,9 @@ def scan_split(
 
 
 def choose_documents(splits: Sequence[SplitStatistics], count: int, seed: int, max_ids: int) -> list[Document]:
-    """Read `count` different documents, each as likely as any other of all splits, in the order of the splits.
+    """Sample `count` documents uniformly without replacement from all splits, and read them in split order.
 
-    The choice is a function of the seed and the number of documents; all of them where there are no more than `count`.
+    The sample is a function of the seed and the number of documents. If there are at most `count`, all are read.
     """
     total = sum(split.documents for split in splits)
     generator = np.random.default_rng(seed)

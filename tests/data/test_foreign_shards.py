@@ -23,7 +23,7 @@ def test_bad_llmc_shards_are_refused(tmp_path):
     with pytest.raises(UserError, match="truncated"):
         open_split(tmp_path, "train")
     write_llmc(tmp_path / "a_train_000000.bin", [1, 2], magic=1)
-    with pytest.raises(UserError, match=r"not a shard of llm\.c"):
+    with pytest.raises(UserError, match=r"not an llm\.c shard"):
         open_split(tmp_path, "train")
 
 
@@ -64,7 +64,7 @@ OTHER_CONTENTS = [
     ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240801, version=7), "Llama 3"),
     ("x_train.bin", lambda path: write_llmc(path, [1, 2], magic=20240326), "llm.c GPT-2 model"),
     ("x_train.bin", lambda path: write_llmc(path, [1, 2], version=2), "version 1"),
-    ("x_train.bin", lambda path: write_llmc(path, [1, 2], count=1), "longer than it says"),
+    ("x_train.bin", lambda path: write_llmc(path, [1, 2], count=1), "too long"),
     ("x_train.bin", write_bytes((20240520).to_bytes(4, "little")), "version 1"),
 ]
 
@@ -85,9 +85,9 @@ def test_a_file_of_another_program_is_refused_for_what_it_is(tmp_path, name, wri
         (["a.jsonl.gz"], r"--files '.*/\*\.jsonl\.gz'"),
         (["input.txt", "prepare.py"], r"--files '.*/\*\.txt'"),
         (["x_text_document.bin", "x_text_document.idx"], "Megatron"),
-        (["train/x_000001.npy", "val/x_000000.npy"], "there are some in .*train"),
-        (["tokens_0.npy"], r"others, such as tokens_0\.npy"),
-        (["x_test_000000.bin"], "others"),
+        (["train/x_000001.npy", "val/x_000000.npy"], "/train has some"),
+        (["tokens_0.npy"], r"such as tokens_0\.npy"),
+        (["x_test_000000.bin"], "other files"),
         ([], r"prepare_data\.py"),
     ],
 )
@@ -95,5 +95,5 @@ def test_a_folder_of_other_data_is_told_what_to_do_with_it(tmp_path, names, comp
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"holds no train shards .*{complaint}"):
+    with pytest.raises(UserError, match=f"has no train shards .*{complaint}"):
         open_split(tmp_path, "train")

@@ -168,7 +168,7 @@ def test_first_id_beyond_the_vocabulary_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "TOKENS_PER_CHUNK", 7)
     pieces = [np.zeros(20, np.uint16), np.zeros(30, np.uint16)]
     pieces[1][[16, 17, 25]] = VOCAB_SIZE, 60_000, 13
-    with pytest.raises(UserError, match=r"000001\.npy holds 3 ids beyond .* 12, the first, 12, at position 16"):
+    with pytest.raises(UserError, match=r"000001\.npy has 3 ids beyond .* 12, the first, 12, at position 16"):
         scan_split("train", write_files(tmp_path, pieces), EOT, BYTE_LENGTHS)
 
 
@@ -176,17 +176,17 @@ def test_the_first_id_that_is_none_is_beyond(tmp_path):
     files = write_files(tmp_path, [np.array([EOT, VOCAB_SIZE - 1], np.uint16)])
     assert scan_split("train", files, EOT, BYTE_LENGTHS).tokens == 2
     files = write_files(tmp_path, [np.array([EOT, VOCAB_SIZE], np.uint16)])
-    with pytest.raises(UserError, match="holds 1 ids beyond"):
+    with pytest.raises(UserError, match="has 1 ids beyond"):
         scan_split("train", files, EOT, BYTE_LENGTHS)
 
 
 def test_folders_with_nothing_to_count_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no data folder"):
         inspect_folder(tmp_path / "none", 1, 0, 10)
-    with pytest.raises(UserError, match="holds no train shards"):
+    with pytest.raises(UserError, match="has no train shards"):
         inspect_folder(tmp_path, 1, 0, 10)
     write_files(tmp_path, [np.empty(0, np.uint16)])
-    with pytest.raises(UserError, match="hold no tokens"):
+    with pytest.raises(UserError, match="contain no tokens"):
         inspect_folder(tmp_path, 1, 0, 10)
     (tmp_path / shards.WORK_FOLDER).mkdir()
     with pytest.raises(UserError, match="unfinished"):

@@ -191,11 +191,11 @@ def test_missing_tokenizer_says_what_to_do(name):
 
 
 def test_folder_without_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_with_a_models_configuration_alone_is_no_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))

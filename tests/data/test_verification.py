@@ -49,7 +49,7 @@ def rewrite(folder, tokens, checksum=True):
             "2 ids beyond the vocabulary of 100, the first, 102, at position 8",
         ),
         ([EOT, 1, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 documents instead of 2"),
-        ([EOT, EOT, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 empty documents, the first ends at position 1"),
+        ([EOT, EOT, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 empty documents, the first of which ends at position 1"),
     ],
 )
 def test_verify_sees_what_opening_does_not(folder, tokens, checksum, reason):
@@ -66,7 +66,7 @@ def test_verify_tells_renamed_foreign_and_missing_shards_apart(folder):
     with pytest.raises(UserError) as caught:
         verify_folder(folder)
     for problem in (
-        "x_train_000001.npy is there as x_train_000009.npy",
+        "x_train_000001.npy is now x_train_000009.npy",
         "y_train_000001.npy is not in the manifest",
         "x_train_000003.npy is missing",
     ):
