@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -222,48 +223,50 @@ def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noq
     assert f"{len(pieces)} pieces finished" in out
 
 
-def list_command(flags, task_bytes: int = 2500, bucket_tokens: int = 2000) -> list[str]:
-    """Return the command of a real process with the small pieces of these tests."""
-    script = (
-        f"import runpy, sys; sys.path.insert(0, {os.path.dirname(prepare_data.__file__)!r})\n"
-        "from modeling_gpt2_repro.data.prepare import tokenize_stage as t, write_stage as w\n"
-        "from modeling_gpt2_repro.data.sources import local_files as l\n"
-        f"l.TASK_BYTES, t.TOKENS_PER_SORTED_CHUNK, w.TOKENS_PER_BUCKET = {task_bytes}, 500, {bucket_tokens}\n"
-        f"runpy.run_path({prepare_data.__file__!r}, run_name='__main__')"
-    )
-    return [sys.executable, "-c", script, *flags]
+def run_script(flags, err: Path, setup: Callable[[], object] = lambda: None) -> multiprocessing.Process:
+    """Start the script in a process that leads a session of its own, after `setup`; `err` is its stderr."""
+
+    def main():
+        os.setsid()
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        setup()
+        sys.argv = [prepare_data.__file__, *flags]
+        runpy.run_path(prepare_data.__file__, run_name="__main__")
+
+    process = FORK.Process(target=main)
+    process.start()
+    return process
 
 
-def run_limited(command: list[str], resource_kind: int, limit: int) -> subprocess.CompletedProcess:
-    """Run a process with a limit of the system's."""
-    return subprocess.run(
-        command,
-        preexec_fn=lambda: resource.setrlimit(resource_kind, (limit, limit)),
-        capture_output=True,
-        text=True,
-    )
+def run_limited(flags, err: Path, resource_kind: int, limit: int) -> int:
+    """Run the script in a process with a limit of the system's, and return its exit code."""
+    process = run_script(flags, err, lambda: resource.setrlimit(resource_kind, (limit, limit)))
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize("limit", [3_000, 12_000])
 def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
-    """A real process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
-    folder = tmp_path / "out"
+    """A process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
+    folder, err = tmp_path / "out", tmp_path / "err"
     flags = [*flags, f"--output_dir={folder}"]
-    result = run_limited(list_command(flags), resource.RLIMIT_FSIZE, limit)
-    assert result.returncode == 2, result.stderr
-    assert "cannot write" in result.stderr and "File too large" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert run_limited(flags, err, resource.RLIMIT_FSIZE, limit) == 2, err.read_text()
+    printed = err.read_text()
+    assert "cannot write" in printed and "File too large" in printed
+    assert "Traceback" not in printed
     assert not folder.exists()
     pieces = list_pieces(folder)
     assert prepare_data.main(flags) == 0
     assert hash_folder(folder) == expected
-    assert bool(pieces) == ("finished pieces are kept" in result.stderr) == (limit > 10_000)
+    assert bool(pieces) == ("finished pieces are kept" in printed) == (limit > 10_000)
 
 
-def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path):
-    flags = [*flags, f"--output_dir={tmp_path / 'out'}"]
-    result = run_limited(list_command(flags, task_bytes=300, bucket_tokens=10**6), resource.RLIMIT_NOFILE, 64)
-    assert result.returncode == 0, result.stderr
+def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_files, "TASK_BYTES", 300)
+    monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 10**6)
+    flags, err = [*flags, f"--output_dir={tmp_path / 'out'}"], tmp_path / "err"
+    assert run_limited(flags, err, resource.RLIMIT_NOFILE, 64) == 0, err.read_text()
     assert hash_folder(tmp_path / "out") == expected
 
 
@@ -381,16 +384,16 @@ def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
 )
-def test_stopped_by_a_signal_it_says_what_is_kept(flags, expected, tmp_path, number, code):
+def test_stopped_by_a_signal_it_says_what_is_kept(flags, expected, tmp_path, monkeypatch, number, code):
     """To all its processes, as Ctrl-C in a terminal and a batch system send it."""
-    folder = tmp_path / "out"
-    flags = [*flags, f"--output_dir={folder}"]
-    command = list_command(flags, task_bytes=100)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while not list_pieces(folder) and process.poll() is None:
-            time.sleep(0.001)
-        os.killpg(process.pid, number)
-        err = process.stderr.read()
-    assert process.returncode == code, err
-    assert "finished pieces are kept" in err
-    assert "Traceback" not in err
+    monkeypatch.setattr(local_files, "TASK_BYTES", 100)
+    folder, err = tmp_path / "out", tmp_path / "err"
+    process = run_script([*flags, f"--output_dir={folder}"], err)
+    while not list_pieces(folder) and process.is_alive():
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    process.join()
+    printed = err.read_text()
+    assert process.exitcode == code, printed
+    assert "finished pieces are kept" in printed
+    assert "Traceback" not in printed
