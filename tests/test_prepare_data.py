@@ -63,11 +63,14 @@ def documents(texts, tokenizer):
     return encodings
 
 
-@pytest.fixture
-def corpus(tmp_path, texts):
-    path = tmp_path / "corpus.jsonl"
+def write_texts(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+@pytest.fixture
+def corpus(tmp_path, texts):
+    return write_texts(tmp_path / "corpus.jsonl", texts)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_prepare_data import corpus, hash_folder, run, texts, tokenizer  # noqa: F401
+from test_prepare_data import corpus, hash_folder, run, texts, tokenizer, write_texts  # noqa: F401
 
 import prepare_data
 from modeling_gpt2_repro.core import files, locks
@@ -35,15 +35,30 @@ def many_pieces(monkeypatch):
     monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 2000)
 
 
-@pytest.fixture
-def flags(tmp_path, corpus, tokenizer):  # noqa: F811
+def list_flags(corpus: Path, tokenizer) -> list[str]:  # noqa: F811
     return [f"--files={corpus}", "--shard_size=7000", f"--tokenizer={tokenizer.name_or_path}", "--num_workers=2"]
 
 
 @pytest.fixture
-def expected(flags, tmp_path):
-    """The files of a run that nothing happened to."""
-    assert prepare_data.main([*flags, f"--output_dir={tmp_path / 'whole'}"]) == 0
+def flags(corpus, tokenizer):  # noqa: F811
+    return list_flags(corpus, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(texts, tokenizer, tmp_path_factory) -> Path:  # noqa: F811
+    """The folder of a corpus, and of the shards `whole` of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = list_flags(write_texts(folder / "corpus.jsonl", texts), tokenizer)
+    assert prepare_data.main([*flags, f"--output_dir={folder / 'whole'}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def expected(undisturbed, tmp_path):
+    """The files of an undisturbed run on this test's copy of the corpus."""
+    shutil.copytree(undisturbed / "whole", tmp_path / "whole")
+    manifest = tmp_path / "whole" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(undisturbed), str(tmp_path)))
     return hash_folder(tmp_path / "whole")
 
 
@@ -384,7 +399,7 @@ def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
 )
-def test_stopped_by_a_signal_it_says_what_is_kept(flags, expected, tmp_path, monkeypatch, number, code):
+def test_stopped_by_a_signal_it_says_what_is_kept(flags, tmp_path, monkeypatch, number, code):
     """To all its processes, as Ctrl-C in a terminal and a batch system send it."""
     monkeypatch.setattr(local_files, "TASK_BYTES", 100)
     folder, err = tmp_path / "out", tmp_path / "err"
