@@ -1,8 +1,11 @@
 # Most targets use .venv, which `install` creates. On a CPU-only machine, point pip at PyTorch's CPU index:
 # make install PIP_ARGS="--extra-index-url URL"
+# uv installs the same versions faster: make install PIP="uv pip" PIP_ARGS="--torch-backend cpu"
 PYTHON ?= python3
+PIP ?= $(BIN)/pip
 PIP_ARGS ?=
 BIN := .venv/bin
+INSTALL = VIRTUAL_ENV="$(CURDIR)/.venv" $(PIP) install --constraint constraints.txt $(PIP_ARGS)
 TEST_WORKERS ?= 2
 
 SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
@@ -13,7 +16,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 # The demo works offline and always runs on the CPU.
@@ -62,7 +65,7 @@ quality: install
 # Runs all benchmarks sequentially (about 50 minutes on two cores) and writes docs/benchmarks.md. A failing benchmark
 # does not stop the others. HellaSwag's items are read from .gpu/hellaswag_val.jsonl.gz if it exists.
 bench: install
-	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev,bench]'
+	$(INSTALL) --editable '.[dev,bench]'
 	failed=; for script in benchmarks/bench_*.py; do \
 		echo "== $$script"; $(BIN)/python $$script || failed="$$failed $$script"; \
 	done; \
@@ -84,5 +87,5 @@ audit: install
 # Opens a trained checkpoint with third-party tools, which only this target installs. The test names give the versions
 # that they passed with.
 ecosystem: install
-	$(BIN)/pip install --constraint constraints.txt $(PIP_ARGS) --editable '.[dev,ecosystem]'
+	$(INSTALL) --editable '.[dev,ecosystem]'
 	$(BIN)/pytest -vv -rs tests/ecosystem
