@@ -42,7 +42,7 @@ FLAGS = [
     (eval_hellaswag, EVALUATE | {"batch_tokens": 0}, "--batch_tokens must be 1 or more, not 0"),
     (eval_hellaswag, EVALUATE | {"limit": 0}, "--limit must be 1 or more, not 0"),
     # A run that ends in weights that are no numbers, or in no update at all.
-    (train, TINY | {"learning_rate": 1e308, "max_steps": 1}, "(is|are) not finite|non-finite"),
+    (train, TINY | {"learning_rate": 1e308, "max_steps": 1}, "not finite|non-finite"),
     (train, TINY | {"skip_steps": "1:2"}, "--skip_steps skips every update from 1 to 2"),
     # Names.
     (train, PLAN | {"data_dir": LONG_NAME}, "File name too long"),
