@@ -150,7 +150,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploa
     for step in range(plan.first_step, plan.last_step + 1):
         stop = step < plan.last_step and preemption.is_requested(accelerator)
         needs_evaluation = run.is_eval_due(step)
-        # A preempted job has seconds left, an evaluation can take minutes: the resumed run evaluates instead.
+        # A preempted job has seconds left and an evaluation can take minutes, so the resumed run evaluates instead.
         if needs_evaluation and not stop:
             with run.clock.measure("evaluation"):
                 evaluate(run, step)
@@ -170,7 +170,7 @@ def train(run: Run, preemption: Preemption, curves: CurveDrawer, uploader: Uploa
 
 
 def read_batches(run: Run) -> Iterator[torch.Tensor]:
-    """Return this rank's micro-batches of all remaining updates, in order."""
+    """Return this rank's micro-batches of all remaining updates, in order, each of shape (micro_batch_size, T+1)."""
     config, plan = run.config, run.plan
     steps = (step for step in range(plan.first_step, plan.last_step) if not run.is_skipped(step))
     micro_batches = run.order.divide_steps(
@@ -180,7 +180,12 @@ def read_batches(run: Run) -> Iterator[torch.Tensor]:
 
 
 def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
-    """Make update `step + 1`: forward and backward over its micro-batches, clip, and step the optimizer."""
+    """Make update `step + 1`: forward and backward over its micro-batches, clip, and step the optimizer.
+
+    Raises:
+        NonFiniteError: the loss or the gradient norm is not finite; the update is not applied.
+        RepeatedOverflowError: under fp16, too many consecutive updates overflowed.
+    """
     config, plan, accelerator, optimizer = run.config, run.plan, run.accelerator, run.optimizer
     # Dropout masks depend on step and rank only, so that a resumed run draws the same ones.
     torch.manual_seed(config.seed + step * plan.n_processes + accelerator.process_index)
@@ -246,7 +251,7 @@ def evaluate(run: Run, step: int) -> None:
         if config.save_best and metrics["val/loss"] < record.best_val_loss and run.accelerator.is_main_process:
             save_best(run, step, metrics)
     if plan.is_due(config.hellaswag_every, step):
-        # Papers cite `lm_eval`, so the finished model gets both scores.
+        # Papers cite the `lm_eval` protocol, so the finished model gets both scores.
         for protocol in ("original", "lm_eval") if step == plan.last_step else ("original",):
             encoded = run.inputs.hellaswag.encode(protocol)
             with run.accelerator.autocast():
@@ -311,7 +316,12 @@ def write_final(run: Run) -> None:
 
 
 def finish_smoke_test(run: Run) -> None:
-    """Reload the smoke test's checkpoint on rank 0, and report what was measured."""
+    """Reload the smoke test's checkpoint on rank 0, and report what was measured.
+
+    Raises:
+        UserError: there is no checkpoint, because it could not be written.
+        AssertionError: the checkpoint does not reload bit for bit.
+    """
     saved = checkpoints.list_checkpoints(run.record.folder.checkpoints)
     if not saved:
         raise UserError("the smoke test could not write a checkpoint, and a run could not either: see above")

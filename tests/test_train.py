@@ -193,7 +193,7 @@ def test_models_that_are_not_whole_or_of_another_shape_are_refused(shards, tmp_p
     assert "--sequence_length 64 is longer than the 32 positions" in longer
     few_ids = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=100, n_positions=32))
     few_ids.save_pretrained(tmp_path / "few_ids")
-    assert "has vocab_size 100, but the data's tokenizer says 1000" in complain(tmp_path / "few_ids", **shape)
+    assert "has vocab_size 100, but the data's tokenizer requires 1000" in complain(tmp_path / "few_ids", **shape)
     broken = tmp_path / "broken"
     shutil.copytree(finished_run / "final", broken)
     config = json.loads((broken / "config.json").read_text())
@@ -409,7 +409,7 @@ def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys,
     assert train.main([*flags(shards, tmp_path, max_steps=100, save_every=0, keep_weights_every=3), "--smoke"]) == 0
     out = capsys.readouterr().out
     assert "median of 8" in out and "MFU" in out and "GB peak" in out
-    assert float(re.search(r"apart +([\d.]+) s an evaluation", out)[1]) >= 2
+    assert float(re.search(r"overhead +([\d.]+) s per evaluation", out)[1]) >= 2
     assert "reloaded bit for bit" in out and "for 100 steps, evaluations included" in out
     assert "step 10: val/loss" in out and "step 10 sample" in out and "step 0:" not in out
     assert list(tmp_path.rglob("*")) == [tmp_path / "run-smoke", theirs]

@@ -71,9 +71,9 @@ def fit_micro_batch(
     """Find by trial whether the loss compiles and which micro-batch size fits.
 
     The loss is compiled if `compile` (`auto`, `on` or `off`) and the machine allow it. The first of `sizes` that fits
-    in memory is used. All ranks use the same: one rank's compiler error or lack of memory decides for all. The model
-    must be on its device and not distributed; room is reserved for the optimizer's moments. Weights and gradients
-    are unchanged afterwards.
+    in memory is used. All ranks make the same choice: a compiler error or lack of memory on one decides for all. The
+    model must be on its device and not distributed. The optimizer's moments must not exist yet; room is reserved for
+    them. Weights and gradients are unchanged afterwards.
 
     Args:
         sizes: micro-batch sizes in sequences, largest first.
@@ -165,11 +165,11 @@ def _try_sizes(
         gc.collect()
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-    generally = "--gradient_checkpointing True, a shorter --sequence_length or a smaller --model_size"
+    general_advice = "--gradient_checkpointing True, a shorter --sequence_length or a smaller --model_size"
     raise UserError(
         f"even {sizes[-1]} sequence(s) per micro-step do not fit in the device's memory: use "
         + ("--micro_batch_size auto, " if sizes[-1] > 1 else "")
-        + (advice or generally)
+        + (advice or general_advice)
     )
 
 

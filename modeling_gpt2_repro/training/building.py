@@ -34,8 +34,8 @@ def build_model(source: str, config: TrainingConfig, tokenizer: PreTrainedTokeni
     model = load_model(GPT2ReproForCausalLM, source, dtype=torch.float32, **_get_dropouts(config))
     for name, value in {**resolve_shape(config), "vocab_size": len(tokenizer)}.items():
         if getattr(model.config, name) != value:
-            asked_by = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
-            raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {asked_by} says {value}")
+            origin = "the data's tokenizer" if name == "vocab_size" else "the run's --model_size or --" + name
+            raise UserError(f"{source} has {name} {getattr(model.config, name)}, but {origin} requires {value}")
     check_sequence_length(model, config.sequence_length, source)
     return model
 

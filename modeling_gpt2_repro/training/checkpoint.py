@@ -86,8 +86,8 @@ def save_checkpoint(
         save_model(temporary, model, tokenizer)
         state_folder = temporary / TRAINING_STATE
         state_folder.mkdir()
-        moving_parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-        torch.save(moving_parts, state_folder / OPTIMIZER_NAME)
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        torch.save(states, state_folder / OPTIMIZER_NAME)
         skips = [[skip.start, skip.stop] for skip in state.skips]
         write_json(state_folder / STATE_NAME, dataclasses.asdict(state) | {"skips": skips})
         write_json(state_folder / CHECKSUMS_NAME, _compute_checksums(temporary))
@@ -102,7 +102,8 @@ def prune_checkpoints(folder: Path, keep: int, keep_weights_every: int) -> None:
     clear_unfinished(folder)
     for old in list_checkpoints(folder)[:-keep] if keep else ():
         if keep_weights_every and read_step(old) % keep_weights_every == 0:
-            (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)  # first: half a state must not look whole
+            # The checksums first: a partial training state must not look complete.
+            (old / TRAINING_STATE / CHECKSUMS_NAME).unlink(missing_ok=True)
             sync_folder(old / TRAINING_STATE)
             shutil.rmtree(follow_links(old / TRAINING_STATE))
         else:
@@ -141,7 +142,7 @@ def read_step(checkpoint: Path) -> int:
 
 
 def is_own_checkpoint(checkpoint: str | Path, folder: Path) -> bool:
-    """Return whether a checkpoint lies in a run's own checkpoint folder, `folder`."""
+    """Return whether a checkpoint belongs to the run whose checkpoint folder is `folder`."""
     place = follow_links(checkpoint)
     return place.parent == follow_links(folder) or place in map(follow_links, folder.glob("step_*"))
 
@@ -264,7 +265,7 @@ def check_experiment(checkpoint: Path, saved: dict[str, Any], experiment: dict[s
     ]
     if different:
         other_length = saved.get("max_steps") != experiment.get("max_steps")
-        why = "A cosine schedule cannot be prolonged; --lr_schedule constant and wsd can. "
+        why = "A cosine schedule cannot change its length; --lr_schedule constant and wsd can be prolonged. "
         raise UserError(
             f"{checkpoint} belongs to another experiment: {', '.join(different)}. {why if other_length else ''}Use "
             f"another --run_name, with --init_from {shlex.quote(str(checkpoint))} to start from these weights, or "

@@ -84,7 +84,7 @@ class TrainingConfig(Config):
     beta1: float = experiment(0.9, "AdamW's decay rate of the gradient mean", least=0, below=1)
     beta2: float = experiment(0.95, "AdamW's decay rate of the squared-gradient mean", least=0, below=1)
     grad_clip: float = experiment(1.0, "maximum global gradient norm; inf: no clipping", above=0)
-    seed: int = experiment(1337, "seed of the initial weights, window order and samples", least=0, below=2**63)
+    seed: int = experiment(1337, "seed of initial weights, window order, dropout and samples", least=0, below=2**63)
 
     micro_batch_size: str = setting(
         "auto",
@@ -208,7 +208,9 @@ class TrainingConfig(Config):
 
     def _check_evaluation(self) -> None:
         if self.eval_every and self.eval_tokens < self.sequence_length:
-            raise UserError(f"--eval_tokens ({self.eval_tokens:,}) must be at least one --sequence_length")
+            raise UserError(
+                f"--eval_tokens {self.eval_tokens:,} must be at least --sequence_length {self.sequence_length:,}"
+            )
         if self.eval_only and self.init_from == "scratch":
             raise UserError("--eval_only needs a model: set --init_from to a Hub id, such as gpt2, or a folder")
         if self.eval_only and not self.eval_every and not self.hellaswag_every:

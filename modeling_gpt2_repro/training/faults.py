@@ -1,4 +1,4 @@
-"""Failures in the middle of a run, turned into errors that say how to fix them."""
+"""Failures in the middle of a run, translated into errors that explain the remedy."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "iostream error", "un
 # From "index_add_cuda_ does not have a deterministic implementation, but you set ..."
 NONDETERMINISM_SIGN = " does not have a deterministic implementation"
 
-# Consecutive updates with an infinite gradient, after which fp16's loss scale, halved each time from 2**16, is below
-# 1.
+# Consecutive overflows that a run tolerates. The loss scale of fp16, 2**16 at first and halved each time, is below 1
+# by then.
 MOST_OVERFLOWS = 20
 
 
@@ -65,12 +65,12 @@ class RepeatedOverflowError(UserError):
 def is_write_failure(error: Exception) -> bool:
     """Return whether an exception means that a file could not be written: disk full or gone, quota, permissions.
 
-    torch, safetensors and tokenizers raise types of their own for that, which also have other meanings.
+    torch, safetensors and tokenizers raise their own types, which also mean other things: the message decides.
     """
     if isinstance(error, OSError):
         return error.errno in SYSTEM_REFUSALS
-    is_theirs = isinstance(error, RuntimeError | SafetensorError) or type(error) is Exception
-    return is_theirs and any(sign in str(error) for sign in WRITE_SIGNS)
+    is_library_error = isinstance(error, RuntimeError | SafetensorError) or type(error) is Exception
+    return is_library_error and any(sign in str(error) for sign in WRITE_SIGNS)
 
 
 @contextlib.contextmanager

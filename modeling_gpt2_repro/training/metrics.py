@@ -11,7 +11,7 @@
 - `train/elapsed_seconds`: time since the run began, without pauses between its parts
 - `train/peak_memory_gb`: peak memory of rank 0, in 10^9 bytes
 
-`train.write_checkpoint` adds `train/checkpoint_seconds`, the time that training stood still for a save.
+`train.write_checkpoint` adds `train/checkpoint_seconds`, how long training paused for a checkpoint.
 `train.evaluate` records, under names that do not begin with `train/`:
 
 - `val/loss`, `val/bpb`: nats per token, and bits per UTF-8 byte of text

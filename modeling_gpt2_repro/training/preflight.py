@@ -52,5 +52,5 @@ def check_duration(seconds: float, device_type: str, is_accepted: bool) -> None:
     if device_type == "cpu" and seconds > LONGEST_CPU_RUN_SECONDS and not is_accepted:
         raise UserError(
             f"on this CPU the run would take about {format_duration(seconds)}: add --yes to start it anyway, or use "
-            "configs/laptop.yaml, a model for a CPU; --plan shows the arithmetic"
+            "configs/laptop.yaml, a model sized for a CPU; --plan shows the arithmetic"
         )

@@ -58,7 +58,7 @@ class Run:
     def is_eval_due(self, step: int) -> bool:
         """Return whether to evaluate the model after `step` updates.
 
-        A resumed run skips its first evaluation if it was made before the checkpoint was saved; a smoke test always.
+        A resumed run skips its first evaluation if the checkpoint was saved after it; a smoke test always skips it.
         """
         skips_first = self.start.state.is_evaluated if self.start.state else self.config.smoke
         return self.plan.is_eval_step(step) and not (step == self.plan.first_step and skips_first)
@@ -120,7 +120,7 @@ def build_run(
     seconds = plan.estimate_seconds(accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
     console.say(*describe_work(plan, start, seconds))
-    # All skips are recorded, also the checkpoint's. In trackers, a forked run is a new one.
+    # Record all skips, including the checkpoint's. In trackers, a forked run is a new run.
     recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in start.skips])
     record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.is_own else None)
     reset_peak_memory(accelerator.device)

@@ -1,9 +1,9 @@
-"""The learning rate as a pure function of the step."""
+"""Learning-rate schedules, as pure functions of the step."""
 
 import math
 from dataclasses import dataclass
 
-# The part of the run that `wsd` (warm-up, stable, decay) spends on the decay: Hägele et al. 2024 find it enough.
+# Fraction of the run over which `wsd` (warm-up, stable, decay) decays; sufficient according to Hägele et al. 2024.
 WSD_DECAY_FRACTION = 0.2
 
 
@@ -11,8 +11,9 @@ WSD_DECAY_FRACTION = 0.2
 class Schedule:
     """The learning rate of each update, counted from 0.
 
-    Linear warm-up to `peak`, which update `warmup_steps - 1` reaches, then by `kind`: `cosine` falls to
-    `peak * min_ratio` at `max_steps`, `wsd` stays and falls linearly over the last fifth, `constant` stays.
+    The rate rises linearly to `peak`, reached at update `warmup_steps - 1`. Then, by `kind`: `cosine` decays to
+    `peak * min_ratio` at `max_steps`; `wsd` stays at `peak` and decays linearly to the same value over the last fifth
+    of the run; `constant` stays at `peak`.
     """
 
     kind: str

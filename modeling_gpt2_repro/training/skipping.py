@@ -23,7 +23,7 @@ def parse_skips(texts: Sequence[str]) -> list[range]:
     return skips
 
 
-def merge_skips(saved: Iterable[range], asked: Iterable[range], first_step: int) -> list[range]:
+def merge_skips(saved: Iterable[range], requested: Iterable[range], first_step: int) -> list[range]:
     """Return the sorted union of a checkpoint's skips and the requested ones.
 
     Args:
@@ -33,7 +33,7 @@ def merge_skips(saved: Iterable[range], asked: Iterable[range], first_step: int)
         UserError: a requested skip includes a completed update.
     """
     merged = set(saved)
-    for skip in asked:
+    for skip in requested:
         if skip not in merged and skip.start <= first_step:
             raise UserError(
                 f"--skip_steps {skip.start}:{skip.stop - 1}: the checkpoint already includes updates up to "
@@ -43,10 +43,10 @@ def merge_skips(saved: Iterable[range], asked: Iterable[range], first_step: int)
     return sorted(merged, key=lambda skip: (skip.start, skip.stop))
 
 
-def check_any_made(skips: Iterable[range], first_step: int, max_steps: int) -> None:
+def check_any_left(skips: Iterable[range], first_step: int, max_steps: int) -> None:
     """Raise a `UserError` if the skips leave no update between `first_step` and `max_steps`."""
-    left = first_step + 1
+    next_update = first_step + 1
     for skip in sorted(skips, key=lambda skip: skip.start):
-        left = max(left, skip.stop) if left in skip else left
-    if first_step < max_steps < left:
+        next_update = max(next_update, skip.stop) if next_update in skip else next_update
+    if first_step < max_steps < next_update:
         raise UserError(f"--skip_steps skips every update from {first_step + 1} to {max_steps}: leave at least one")

@@ -23,7 +23,7 @@ from .config import TrainingConfig
 from .inputs import Inputs
 from .record import RunRecord
 from .run_folder import has_content
-from .skipping import check_any_made, merge_skips
+from .skipping import check_any_left, merge_skips
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def choose_start(config: TrainingConfig, inputs: Inputs, accelerator: Accelerato
     step = state.step if state else 0
     check_agreement(accelerator, [step, max_steps, experiment["data"]])
     skips = merge_skips(state.skips if state else [], config.skips, step)
-    check_any_made(skips, step, max_steps)
+    check_any_left(skips, step, max_steps)
     start = Start(
         experiment=experiment,
         max_steps=max_steps,

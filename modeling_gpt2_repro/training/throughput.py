@@ -67,7 +67,7 @@ def find_peak(device_name: str, precision: str) -> Peak | None:
 
 
 def measure_peak_flops(device: torch.device, precision: str) -> float:
-    """Measure the FLOP/s of a large square matrix product, the best of a few."""
+    """Measure the FLOP/s of a large square matrix product, the best of `N_PROBES`."""
     size = CPU_PROBE_SIZE if device.type == "cpu" else PROBE_SIZE
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     # Random values, because a power-limited device multiplies constants faster than real data.

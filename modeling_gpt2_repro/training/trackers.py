@@ -93,7 +93,7 @@ class Wandb(Tracker):
         problems: list[Exception] = []
         for environment, choose_mode in attempts:
             with contextlib.suppress(Exception):
-                wandb.teardown()  # its service may be dead, or consider the run's id as in use
+                wandb.teardown()  # its service may be dead, or consider the run's id still in use
             try:
                 with environment():
                     self._tracker = WandBTracker(**self._choose_arguments(), mode=choose_mode())
@@ -228,5 +228,5 @@ def choose_trackers(requested: str) -> list[str]:
         names.remove("wandb")
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name} needs the package of that name: pip install {name}")
+            raise UserError(f"--report_to {name}: the package {name} is not installed: pip install {name}")
     return names

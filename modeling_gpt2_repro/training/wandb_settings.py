@@ -1,4 +1,4 @@
-"""wandb's environment variables and settings files, and a check whether its server answers.
+"""wandb's environment variables and settings files, and a check that its server answers.
 
 Importing wandb takes a second, so this module imports it only when a run starts with it.
 """
@@ -70,7 +70,7 @@ def choose_mode() -> str:
     """
     import wandb
 
-    if mode := os.environ.pop("WANDB_MODE", "").lower():  # wandb refuses an empty one and upper case
+    if mode := os.environ.pop("WANDB_MODE", "").lower():  # wandb rejects empty and upper-case values
         os.environ["WANDB_MODE"] = mode
     settings = wandb.setup().settings
     if settings.mode in ONLINE_MODES:
@@ -102,9 +102,9 @@ def _find_problem(url: str) -> str | None:
         urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:
         return f"answers {error.code}" if error.code >= 500 else None
-    except Exception as error:  # urllib raises anything for a bad address, or a server that does not speak HTTP
+    except Exception as error:  # urllib raises many types for a bad address or a server that does not speak HTTP
         reason = getattr(error, "reason", error)
-        # A certificate that Python does not trust still is an answer.
+        # A certificate that Python does not trust is still an answer.
         return None if isinstance(reason, ssl.SSLError) else f"does not answer ({reason})"
     return None
 
