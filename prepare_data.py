@@ -181,7 +181,7 @@ def inspect(folder: Path, n_documents: int, seed: int) -> None:
 
     inspection = inspect_folder(folder, n_documents, seed, PREVIEW_IDS)
     print(describe_inspection(inspection, sys.stdout.encoding or "utf-8"), end="\n\n", flush=True)
-    print(f"drawn as {draw_inspection(inspection)}")
+    print(f"figure saved as {draw_inspection(inspection)}")
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def test_built_in_corpus(run, tmp_path):
 def split_shown(out):
     """What --inspect shows of each document: its split, file, position and tokens, and its text."""
     header = re.compile(r"--- (train|val), (\S+), position ([\d,]+), ([\d,]+) tokens ---\n")
-    first, *parts = header.split(out.rpartition("\n\ndrawn as ")[0] + "\n\n")
+    first, *parts = header.split(out.rpartition("\n\nfigure saved as ")[0] + "\n\n")
     shown = [(*parts[i : i + 4], parts[i + 4].removesuffix("\n\n")) for i in range(0, len(parts), 5)]
     return first, [
         (split, file, *(int(n.replace(",", "")) for n in where), text) for split, file, *where, text in shown

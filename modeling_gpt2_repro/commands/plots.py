@@ -49,7 +49,7 @@ def run(config: PlotsConfig) -> None:
     folder = first.path if len(runs) == 1 and first.path.is_dir() else Path()
     path = Path(config.output) if config.output else folder / name
     save_figure(figure, path)
-    print("\n".join([*lines, f"drawn as {path}"]))
+    print("\n".join([*lines, f"figure saved as {path}"]))
 
 
 def disambiguate_names(runs: Sequence[Curves], paths: Sequence[str]) -> list[Curves]:

@@ -203,10 +203,12 @@ def count_parameters(folder: Path) -> str:
 
 def describe_training(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> dict[str, str]:
     """Return the facts about training that are not settings, keyed by their names in the template."""
+    decay = f"{config.lr_schedule} to {config.min_lr_ratio:g} of the peak"
     autocast = f"{config.mixed_precision} autocast where supported, weights and optimizer state in float32"
     facts = {
         "updates": f"{last['step']:,}, each of {config.tokens_per_step:,} tokens" if last else NOT_RECORDED,
         "tokens_seen": NOT_RECORDED,
+        "schedule": "constant" if config.lr_schedule == "constant" else decay,
         "precision": "float32" if config.mixed_precision == "no" else autocast,
         "time": NOT_RECORDED,
     }

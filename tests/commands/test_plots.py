@@ -36,7 +36,7 @@ def test_the_command_compares_runs_with_logs_in_a_process_of_its_own(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     first, second, *_, last = process.stdout.splitlines()
     assert first.startswith("run: ") and second.startswith("again/run: ")  # one name, and so by where they lie
-    assert last == "drawn as comparison.png"
+    assert last == "figure saved as comparison.png"
 
 
 @pytest.mark.parametrize("kind, head", [("svg", b"<?xml"), ("pdf", b"%PDF")])

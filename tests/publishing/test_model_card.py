@@ -98,12 +98,19 @@ def test_card_tells_data_model_training_and_results(run_folder):
     assert table["order"] == "documents shuffled, seed 0"
     assert (table["blocks"], table["attention heads"], table["width"]) == ("2", "4", "64")
     assert table["updates"] == "4, each of 524,288 tokens"
+    assert table["learning rate"] == "0.0006, linear warmup over 375,000,000 tokens, then cosine to 0.1 of the peak"
     assert table["tokens seen"] == "2,097,152 (0.500 epochs)"
     assert table["time"].startswith("1 s of updates")
     assert "![Curves of the run](curves.png)" in text
     for title in ("Use", "Limits and biases", "Reproduce", "Samples"):
         assert f"\n## {title}\n" in text
     assert "early words" not in text
+
+
+def test_a_constant_learning_rate_has_no_end_on_the_card(run_folder):
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings | {"lr_schedule": "constant"}))
+    assert read_table(render_card(run_folder / "final", run_folder))["learning rate"].endswith("tokens, then constant")
 
 
 def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
