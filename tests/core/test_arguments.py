@@ -47,23 +47,23 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_file_may_come_from_windows(end, encoding, tmp_path):
+def test_files_from_windows_are_read(end, encoding, tmp_path):
     (tmp_path / "s.yaml").write_bytes(end.join(["", "prompt: é", "", "files: [a, b]", "n_steps: 3"]).encode(encoding))
     assert parse("--config", str(tmp_path / "s.yaml")) == Settings(prompt="é", files=["a", "b"], n_steps=3)
 
 
-def test_a_file_in_another_encoding_is_refused(tmp_path):
+def test_a_file_in_another_encoding_is_rejected(tmp_path):
     (tmp_path / "s.yaml").write_bytes("prompt: é".encode("cp1252"))
     with pytest.raises(UserError, match=r"cannot read --config .*s\.yaml: 'utf-8' codec can't decode byte 0xe9"):
         parse("--config", str(tmp_path / "s.yaml"))
 
 
-def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path):
+def test_yaml_booleans_stay_strings_in_text_settings(tmp_path):
     (tmp_path / "s.yaml").write_text("mode: on\npush: yes\n")
     assert parse("--config", str(tmp_path / "s.yaml")) == Settings(mode="on", push=True)
 
 
-def test_written_settings_come_back(tmp_path):
+def test_settings_survive_a_round_trip(tmp_path):
     settings = Settings(prompt="a: 'b' -- é\n", files=["x y"], n_steps=3, push=True)
     write_config(settings, tmp_path / "s.yaml")
     assert parse(f"--config={tmp_path / 's.yaml'}") == settings
@@ -77,7 +77,7 @@ def test_written_settings_come_back(tmp_path):
         "--learning_rate=1e-30",
     ],
 )
-def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
+def test_unusual_values_survive_a_round_trip(argv, tmp_path):
     write_config(parse(argv), tmp_path / "s.yaml")
     assert parse(f"--config={tmp_path / 's.yaml'}") == parse(argv)
 
@@ -93,7 +93,7 @@ def test_every_setting_that_can_be_given_comes_back(argv, tmp_path):
         *((each, each) for each in ("./~/x", "a/~/x", "gpt2", "openai-community/gpt2", "auto", "", "a~")),
     ],
 )
-def test_a_path_may_begin_at_home(path, expanded, tmp_path, monkeypatch):
+def test_a_leading_tilde_is_expanded_in_paths_only(path, expanded, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     expanded = expanded.replace("HOME", str(tmp_path))
     wanted = Settings(folder=expanded, file=expanded, inputs=[expanded, expanded], prompt=path, files=[path])
@@ -108,12 +108,12 @@ def test_a_path_may_begin_at_home(path, expanded, tmp_path, monkeypatch):
     assert parse("--config=~/t.yaml") == wanted
 
 
-def test_a_bare_tilde_in_a_file_is_nothing(tmp_path):
+def test_a_bare_tilde_in_a_file_is_null(tmp_path):
     (tmp_path / "s.yaml").write_text("folder: ~\nfile: ~\n")
     assert parse("--config", str(tmp_path / "s.yaml")) == Settings()
 
 
-def test_a_home_that_nobody_knows_is_told(monkeypatch):
+def test_an_unknown_home_folder_is_reported(monkeypatch):
     def has_no_entry(_):
         raise KeyError
 
@@ -121,7 +121,7 @@ def test_a_home_that_nobody_knows_is_told(monkeypatch):
         with pytest.raises(UserError, match=r"~nobody-of-this-name|null"):
             parse(*argv)
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(pwd, "getpwuid", has_no_entry)  # as in a container whose user is a number
+    monkeypatch.setattr(pwd, "getpwuid", has_no_entry)  # as in a container whose user id has no name
     with pytest.raises(UserError, match="~/x: the home folder ~ is unknown"):
         parse("--inputs", "a", "~/x")
 
@@ -134,7 +134,7 @@ NO_PATHS |= {"dataset_config_name"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_text_of_a_script_is_a_path_or_known_to_be_none(script):
+def test_every_text_setting_is_a_path_or_listed_as_none(script):
     texts = [field for field in dataclasses.fields(script) if field.type in (str, str | None, list[str])]
     assert {field.name for field in texts if not field.metadata["path"]} <= NO_PATHS
     assert not {field.name for field in texts if field.metadata["path"]} & NO_PATHS
@@ -191,7 +191,7 @@ def test_mistakes_in_a_file_are_explained(text, message, tmp_path):
         ("--share=-1", "--share must be 0 or more, not -1.0"),
     ],
 )
-def test_a_number_out_of_bounds_is_refused_however_it_is_given(flag, message, tmp_path):
+def test_a_number_out_of_bounds_is_rejected_in_flags_and_files(flag, message, tmp_path):
     name, value = flag.removeprefix("--").split("=")
     (tmp_path / "s.yaml").write_text(f"{name}: {value}")
     for argv in ([flag], ["--config", str(tmp_path / "s.yaml")]):
@@ -200,7 +200,7 @@ def test_a_number_out_of_bounds_is_refused_however_it_is_given(flag, message, tm
         assert str(error.value) == message
 
 
-def test_what_decides_the_result_is_declared_with_the_setting():
+def test_settings_declare_whether_they_affect_the_result():
     assert parse("--learning_rate=1", "--n_tokens=2").experiment == {"learning_rate": 1.0}
 
 
@@ -210,7 +210,7 @@ class Positional(Config):
     hours: bool = setting(False, "whether")
 
 
-def test_paths_may_be_given_without_a_flag(monkeypatch, tmp_path, capsys):
+def test_positional_paths_need_no_flag(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     wanted = Positional(runs=["a", f"{tmp_path}/b"], hours=True)
     for argv in (["a", "~/b", "--hours"], ["--hours", "a", "~/b"], ["--hours", "yes", "a", "~/b"]):

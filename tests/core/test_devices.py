@@ -1,4 +1,4 @@
-"""Facts about devices and processes."""
+"""Devices and processes: threads, memory, cores."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import torch
 from modeling_gpt2_repro.core import devices
 
 
-def test_a_gpu_without_bf16_is_said_to_be_faster_in_fp16(monkeypatch):
+def test_fp16_is_suggested_on_a_gpu_without_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no", num_processes=1)
     said = devices.describe_device(accelerator, "bf16")
@@ -21,13 +21,13 @@ def test_a_gpu_without_bf16_is_said_to_be_faster_in_fp16(monkeypatch):
 @pytest.mark.parametrize(
     "environment, threads",
     [
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, "all"),  # as accelerate launch leaves it
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, "all"),  # set by accelerate launch
         ({"OMP_NUM_THREADS": "1"}, "as they were"),
         ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, "as they were"),
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}, "as they were"),
     ],
 )
-def test_a_lone_process_uses_all_cores_unless_told_otherwise(environment, threads, monkeypatch):
+def test_a_single_process_uses_all_cores_by_default(environment, threads, monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -52,7 +52,7 @@ print((kept - before) // 2**20, (measure_private_memory() - before) // 2**20)
 """
 
 
-@pytest.mark.skipif(devices.load_glibc() is None, reason="only glibc's allocator is told what to keep")
+@pytest.mark.skipif(devices.load_glibc() is None, reason="only glibc's allocator is configured to keep freed memory")
 def test_freed_memory_is_kept_for_the_next_step_until_it_is_returned():
     result = subprocess.run([sys.executable, "-c", FREE_AND_RETURN], capture_output=True, text=True, check=True)
     kept, left = map(int, result.stdout.split())
@@ -62,7 +62,7 @@ def test_freed_memory_is_kept_for_the_next_step_until_it_is_returned():
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1), ("nonsense", 8), (None, 8)]
 )
-def test_a_containers_limits_count(tmp_path, monkeypatch, quota, cores):
+def test_a_containers_limits_apply(tmp_path, monkeypatch, quota, cores):
     monkeypatch.setattr("modeling_gpt2_repro.core.devices.CGROUP_FOLDER", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
     if quota is not None:

@@ -1,9 +1,9 @@
-"""Messages as one line that any terminal may show."""
+"""Messages as a single line that is safe to print on a terminal."""
 
 from modeling_gpt2_repro.core.errors import escape_controls, format_line
 
 
-def test_what_a_terminal_acts_upon_is_spelled_out():
+def test_control_characters_are_escaped():
     assert escape_controls("\x1b[31m\x07\r\t\x9b\u202e\u200b\x00\ud800\u2028") == (
         r"\x1b[31m\x07\r\t\x9b\u202e\u200b\x00\ud800\u2028"
     )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files and folders, and checksums."""
 
 import hashlib
 import multiprocessing
@@ -26,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+def test_a_named_pipe_is_written_to_and_kept(tmp_path):
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
@@ -37,14 +37,14 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     assert read == ["scores"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
 
 
-def test_a_linked_file_is_replaced_where_it_lies(tmp_path):
+def test_writing_to_a_link_replaces_its_target_file(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file.txt")
     with open_atomically(tmp_path / "link") as stream:
         stream.write("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file.txt").read_text() == "new"
 
 
-def test_a_link_in_the_place_of_a_temporary_name_is_not_written_through(tmp_path):
+def test_a_link_with_the_name_of_a_temporary_file_is_not_followed(tmp_path):
     for name in ("file.txt", "folder"):
         (tmp_path / f"{name}.partial").symlink_to(tmp_path / "theirs")
     (tmp_path / "theirs").write_text("theirs")
@@ -56,7 +56,7 @@ def test_a_link_in_the_place_of_a_temporary_name_is_not_written_through(tmp_path
     assert (tmp_path / "theirs").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_link_that_leads_to_itself_is_not_replaced(tmp_path):
+def test_a_link_to_itself_is_not_replaced(tmp_path):
     (tmp_path / "link").symlink_to("link")
     for create in (open_atomically, create_folder_atomically):
         with pytest.raises(OSError, match="symbolic links"), create(tmp_path / "link"):
@@ -76,7 +76,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
+def test_writing_to_a_link_replaces_its_target_folder(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with create_folder_atomically(tmp_path / "link") as temporary:
@@ -85,12 +85,12 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path):
     assert (tmp_path / "elsewhere" / "file.txt").read_text() == "new"
 
 
-def test_checksum_is_that_of_the_bytes(tmp_path):
+def test_a_checksum_is_the_sha256_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert compute_checksum(tmp_path / "file") == "sha256:" + hashlib.sha256(b"abc").hexdigest()
 
 
-def test_weights_in_several_files_are_known_by_all_of_them(tmp_path):
+def test_sharded_weights_are_identified_by_all_their_files(tmp_path):
     assert identify_weights(tmp_path) is None and identify_weights("me/model") is None
     (tmp_path / "a.safetensors").write_bytes(b"a")
     assert identify_weights(tmp_path) == compute_checksum(tmp_path / "a.safetensors")
@@ -102,7 +102,7 @@ def test_weights_in_several_files_are_known_by_all_of_them(tmp_path):
 
 
 def test_processes_that_write_the_same_file_take_turns(tmp_path):
-    """And each of them leaves a whole file: of one of them, whichever was last."""
+    """Check also that the file is complete after each write, whichever process was last."""
     path, count = tmp_path / "results.json", 4
 
     def write(number: int) -> None:
@@ -123,7 +123,7 @@ def test_processes_that_write_the_same_file_take_turns(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_had_begun_to_write_is_no_part_of_the_next(tmp_path):
+def test_a_killed_process_leaves_nothing_in_the_next_file(tmp_path):
     (tmp_path / "a.partial").write_text("a long text that was begun")
     with open_atomically(tmp_path / "a") as stream:
         stream.write("short")

@@ -1,4 +1,4 @@
-"""Starting accelerate: what the launcher and the environment may decide, and what the experiment alone does."""
+"""Starting accelerate: the launcher and the environment place processes; the experiment decides everything else."""
 
 import ast
 import itertools
@@ -20,8 +20,8 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.launch import FLAGS, HEEDED, REFUSED_VARIABLES
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 
-# Set by launchers to start processes, and facts about the machine, which accelerate reads too.
-OF_LAUNCHERS = {
+# Variables that launchers set to start processes, and facts about the machine; accelerate reads them too.
+SET_BY_LAUNCHERS = {
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -33,17 +33,17 @@ OF_LAUNCHERS = {
     "HF_HOME",
     "XDG_CACHE_HOME",
 }
-OF_MPI = ("PMI_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
-# Not part of a training process: the launcher itself, and accelerate's own tests.
-ELSEWHERE = ("commands", "test_utils")
+MPI_PREFIXES = ("PMI_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+# Not part of a training process: the launcher itself and accelerate's own tests.
+EXCLUDED_FOLDERS = ("commands", "test_utils")
 SETTINGS = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0, "max_steps": 3}
 
 
 def list_variables() -> Iterator[str]:
-    """Yield the names of variables that accelerate's source reads, also those composed with a prefix."""
+    """Yield the variables that accelerate's source reads, including those composed with a prefix."""
     root = Path(accelerate.__file__).parent
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] in ELSEWHERE:
+        if path.relative_to(root).parts[0] in EXCLUDED_FOLDERS:
             continue
         tree = ast.parse(path.read_text())
         prefixes = {
@@ -70,13 +70,13 @@ def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isupper()
 
 
-VARIABLES = sorted(name for name in set(list_variables()) - OF_LAUNCHERS if not name.startswith(OF_MPI))
+VARIABLES = sorted(name for name in set(list_variables()) - SET_BY_LAUNCHERS if not name.startswith(MPI_PREFIXES))
 
 
 @pytest.fixture(scope="module")
 def expected(shards, tmp_path_factory) -> list[dict]:
     numbers = read_numbers(run_training(shards, tmp_path_factory.mktemp("expected"), **SETTINGS))
-    AcceleratorState._reset_state(reset_partial_state=True)  # or the first test would reuse it
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the first test would reuse it
     return numbers
 
 
@@ -84,7 +84,7 @@ def read_numbers(run: Path) -> list[dict]:
     return [read_series(run, name) for name in ("train/loss", "train/grad_norm")]
 
 
-def test_the_walk_finds_what_is_known_of_accelerate():
+def test_the_scan_finds_known_variables_of_accelerate():
     assert len(VARIABLES) > 80
     known = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND", "FSDP_SHARDING_STRATEGY"}
     assert known | set(REFUSED_VARIABLES) | set(FLAGS) - {"ACCELERATE_ENABLE_RICH"} <= set(VARIABLES)
@@ -97,8 +97,8 @@ def test_no_variable_changes_a_run(shards, tmp_path, expected, monkeypatch, valu
     assert read_numbers(run_training(shards, tmp_path, **SETTINGS)) == expected
 
 
-def test_what_is_heeded_or_asks_for_nothing_does_not_either(shards, tmp_path, expected, monkeypatch):
-    monkeypatch.setattr(devices, "count_cores", lambda: 1)  # a launched process takes all, and `expected` took one
+def test_accepted_variables_do_not_change_a_run(shards, tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(devices, "count_cores", lambda: 1)  # a launched process uses all cores, `expected` used one
     given = {"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_DEBUG_MODE": "1", "ACCELERATE_CPU_AFFINITY": "0"}
     for name, value in (given | dict.fromkeys(REFUSED_VARIABLES, "false")).items():
         monkeypatch.setenv(name, value)
@@ -109,7 +109,7 @@ def test_what_is_heeded_or_asks_for_nothing_does_not_either(shards, tmp_path, ex
     ("name", "value"),
     [*itertools.product(REFUSED_VARIABLES, ["true", "1"]), *itertools.product(sorted(set(FLAGS)), ["perhaps"])],
 )
-def test_what_a_run_would_not_be_itself_with_is_refused_by_name(shards, tmp_path, monkeypatch, capsys, name, value):
+def test_variables_that_would_change_a_run_are_rejected(shards, tmp_path, monkeypatch, capsys, name, value):
     monkeypatch.setenv(name, value)
     assert train.main(flags(shards, tmp_path, **SETTINGS)) == 2
     assert f"{name}={value}" in capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_what_a_run_would_not_be_itself_with_is_refused_by_name(shards, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_precision_that_a_cpu_lacks_becomes_float32_and_is_said(monkeypatch):
+def test_a_precision_that_the_cpu_lacks_falls_back_to_float32_with_a_notice(monkeypatch):
     accelerator = launch.start_accelerator("fp16")
     assert accelerator.mixed_precision == "no" and accelerator.scaler is None
     assert "float32, because the device has no fp16" in devices.describe_device(accelerator, "fp16")
@@ -130,7 +130,7 @@ def test_bf16_is_used_where_the_device_has_it(supported, precision, monkeypatch)
     assert launch.start_accelerator("bf16").mixed_precision == precision
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_more_processes_than_gpus_are_rejected(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -146,7 +146,7 @@ OLD_DRIVER = (
 
 
 @pytest.mark.parametrize("reason, is_refused", [(OLD_DRIVER, True), ("Found no NVIDIA driver on your system.", False)])
-def test_a_driver_too_old_for_torch_is_not_taken_for_a_machine_without_a_gpu(reason, is_refused, monkeypatch):
+def test_a_driver_too_old_for_torch_is_not_mistaken_for_a_missing_gpu(reason, is_refused, monkeypatch):
     def fail():
         raise RuntimeError(reason)
 
@@ -165,7 +165,7 @@ def test_a_driver_too_old_for_torch_is_not_taken_for_a_machine_without_a_gpu(rea
 
 def test_determinism_is_set_for_torch_its_compiler_and_cublas(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    launch.start_accelerator("no")  # on a CPU nobody has to ask for it
+    launch.start_accelerator("no")  # on a CPU it needs no setting
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch._inductor.config.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -176,7 +176,7 @@ def test_determinism_is_set_for_torch_its_compiler_and_cublas(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_processes_that_do_not_find_each_other_are_told_where_to_look(monkeypatch):
+def test_processes_that_cannot_connect_suggest_gloo_socket_ifname(monkeypatch):
     def fail(**_):
         raise RuntimeError("Unable to find address for: nonsense0\nException raised from ...")
 

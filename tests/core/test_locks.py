@@ -1,4 +1,4 @@
-"""A folder has one writer, who can be named, and whose death frees the folder."""
+"""A folder has one writer at a time, which can be identified, and whose death releases the folder."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
-def impatience(monkeypatch):
-    """Nobody waits for long, and a machine is silent soon."""
+def short_waits(monkeypatch):
+    """Shorten the wait for a lock, its heartbeat, and the silence after which a machine counts as dead."""
     monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(locks, "SILENCE_SECONDS", 3.0)
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.5)
@@ -42,7 +42,7 @@ def build_lock(folder: Path, said: list[str] | None = None, **options) -> Folder
 
 @contextlib.contextmanager
 def another_holder(folder: Path, after: Callable[[FolderLock], object] = lambda lock: None) -> Iterator[int]:
-    """Let another process hold the lock, and yield its id."""
+    """Hold the lock in another process, and yield that process's id."""
 
     def hold():
         lock = build_lock(folder)
@@ -62,8 +62,8 @@ def another_holder(folder: Path, after: Callable[[FolderLock], object] = lambda 
         process.join()
 
 
-def pretend(folder: Path, **changes) -> Holder:
-    """Write the lock of another machine, whose own kernel's lock does not reach this one."""
+def write_foreign_lock(folder: Path, **changes) -> Holder:
+    """Write a lock file from another machine, without the kernel's lock."""
     now = time.time()
     holder = Holder("node7", "another boot", 123, now - 60, now)
     holder = dataclasses.replace(holder, **changes)
@@ -72,7 +72,7 @@ def pretend(folder: Path, **changes) -> Holder:
     return holder
 
 
-def test_the_second_one_hears_who_was_first(tmp_path):
+def test_a_second_writer_is_told_who_holds_the_lock(tmp_path):
     with another_holder(tmp_path) as process_id, pytest.raises(UserError) as caught:
         build_lock(tmp_path).acquire()
     assert f"somebody writes to {tmp_path}: process {process_id} on {os.uname().nodename}, since 20" in str(
@@ -80,7 +80,7 @@ def test_the_second_one_hears_who_was_first(tmp_path):
     )
 
 
-def test_released_it_is_free_and_leaves_nothing(tmp_path):
+def test_a_released_lock_is_free_and_leaves_no_files(tmp_path):
     for _ in range(2):
         lock = build_lock(tmp_path)
         lock.acquire()
@@ -92,7 +92,7 @@ def test_released_it_is_free_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("is_used", [False, True])
-def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path, is_used):
+def test_a_folder_created_for_the_lock_is_removed_unless_used(tmp_path, is_used):
     lock = build_lock(tmp_path / "runs" / "run")
     lock.acquire()
     if is_used:
@@ -102,7 +102,7 @@ def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path, is_use
 
 
 @pytest.mark.parametrize("fixture", [None, "without_flock"])
-def test_of_a_process_that_was_killed_it_is_taken_at_once(tmp_path, request, fixture):
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, request, fixture):
     if fixture:
         request.getfixturevalue(fixture)
     with another_holder(tmp_path) as process_id:
@@ -114,21 +114,21 @@ def test_of_a_process_that_was_killed_it_is_taken_at_once(tmp_path, request, fix
     assert read_holder(tmp_path / "lock").process_id == os.getpid()
 
 
-def test_where_the_file_system_has_no_locks_a_process_of_this_machine_is_looked_for(tmp_path, without_flock):
+def test_without_file_system_locks_the_holder_is_found_by_process_id(tmp_path, without_flock):
     with another_holder(tmp_path) as process_id, pytest.raises(UserError, match=f"process {process_id} on"):
         build_lock(tmp_path).acquire()
 
 
-def test_a_machine_that_was_silent_for_long_is_taken_for_dead(tmp_path):
-    pretend(tmp_path, heartbeat=time.time() - 4)
+def test_a_machine_without_recent_heartbeat_counts_as_dead(tmp_path):
+    write_foreign_lock(tmp_path, heartbeat=time.time() - 4)
     said: list[str] = []
     build_lock(tmp_path, said).acquire()
     assert said == [] and read_holder(tmp_path / "lock").is_here
 
 
 @pytest.mark.parametrize("ahead", [0, 3600], ids=["same clock", "clock ahead"])
-def test_a_machine_that_may_have_died_just_now_is_waited_for(tmp_path, ahead):
-    pretend(tmp_path, heartbeat=time.time() + ahead)
+def test_a_machine_with_a_recent_heartbeat_is_waited_for(tmp_path, ahead):
+    write_foreign_lock(tmp_path, heartbeat=time.time() + ahead)
     said: list[str] = []
     started = time.monotonic()
     build_lock(tmp_path, said).acquire()
@@ -136,32 +136,32 @@ def test_a_machine_that_may_have_died_just_now_is_waited_for(tmp_path, ahead):
     assert len(said) == 1 and "process 123 on node7" in said[0]
 
 
-def test_a_machine_that_gives_a_sign_keeps_its_lock(tmp_path):
-    holder = pretend(tmp_path)
+def test_a_machine_that_renews_its_heartbeat_keeps_its_lock(tmp_path):
+    holder = write_foreign_lock(tmp_path)
 
-    def give_a_sign():
+    def send_heartbeat():
         time.sleep(0.5)
-        pretend(tmp_path, since=holder.since, heartbeat=time.time())
+        write_foreign_lock(tmp_path, since=holder.since, heartbeat=time.time())
 
-    process = FORK.Process(target=give_a_sign)
+    process = FORK.Process(target=send_heartbeat)
     process.start()
     with pytest.raises(UserError, match="process 123 on node7"):
         build_lock(tmp_path).acquire()
     process.join()
 
 
-def test_a_dead_machine_whose_lock_the_file_server_keeps_is_no_obstacle(tmp_path):
-    with another_holder(tmp_path, lambda lock: pretend(tmp_path, heartbeat=time.time() - 4)):
+def test_a_dead_machines_lock_on_the_file_server_is_overridden(tmp_path):
+    with another_holder(tmp_path, lambda lock: write_foreign_lock(tmp_path, heartbeat=time.time() - 4)):
         lock = build_lock(tmp_path)
         lock.acquire()
         assert read_holder(tmp_path / "lock").is_here and lock.is_ours()
 
 
-def test_who_was_suspended_for_too_long_hears_of_it(tmp_path):
+def test_a_writer_suspended_for_too_long_learns_that_it_lost_the_lock(tmp_path):
     lock = build_lock(tmp_path)
     lock.acquire()
     lock.check()
-    pretend(tmp_path)
+    write_foreign_lock(tmp_path)
     with pytest.raises(UserError, match="taken over by process 123 on node7"):
         lock.check()
     lock.beat()
@@ -169,7 +169,7 @@ def test_who_was_suspended_for_too_long_hears_of_it(tmp_path):
     assert read_holder(tmp_path / "lock").host == "node7"
 
 
-def test_a_heartbeat_is_renewed_and_told(tmp_path):
+def test_heartbeats_are_renewed_and_recorded(tmp_path):
     lock, beats = build_lock(tmp_path), []
     lock.acquire()
     first = lock.describe_holder()
@@ -180,7 +180,7 @@ def test_a_heartbeat_is_renewed_and_told(tmp_path):
     assert lock.describe_holder().items() >= {name: first[name] for name in ("host", "process_id", "since")}.items()
 
 
-def test_some_share_it_and_keep_out_who_wants_it_alone(tmp_path):
+def test_shared_holders_exclude_an_exclusive_one(tmp_path):
     several = [build_lock(tmp_path, is_shared=True) for _ in range(2)]
     for lock in several:
         lock.acquire()

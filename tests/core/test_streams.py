@@ -1,4 +1,4 @@
-"""Printing never ends a program, in any encoding, and whether or not anybody reads."""
+"""Printing never ends a program, in any encoding, with or without a reader."""
 
 import json
 import os
@@ -31,7 +31,7 @@ QUICK = {
 
 @pytest.fixture
 def run_script(forks, tmp_path):
-    """Return what runs a script with standard streams that `prepare` makes, in a process of its own."""
+    """Return a function that runs a script in a separate process, with the standard streams that `prepare` sets up."""
 
     def run(prepare: str, module: str, argv: list[object]):
         call = f"importlib.import_module({module!r}).main({[str(each) for each in argv]!r})"
@@ -52,7 +52,7 @@ def finished_run(data, tmp_path_factory) -> Path:
 
 
 def list_scripts(finished_run: Path, given: Path, folder: Path) -> dict[str, tuple[str, list]]:
-    """Return calls that print text which few encodings have."""
+    """Return calls that print text which few encodings can represent."""
     data, model = folder / "data" / NAME, finished_run / "final"
     (folder / f"{NAME}.txt").write_text(f"{PROMPT} and so on. " * 400)
     return {
@@ -69,7 +69,7 @@ def list_scripts(finished_run: Path, given: Path, folder: Path) -> dict[str, tup
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-16"])
-def test_every_script_can_say_what_it_has_to_say(data, finished_run, tmp_path, run_script, encoding):
+def test_every_script_prints_in_every_encoding(data, finished_run, tmp_path, run_script, encoding):
     out = tmp_path / "out"
     for name, (module, argv) in list_scripts(finished_run, data, tmp_path).items():
         if encoding != "latin-1" and name in ("train", "eval_hellaswag"):
@@ -80,7 +80,7 @@ def test_every_script_can_say_what_it_has_to_say(data, finished_run, tmp_path, r
         assert "日本" in text or r"\u65e5\u672c" in text, name
 
 
-def test_a_line_survives_every_encoding_that_python_has(tmp_path, monkeypatch):
+def test_a_line_can_be_printed_in_every_encoding_of_python(tmp_path, monkeypatch):
     encodings = sorted(set(aliases.values()))
     assert len(encodings) > 80
     for encoding in encodings:
@@ -89,11 +89,11 @@ def test_a_line_survives_every_encoding_that_python_has(tmp_path, monkeypatch):
                 monkeypatch.setattr(sys, "stdout", stream)
                 prepare_streams()
                 print(PROMPT + "\ud800", flush=True)
-        except LookupError:  # an encoding of bytes, or of another system
+        except LookupError:  # a bytes-to-bytes codec, or another system's encoding
             continue
 
 
-def test_a_choice_of_the_user_stays(monkeypatch, tmp_path):
+def test_the_users_error_handler_is_kept(monkeypatch, tmp_path):
     with open(tmp_path / "out", "w", encoding="ascii", errors="replace") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         prepare_streams()
@@ -102,7 +102,7 @@ def test_a_choice_of_the_user_stays(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "full", "closed"])
-def test_a_run_needs_nobody_who_reads(data, tmp_path, run_script, kind):
+def test_a_run_finishes_without_a_reader_of_its_output(data, tmp_path, run_script, kind):
     result = run_script(f"break_stdout({kind!r})", "train", flags(data, tmp_path, **QUICK))
     assert result.code == 0, result.err
     assert list(read_losses(tmp_path / "run")) == list(range(1, N_STEPS + 1))
@@ -110,14 +110,14 @@ def test_a_run_needs_nobody_who_reads(data, tmp_path, run_script, kind):
 
 
 @pytest.mark.parametrize("kind, code", [("pipe", 141), ("full", 2), ("closed", 0)])
-def test_a_command_ends_as_others_do_where_nobody_reads(finished_run, run_script, kind, code):
+def test_a_command_without_a_reader_exits_as_unix_tools_do(finished_run, run_script, kind, code):
     result = run_script(f"break_stdout({kind!r})", COMMANDS, ["summary", finished_run])
     assert result.code == code
     assert "Traceback" not in result.err and result.err.count("\n") == (code == 2), result.err
 
 
-def test_a_terminal_that_closes_costs_nothing(data, tmp_path, forks):
-    """The system sends the run SIGHUP, and nothing can be written to it any more."""
+def test_a_closed_terminal_preempts_the_run(data, tmp_path, forks):
+    """The system sends the run SIGHUP, and writing to the terminal fails."""
     run, argv = tmp_path / "run", flags(data, tmp_path, **QUICK | {"save_every": 0, "max_steps": 100_000})
     script = f"from standard_streams import *\nend(run_on_terminal({argv!r}, Path({str(run)!r})))"
     assert forks.run("standard_streams", [], tmp_path, script=script).code == 75
@@ -126,8 +126,8 @@ def test_a_terminal_that_closes_costs_nothing(data, tmp_path, forks):
     assert (run / "checkpoints" / f"step_{status['step']:07d}").is_dir()
 
 
-def test_of_two_runs_of_one_name_one_is_told_of_the_other(data, tmp_path, forks):
-    """As by `srun -n 2 python train.py`, or a requeue that overlaps."""
+def test_the_second_of_two_runs_with_one_name_is_rejected(data, tmp_path, forks):
+    """As with `srun -n 2 python train.py`, or when a requeued job overlaps the old one."""
     argv = flags(data, tmp_path, **QUICK | {"sample_every": 0, "save_every": 0, "max_steps": 300})
     result = forks.run(
         "standard_streams", [], tmp_path, script=f"from standard_streams import *\nrun_twice(train.main, {argv!r})"

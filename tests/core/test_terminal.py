@@ -1,4 +1,4 @@
-"""Text that fits a terminal."""
+"""Wrapping text to a terminal's width."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_no_line_is_wider_than_the_terminal(columns):
     assert "".join("".join(lines).split()) == "".join(text.split())
 
 
-def test_an_output_that_is_no_terminal_has_80_columns(monkeypatch):
+def test_output_that_is_not_a_terminal_has_80_columns(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr("sys.__stdout__", None)
     assert get_columns() == 80

@@ -1,4 +1,4 @@
-"""Windows out of memory-mapped shards."""
+"""Windows of memory-mapped shards."""
 
 import re
 import threading
@@ -22,7 +22,7 @@ def write_shards(folder: Path, *lengths: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("lengths", [(100,), (37, 63), (10, 3, 1, 50, 36)])
-def test_windows_are_the_stream_whatever_the_shards(tmp_path, lengths):
+def test_windows_are_the_token_stream_for_any_shard_sizes(tmp_path, lengths):
     tokens = write_shards(tmp_path, *lengths)
     dataset = TokenDataset(tmp_path, "train", 8, vocab_size=50257)
     assert len(dataset) == (100 - 1) // 8
@@ -40,13 +40,13 @@ def test_last_window_ends_at_the_last_token(tmp_path):
     assert dataset[3][-1] == tokens[-1]
 
 
-def test_token_ids_beyond_the_vocabulary_are_refused(tmp_path):
+def test_token_ids_beyond_the_vocabulary_are_rejected(tmp_path):
     tokens = write_shards(tmp_path, 33)
     with pytest.raises(UserError, match=f"token id {tokens.max()}, but the model's vocabulary has 300"):
         TokenDataset(tmp_path, "train", 8, vocab_size=300).read([0, 1, 2, 3])
 
 
-def test_fewer_tokens_than_a_window_are_refused(tmp_path):
+def test_fewer_tokens_than_a_window_are_rejected(tmp_path):
     write_shards(tmp_path, 8)
     with pytest.raises(UserError, match="8 tokens, fewer than one window of 9"):
         TokenDataset(tmp_path, "train", 8, vocab_size=50257)
@@ -92,7 +92,7 @@ def test_reading_ahead_raises_where_the_batch_is_due_and_leaves_no_thread(tmp_pa
     with pytest.raises(UserError, match="token id 60000"):
         for _ in prefetch(dataset, in_order, torch.device("cpu")):
             n_read += 1
-    assert n_read == 49  # window 49 holds tokens 490 to 500
+    assert n_read == 49  # window 49 contains tokens 490 to 500
 
     others = set(threading.enumerate())
     batches = prefetch(dataset, in_order, torch.device("cpu"))
@@ -101,7 +101,7 @@ def test_reading_ahead_raises_where_the_batch_is_due_and_leaves_no_thread(tmp_pa
     assert set(threading.enumerate()) <= others
 
 
-def test_the_reader_works_on_the_device_that_its_batches_go_to(tmp_path, monkeypatch):
+def test_the_reader_uses_the_device_of_its_batches(tmp_path, monkeypatch):
     np.save(tmp_path / "train_000001.npy", np.arange(1000, dtype=np.uint16))
     device, entered, readers = torch.device("cpu"), [], set()
     monkeypatch.setattr(
@@ -115,7 +115,7 @@ def test_the_reader_works_on_the_device_that_its_batches_go_to(tmp_path, monkeyp
     assert entered_device == device and {thread} == readers and thread != threading.current_thread().name
 
 
-def test_a_cuda_device_is_entered_by_its_index(monkeypatch):
+def test_a_cuda_device_is_selected_by_its_index(monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "set_device", entered.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)

@@ -1,4 +1,4 @@
-"""Token files of other programs: what is read, and what is refused with a line that names the file."""
+"""Token files of other programs: which are read, and which are rejected with a message that has the file's name."""
 
 import gzip
 import pickle
@@ -18,7 +18,7 @@ def test_reads_llmc_shards(tmp_path):
     assert open_split(tmp_path, "train")[0].tolist() == [1, 2]
 
 
-def test_bad_llmc_shards_are_refused(tmp_path):
+def test_bad_llmc_shards_are_rejected(tmp_path):
     write_llmc(tmp_path / "a_train_000000.bin", [1, 2], count=3)
     with pytest.raises(UserError, match="truncated"):
         open_split(tmp_path, "train")
@@ -27,8 +27,8 @@ def test_bad_llmc_shards_are_refused(tmp_path):
         open_split(tmp_path, "train")
 
 
-def test_reads_nanogpt_s_files(tmp_path):
-    """Which have no header: what begins like another file is one all the same, if only by two bytes."""
+def test_reads_nanogpt_files(tmp_path):
+    """These have no header; first tokens that look like two bytes of another format's magic number prove nothing."""
     for tokens in ([5, 50256, 7], [0x8B1F, 1, 2], [0x4B50, 1, 0], [1, 2, 3, 4, 0x227B, 9], [7]):
         np.array(tokens, "<u2").tofile(tmp_path / "train.bin")
         np.array(tokens[::-1], "<u2").tofile(tmp_path / "val.bin")
@@ -37,12 +37,12 @@ def test_reads_nanogpt_s_files(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
     with pytest.raises(UserError, match=r"meta\.pkl.*prepare_data\.py --files"):
         open_split(tmp_path, "train")
-    # llm.c's own say themselves what they are.
+    # llm.c's files have a header of their own.
     write_llmc(tmp_path / "train.bin", [1, 2])
     assert open_split(tmp_path, "train")[0].tolist() == [1, 2]
 
 
-def test_questions_of_llmc_are_no_shards(tmp_path):
+def test_evaluation_files_of_llmc_are_not_shards(tmp_path):
     write_llmc(tmp_path / "fineweb_val_000000.bin", [5, 6, 7])
     for name in ("hellaswag_val.bin", "mmlu_val.bin"):
         write_llmc(tmp_path / name, [65535, 20], magic=20240522)
@@ -70,7 +70,7 @@ OTHER_CONTENTS = [
 
 
 @pytest.mark.parametrize(("name", "write", "complaint"), OTHER_CONTENTS)
-def test_a_file_of_another_program_is_refused_for_what_it_is(tmp_path, name, write, complaint):
+def test_a_file_of_another_program_is_identified_and_rejected(tmp_path, name, write, complaint):
     write(tmp_path / name)
     assert_shard_rejected(tmp_path / name, complaint)
 
@@ -91,7 +91,7 @@ def test_a_file_of_another_program_is_refused_for_what_it_is(tmp_path, name, wri
         ([], r"prepare_data\.py"),
     ],
 )
-def test_a_folder_of_other_data_is_told_what_to_do_with_it(tmp_path, names, complaint):
+def test_a_folder_of_other_data_is_rejected_with_advice(tmp_path, names, complaint):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")

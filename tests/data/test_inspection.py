@@ -1,4 +1,4 @@
-"""What is counted in a folder of shards, against counts in plain Python, and the documents that are read from it."""
+"""The statistics of a folder of shards, against plain Python, and the documents that `--inspect` reads."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ BYTE_LENGTHS = np.array([1, 1, 1, 2, 2, 3, 4, 1, 7, 0, 1, 1])
 
 
 def draw_layout(seed):
-    """Tokens of a split, anywhere from no end-of-text id to nearly nothing else, and the lengths of its files."""
+    """Return a split's tokens, with any share of end-of-text ids from none to nearly all, cut into files."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, VOCAB_SIZE, generator.integers(1, 120), dtype=np.uint16)
     tokens[tokens == EOT] = 0
@@ -35,7 +35,7 @@ def write_files(folder, pieces, split="train"):
 
 
 def cut_documents(tokens):
-    """The documents with where they begin, and the number of tokens in front of the first."""
+    """Return the documents with their positions, and the number of tokens before the first."""
     documents, before = [], 0
     for position, token in enumerate(tokens.tolist()):
         if token == EOT:
@@ -49,7 +49,7 @@ def cut_documents(tokens):
 
 @pytest.fixture(params=range(40))
 def scanned(request, tmp_path, monkeypatch):
-    """A split in several files, each of several chunks, and the plain tokens."""
+    """The statistics of a split in several files of several chunks each, and its tokens."""
     monkeypatch.setattr(shards, "TOKENS_PER_CHUNK", 7)
     tokens, pieces = draw_layout(request.param)
     progress = []
@@ -58,7 +58,7 @@ def scanned(request, tmp_path, monkeypatch):
     return statistics, tokens
 
 
-def test_counts_are_those_of_plain_python(scanned):
+def test_counts_match_plain_python(scanned):
     statistics, tokens = scanned
     documents, before = cut_documents(tokens)
     lengths = sorted(1 + len(ids) for _, ids in documents)
@@ -80,7 +80,7 @@ def test_counts_are_those_of_plain_python(scanned):
             assert statistics.find_length(percent) == below[0]
 
 
-def test_every_document_is_found_where_it_lies(scanned):
+def test_every_document_is_found_at_its_position(scanned):
     statistics, tokens = scanned
     files = {path.name: piece for path, piece in statistics.files.items()}
     file_starts = dict(zip(files, itertools.accumulate(map(len, files.values()), initial=0), strict=False))
@@ -103,12 +103,12 @@ def test_memory_does_not_grow_with_the_documents(monkeypatch):
     finally:
         tracemalloc.stop()
     assert statistics.documents == np.count_nonzero(tokens)
-    # Two million documents' lengths are 16 MB.
+    # The lengths of two million documents take 16 MB.
     assert peak < 8e6
 
 
 def scan_splits(folder):
-    """Three and five documents."""
+    """Scan splits of three and five documents."""
     pieces = {"val": [[EOT, 1, EOT, 2, EOT, 3]], "train": [[EOT, 4, EOT, 5], [EOT, 6, EOT, 7, EOT, 8]]}
     return [
         scan_split(
@@ -118,19 +118,19 @@ def scan_splits(folder):
     ]
 
 
-def test_each_document_of_both_splits_is_as_likely(tmp_path):
+def test_documents_of_both_splits_are_equally_likely(tmp_path):
     splits = scan_splits(tmp_path)
     seen = collections.Counter()
     for seed in range(800):
         chosen = [int(document.ids[0]) for document in choose_documents(splits, 2, seed, 10)]
         assert len(set(chosen)) == 2
         seen.update(chosen)
-    # 200 times each, give or take four standard deviations.
+    # 200 times each, within four standard deviations.
     assert set(seen) == set(range(1, 9))
     assert max(abs(count - 200) for count in seen.values()) < 4 * (800 * 0.25 * 0.75) ** 0.5
 
 
-def test_the_choice_is_the_seeds(tmp_path):
+def test_the_choice_depends_on_the_seed_only(tmp_path):
     splits = scan_splits(tmp_path)
 
     def choose(count, seed):
@@ -145,14 +145,14 @@ def test_the_choice_is_the_seeds(tmp_path):
     assert choose(8, 1) == choose(99, 2) == everything
 
 
-def test_folder_without_manifest_is_taken_for_gpt2s(gpt2_shards, tokenizer):
+def test_a_folder_without_manifest_is_assumed_to_be_gpt2(gpt2_shards, tokenizer):
     inspected = inspect_folder(gpt2_shards, 3, 0, 50)
     assert inspected.manifest is None
     assert (len(inspected.tokenizer), inspected.tokenizer.eos_token_id) == (50257, 50256)
     assert [(split.split, split.documents) for split in inspected.splits] == [("val", 16), ("train", 144)]
     for document in inspected.documents:
         assert "lighthouse" in tokenizer.decode(document.ids) or document.tokens > 51
-    # The text that the tokens stand for, to the byte.
+    # The decoded text, byte for byte.
     val = tokenizer.decode(np.load(next(gpt2_shards.glob("*val*"))), skip_special_tokens=True)
     assert inspected.splits[0].text_bytes == len(val.encode())
 
@@ -164,7 +164,7 @@ def test_a_single_split_is_enough(tmp_path):
     assert [document.ids.tolist() for document in inspected.documents] == [[1, 2]]
 
 
-def test_first_id_beyond_the_vocabulary_is_named(tmp_path, monkeypatch):
+def test_first_id_beyond_the_vocabulary_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "TOKENS_PER_CHUNK", 7)
     pieces = [np.zeros(20, np.uint16), np.zeros(30, np.uint16)]
     pieces[1][[16, 17, 25]] = VOCAB_SIZE, 60_000, 13
@@ -172,7 +172,7 @@ def test_first_id_beyond_the_vocabulary_is_named(tmp_path, monkeypatch):
         scan_split("train", write_files(tmp_path, pieces), EOT, BYTE_LENGTHS)
 
 
-def test_the_first_id_that_is_none_is_beyond(tmp_path):
+def test_the_vocabulary_size_itself_is_beyond_the_vocabulary(tmp_path):
     files = write_files(tmp_path, [np.array([EOT, VOCAB_SIZE - 1], np.uint16)])
     assert scan_split("train", files, EOT, BYTE_LENGTHS).tokens == 2
     files = write_files(tmp_path, [np.array([EOT, VOCAB_SIZE], np.uint16)])
@@ -180,7 +180,7 @@ def test_the_first_id_that_is_none_is_beyond(tmp_path):
         scan_split("train", files, EOT, BYTE_LENGTHS)
 
 
-def test_folders_with_nothing_to_count_are_refused(tmp_path):
+def test_folders_with_nothing_to_count_are_rejected(tmp_path):
     with pytest.raises(UserError, match="there is no data folder"):
         inspect_folder(tmp_path / "none", 1, 0, 10)
     with pytest.raises(UserError, match="has no train shards"):

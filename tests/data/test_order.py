@@ -29,7 +29,7 @@ def test_permutation_mixes_and_depends_on_seed_and_epoch():
         assert np.mean(other == first) < 0.01
 
 
-def test_an_index_is_permuted_on_its_own():
+def test_a_single_index_can_be_permuted():
     whole = permute(np.arange(1000), 1000, seed=1, epoch=2)
     assert np.array_equal(permute(np.array([7, 991]), 1000, seed=1, epoch=2), whole[[7, 991]])
 

@@ -1,4 +1,4 @@
-"""The shards' file format: what is read, and what is refused with a line that names the file."""
+"""The shard format: which files are read, and which are rejected with a message that has the file's name."""
 
 import dataclasses
 import json
@@ -38,13 +38,13 @@ def test_shards_are_plain_npy(folder):
     assert np.concatenate(opened)[[1, 6, 24]].tolist() == [1, 6, 24]
 
 
-def test_shards_are_known_by_their_files(folder):
+def test_shards_are_identified_by_their_files(folder):
     assert [path.name for path in map_files(folder, "train")] == [f"x_train_00000{i}.npy" for i in (1, 2, 3)]
     for path, tokens in map_files(folder, "train").items():
         assert np.array_equal(tokens, np.load(path))
 
 
-def test_manifest_survives_the_disk(folder):
+def test_the_manifest_survives_a_round_trip(folder):
     manifest = load_manifest(folder)
     save_manifest(manifest, folder)
     assert load_manifest(folder) == manifest
@@ -65,7 +65,7 @@ def test_reads_a_folder_without_manifest(tmp_path, name):
     assert load_manifest(tmp_path) is None
 
 
-def test_checksums_of_a_split_are_the_manifests_or_those_of_its_files(folder):
+def test_checksums_come_from_the_manifest_or_from_the_files(folder):
     from_manifest = {split: list_checksums(folder, split) for split in ("val", "train")}
     assert [len(checksums) for checksums in from_manifest.values()] == [1, 3]
     (folder / MANIFEST_NAME).unlink()
@@ -80,7 +80,7 @@ def test_checksums_of_a_split_are_the_manifests_or_those_of_its_files(folder):
 
 def test_kept_baselines_belong_to_a_folder_of_shards(folder):
     (folder / BASELINES_NAME).write_text("[]")
-    for name in (".DS_Store", "manifest.json.partial"):  # from a file manager, and from a process that was killed
+    for name in (".DS_Store", "manifest.json.partial"):  # left by a file manager and by a killed process
         (folder / name).touch()
     assert find_foreign_file(folder) is None
     (folder / "other.json").write_text("[]")
@@ -88,7 +88,7 @@ def test_kept_baselines_belong_to_a_folder_of_shards(folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shard_is_named(folder, damage):
+def test_a_damaged_shard_is_reported(folder, damage):
     damage(folder)
     with pytest.raises(UserError, match=r"x_train_000002\.npy"):
         open_split(folder, "train")
@@ -121,7 +121,7 @@ OTHER_CONTENTS = [
 
 
 @pytest.mark.parametrize(("name", "write", "complaint"), OTHER_CONTENTS)
-def test_what_has_the_name_of_a_shard_is_said_by_its_kind(tmp_path, name, write, complaint):
+def test_a_file_with_a_shards_name_is_reported_by_its_format(tmp_path, name, write, complaint):
     write(tmp_path / name)
     assert_shard_rejected(tmp_path / name, complaint)
 
@@ -141,7 +141,7 @@ def test_missing_folder_and_split(tmp_path, folder):
         open_split(folder, "val")
 
 
-def test_unfinished_folder_is_refused(folder):
+def test_unfinished_folder_is_rejected(folder):
     (folder / WORK_FOLDER).mkdir()
     with pytest.raises(UserError, match="unfinished"):
         open_split(folder, "train")
@@ -156,7 +156,7 @@ def test_unfinished_folder_is_refused(folder):
         (lambda manifest: manifest["train"].update(tokens=24), "damaged"),
     ],
 )
-def test_manifest_that_cannot_be_trusted(folder, change, reason):
+def test_an_inconsistent_manifest_is_rejected(folder, change, reason):
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     change(manifest)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
@@ -164,7 +164,7 @@ def test_manifest_that_cannot_be_trusted(folder, change, reason):
         open_split(folder, "train")
 
 
-def test_manifest_that_is_no_json(folder):
+def test_a_manifest_that_is_not_json_is_rejected(folder):
     (folder / MANIFEST_NAME).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_manifest(folder)

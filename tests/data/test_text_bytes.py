@@ -1,4 +1,4 @@
-"""Bytes of text: what the tokens of a validation stand for, whatever the tokenizer makes of it."""
+"""The number of text bytes behind validation tokens, for any tokenizer."""
 
 import json
 import math
@@ -20,7 +20,7 @@ TEXTS = [
     + "over the lazy dog " * (number % 7)
     for number in range(60)
 ]
-# Spaces, case, accents and unknown words are lost, or parts of words are marked, in one or another of these.
+# Each of these loses spaces, case, accents or unknown words, or marks parts of words.
 CHANGING = ["llama", "gemma", "t5", "xlm_roberta", "bert", "clip", "gpt1", "word_level", "word_piece"]
 
 
@@ -33,20 +33,20 @@ def prepare(folder, family, texts, *more):
 
 
 def count(folder, end, sequence_length=1):
-    """Count the bytes of the tokens up to `end`; the first one, an end-of-text id, is never predicted."""
+    """Count the bytes of the tokens up to `end`; the first one, an end-of-text id, is never a target."""
     tokenizer = load_data_tokenizer(str(folder))
     dataset = TokenDataset(str(folder), "val", sequence_length, len(tokenizer))
     return count_text_bytes(dataset, (end - 1) // sequence_length, tokenizer)
 
 
 def find_ends(folder):
-    """Where the documents of the validation split end, in tokens."""
+    """Return where the documents of the validation split end, in tokens."""
     tokens = np.concatenate(open_split(folder, "val"))
     return [*np.flatnonzero(tokens == load_manifest(folder).eot_id)[1:].tolist(), len(tokens)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen", *CHANGING])
-def test_bytes_are_those_of_the_documents(tmp_path, family):
+def test_byte_counts_match_the_documents(tmp_path, family):
     folder = prepare(tmp_path, family, TEXTS, "--val_tokens=400", "--shard_size=150")
     ends = find_ends(folder)
     sizes = np.cumsum([len(text.encode()) for text in TEXTS])
@@ -54,14 +54,14 @@ def test_bytes_are_those_of_the_documents(tmp_path, family):
     for end, size in zip(ends, sizes.tolist(), strict=False):
         counted = count(folder, end)
         assert counted.count == size and counted.is_exact
-    # Inside a document they grow with the tokens.
+    # Inside a document the count grows with the tokens.
     inside = [count(folder, end).count for end in range(ends[2] + 1, ends[3] + 1)]
     assert inside == sorted(inside) and inside[0] == sizes[2] and inside[-1] == sizes[3]
     assert count(folder, 10**9, sequence_length=8).count == count(folder, (ends[-1] - 1) // 8 * 8 + 1).count
     assert prepare_data.main(["--verify", f"--output_dir={folder}"]) == 0
 
 
-def test_bytes_of_byte_level_tokens_are_exact_everywhere_as_ever(tmp_path, tokenizer):
+def test_byte_level_tokens_are_counted_exactly_everywhere(tmp_path, tokenizer):
     folder = prepare(tmp_path, "gpt2", TEXTS, "--val_tokens=300")
     tokens = np.concatenate(open_split(folder, "val"))
     spelled = np.cumsum(token_byte_lengths(load_data_tokenizer(str(folder)))[tokens])
@@ -71,7 +71,7 @@ def test_bytes_of_byte_level_tokens_are_exact_everywhere_as_ever(tmp_path, token
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bert", "clip"])
 @pytest.mark.parametrize("val_tokens", [10, 150])
-def test_a_split_that_ends_inside_a_document_has_a_part_of_its_bytes(tmp_path, family, val_tokens):
+def test_a_split_that_ends_inside_a_document_counts_part_of_its_bytes(tmp_path, family, val_tokens):
     text = " ".join(TEXTS)
     folder = prepare(tmp_path, family, [text], f"--val_tokens={val_tokens}")
     manifest = load_manifest(folder)
@@ -84,7 +84,7 @@ def test_a_split_that_ends_inside_a_document_has_a_part_of_its_bytes(tmp_path, f
 
 
 def forget_bytes(folder):
-    """Make the folder one of an older version."""
+    """Turn the folder into one from an older version."""
     (folder / TEXT_BYTES_NAME).unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["other_files"]
@@ -92,19 +92,19 @@ def forget_bytes(folder):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen", *CHANGING])
-def test_spellings_are_an_estimate_where_they_do_not_tell(tmp_path, family):
+def test_ambiguous_spellings_give_an_estimate(tmp_path, family):
     folder = prepare(tmp_path, family, TEXTS, "--val_tokens=400")
     exact = count(folder, 300)
     forget_bytes(folder)
     spelled = count(folder, 300)
-    # Gemma's spells bytes that it knows no token for; Qwen's changes what composed characters are made of.
+    # Gemma spells bytes without a token of their own; Qwen normalizes composed characters.
     assert spelled.is_exact == (family in ("gpt2", "gemma"))
     assert not spelled.is_exact or spelled == exact
     assert spelled.count > 0
 
 
 @pytest.mark.parametrize("is_older", [False, True])
-def test_runs_measure_in_these_bytes_and_say_where_they_are_estimated(tmp_path, capsys, is_older):
+def test_runs_report_bits_per_byte_and_whether_bytes_are_estimated(tmp_path, capsys, is_older):
     folder = prepare(tmp_path, "t5", TEXTS, "--val_tokens=600")
     if is_older:
         forget_bytes(folder)
@@ -139,7 +139,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_bytes_are_one_line(tmp_path, capsys, damage):
+def test_damaged_byte_counts_give_a_one_line_error(tmp_path, capsys, damage):
     folder = prepare(tmp_path, "gpt2", TEXTS, "--val_tokens=300")
     DAMAGES[damage](folder / TEXT_BYTES_NAME)
     capsys.readouterr()
@@ -150,8 +150,8 @@ def test_damaged_bytes_are_one_line(tmp_path, capsys, damage):
     assert TEXT_BYTES_NAME in error and error.count("\n") == 1
 
 
-def test_no_file_of_a_folder_is_taken_for_a_shard_by_the_split_in_its_name(tmp_path):
-    """As build-nanogpt's loader does."""
+def test_only_shards_have_a_split_in_their_name(tmp_path):
+    """build-nanogpt's loader picks shards by the split in the file name."""
     folder = prepare(tmp_path, "gpt2", TEXTS, "--val_tokens=300")
     manifest = load_manifest(folder)
     for split in ("val", "train"):

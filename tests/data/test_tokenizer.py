@@ -1,4 +1,4 @@
-"""Tokenizers: the published ids, plain ones, spellings and fingerprints."""
+"""Tokenizers: published ids, loading without added tokens, spellings, and fingerprints."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ PLAIN_TEXTS = [
 
 
 def describe_encoding(tokenizer) -> dict:
-    """What a user of a tokenizer, or of its `tokenizer.json` alone, gets."""
+    """Return what users of a tokenizer, or of its `tokenizer.json` alone, get."""
     backend = tokenizer.backend_tokenizer
     return {
         "encodings": [dict(tokenizer(text)) for text in PLAIN_TEXTS],
@@ -55,7 +55,7 @@ def describe_encoding(tokenizer) -> dict:
 
 
 def describe_ideal(tokenizer) -> dict:
-    """What `describe_encoding` has to give of the tokenizer that adds nothing, by one that may."""
+    """Return the `describe_encoding` expected of a tokenizer that adds no tokens, from one that may add some."""
     options = {"add_special_tokens": False, "truncation": False, "padding": False}
     ids = [tokenizer(text, **options)["input_ids"] for text in PLAIN_TEXTS]
     return {
@@ -70,13 +70,13 @@ def describe_ideal(tokenizer) -> dict:
     }
 
 
-# As people have them, and as a model folder of ours says of itself.
+# The model configurations beside a tokenizer: a stock model's, our checkpoints', and none.
 CONFIGS = {"final": {"model_type": "gpt2"}, "checkpoint": {"model_type": "gpt2_repro"}, "alone": None}
 
 
 def test_a_loaded_tokenizer_adds_nothing_and_saves_one_that_adds_nothing(tmp_path):
-    """In this process, and from each kind of folder that we write in one that has nothing of ours."""
-    ideals, names = {}, [name for name in FAMILIES if name != "plain_added_end"]  # whose end is not saved
+    """Check this process, and each kind of folder that we write in a process that does not import the package."""
+    ideals, names = {}, [name for name in FAMILIES if name != "plain_added_end"]  # its end-of-text token is not saved
     for name in names:
         FAMILIES[name]().save_pretrained(tmp_path / name)
         ideals[name] = describe_ideal(AutoTokenizer.from_pretrained(tmp_path / name))
@@ -104,8 +104,8 @@ def test_a_loaded_tokenizer_adds_nothing_and_saves_one_that_adds_nothing(tmp_pat
 @pytest.mark.parametrize("begins", [None, True, False])
 @pytest.mark.parametrize("template", ["<s> $A", "$A", None])
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt_neox"])
-def test_classes_do_not_put_their_tokens_back(tmp_path, name, template, begins, own_class):
-    """Theirs go by what `tokenizer.json` says, by `add_bos_token`, or by both."""
+def test_tokenizer_classes_do_not_add_their_tokens_again(tmp_path, name, template, begins, own_class):
+    """The classes follow the template in `tokenizer.json`, `add_bos_token`, or both."""
     built = FAMILIES[name]()
     built.save_pretrained(tmp_path)
     first = (built.bos_token, built.bos_token_id)
@@ -151,7 +151,7 @@ def test_spells_parts_of_characters_and_special_tokens(tokenizer):
 
 
 def test_spells_tokens_of_other_families():
-    """SentencePiece's: a space is an underscore of its own, a byte without a token is spelled in hexadecimal."""
+    """SentencePiece's: a space is a separate underscore, and a byte without a token is spelled in hexadecimal."""
     vocabulary = {"<s>": 0, "<0xE2>": 1, "▁the": 2, "the": 3}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="the"))
     backend.decoder = decoders.Metaspace()
@@ -160,12 +160,12 @@ def test_spells_tokens_of_other_families():
     assert token_byte_lengths(tokenizer).tolist() == [0, 1, 4, 3]
 
 
-def test_fingerprint_is_of_the_vocabulary_not_of_the_place(tokenizer, tmp_path):
+def test_fingerprint_depends_on_the_vocabulary_not_on_the_path(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert fingerprint_tokenizer(load_tokenizer(str(tmp_path))) == fingerprint_tokenizer(tokenizer)
 
 
-def test_fingerprint_sees_another_merge_or_eot(tokenizer):
+def test_fingerprint_changes_with_merges_and_eot(tokenizer):
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition["model"]["merges"][0], definition["model"]["merges"][1] = definition["model"]["merges"][1::-1]
     swapped = PreTrainedTokenizerFast(
@@ -195,7 +195,7 @@ def test_folder_without_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_folder_with_a_models_configuration_alone_is_no_tokenizer(tmp_path):
+def test_a_folder_with_only_a_model_config_has_no_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))

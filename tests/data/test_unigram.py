@@ -1,4 +1,4 @@
-"""The loss of a model that knows only how frequent each token is."""
+"""The loss of a unigram model."""
 
 import math
 
@@ -13,7 +13,7 @@ def test_the_loss_is_the_cross_entropy_under_smoothed_frequencies():
     counts = np.array([3, 0, 1])  # smoothed: 4/7, 1/7, 2/7
     loss = compute_unigram_loss(counts, np.array([0, 0, 1, 2], np.uint16))
     assert loss == pytest.approx(-(2 * math.log(4 / 7) + math.log(1 / 7) + math.log(2 / 7)) / 4)
-    # Without training tokens every id is as likely as any other.
+    # Without training tokens every id is equally likely.
     assert compute_unigram_loss(np.zeros(50, int), np.arange(10)) == pytest.approx(math.log(50))
 
 

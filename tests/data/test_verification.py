@@ -1,4 +1,4 @@
-"""Checking a folder of shards: what differs is named, by file and position."""
+"""Verifying a folder of shards: every difference is reported with its file and position."""
 
 import json
 
@@ -17,14 +17,14 @@ def folder(tmp_path):
     return write_shards(tmp_path)
 
 
-def test_what_was_written_is_found(folder):
+def test_an_intact_folder_passes(folder):
     assert verify_folder(folder) == load_manifest(folder)
     (folder / BASELINES_NAME).write_text("[]")
     verify_folder(folder)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shard_is_named(folder, damage):
+def test_a_damaged_shard_is_reported(folder, damage):
     damage(folder)
     with pytest.raises(UserError, match=r"x_train_000002\.npy"):
         verify_folder(folder)
@@ -52,7 +52,7 @@ def rewrite(folder, tokens, checksum=True):
         ([EOT, EOT, 2, 3, 4, 1, 1, 2, 3, 4], True, "1 empty documents, the first of which ends at position 1"),
     ],
 )
-def test_verify_sees_what_opening_does_not(folder, tokens, checksum, reason):
+def test_verify_finds_damage_that_opening_does_not(folder, tokens, checksum, reason):
     rewrite(folder, tokens, checksum)
     open_split(folder, "train")
     with pytest.raises(UserError, match=rf"x_train_000002\.npy.*{reason}"):
@@ -73,7 +73,7 @@ def test_verify_tells_renamed_foreign_and_missing_shards_apart(folder):
         assert problem in str(caught.value)
 
 
-def test_verify_sees_a_split_that_begins_inside_a_document(folder):
+def test_verify_finds_a_split_that_begins_inside_a_document(folder):
     tokens = np.load(folder / "x_val_000000.npy")
     tokens[[0, 1]] = tokens[[1, 0]]
     np.save(folder / "x_val_000000.npy", tokens)

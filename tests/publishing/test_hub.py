@@ -270,7 +270,7 @@ def test_checkpoints_that_come_later_leave_main_where_it_is(hub, finished_run, r
 
 
 @pytest.mark.parametrize("failure", ["500", "reset", "slow"])
-def test_hub_that_hiccups_is_asked_again(hub, finished_run, run, failure):
+def test_transient_errors_of_the_hub_are_retried(hub, finished_run, run, failure):
     hub.fail("/lfs/", failure, times=2)
     assert run(COMMANDS, "publish", finished_run, "--repo_id", "team/tiny").code == 0
     check_same_weights(hub.get_file("models/team/tiny", "model.safetensors"), finished_run / "final")
@@ -295,7 +295,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistake_is_one_line_and_leaves_nothing(hub, finished_run, run, case):
+def test_a_mistake_gives_one_line_and_leaves_nothing(hub, finished_run, run, case):
     argv, token, reason = MISTAKES[case]
     before = {key: dict(repository.references) for key, repository in hub.repositories.items()}
     check_is_one_line(run(COMMANDS, "publish", finished_run, *argv, token=token), reason)

@@ -1,4 +1,4 @@
-"""Encoding documents: the published ids, ordinary text, one engine as good as the other."""
+"""Encoding documents: published ids, special tokens in text, and agreement of both engines."""
 
 import dataclasses
 import itertools
@@ -74,7 +74,7 @@ def test_rebuilt_engine_gives_the_same_ids(gigatoken_encoder, monkeypatch):
     texts = [f"word{i} " * 20 for i in range(50)]
     expected = encode(gigatoken_encoder, texts)
     monkeypatch.setattr(encoding, "ENGINE_BYTES", 18_000)
-    monkeypatch.setattr(encoding, "measure_private_memory", lambda: None)  # as elsewhere than on Linux
+    monkeypatch.setattr(encoding, "measure_private_memory", lambda: None)  # as on systems other than Linux
     encoder = dataclasses.replace(gigatoken_encoder)
     engines = set()
     for text, ids in zip(texts, expected, strict=True):
@@ -84,7 +84,7 @@ def test_rebuilt_engine_gives_the_same_ids(gigatoken_encoder, monkeypatch):
 
 
 def measure_growth(encoder: DocumentEncoder) -> int:
-    """Return by how much encoding five million words, no two of them alike, makes this process grow at most."""
+    """Return the peak growth of this process's memory while encoding five million distinct words, in bytes."""
     letters = np.random.default_rng(0).integers(97, 123, (5_000_000, 8), dtype=np.uint8)
     letters[:, 0] = 32
     texts = [words.tobytes().decode() for words in np.array_split(letters, 50)]
@@ -96,16 +96,16 @@ def measure_growth(encoder: DocumentEncoder) -> int:
     return max(growth)
 
 
-@pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
-def test_ever_new_words_take_bounded_memory(gigatoken_encoder):
-    # In a process of its own, which has no free memory from before for the engine to grow into.
+@pytest.mark.skipif(measure_private_memory() is None, reason="reads /proc, which only Linux has")
+def test_an_endless_stream_of_new_words_takes_bounded_memory(gigatoken_encoder):
+    # In a new process, without freed memory for the engine to grow into.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         growth = pool.apply(measure_growth, (gigatoken_encoder,))
-    assert 20e6 < growth < 250e6  # 350e6 and rising where nothing is forgotten
+    assert 20e6 < growth < 250e6  # 350e6 and rising if nothing is evicted
 
 
-@pytest.mark.skipif(measure_private_memory() is None, reason="a process sees its own memory on Linux only")
-def test_memory_of_others_does_not_cost_the_engine_its_words(gigatoken_encoder):
+@pytest.mark.skipif(measure_private_memory() is None, reason="reads /proc, which only Linux has")
+def test_memory_used_elsewhere_does_not_reset_the_engine(gigatoken_encoder):
     encoder = dataclasses.replace(gigatoken_encoder)
     engine, held = encoder._engine, []
     for text in ("one", "two", "three"):
@@ -114,7 +114,7 @@ def test_memory_of_others_does_not_cost_the_engine_its_words(gigatoken_encoder):
     assert encoder._engine is engine
 
 
-def test_an_encoder_travels_to_another_process(gigatoken_encoder):
+def test_an_encoder_can_be_pickled(gigatoken_encoder):
     encoder = pickle.loads(pickle.dumps(gigatoken_encoder))
     assert encoder.encode(pa.array(["Hello world"], pa.large_string()))[0].tolist() == PUBLISHED["Hello world"]
 
@@ -136,7 +136,7 @@ def family(request) -> PreTrainedTokenizerFast:
 
 
 def list_forgeries(tokenizer) -> list[str]:
-    """Texts that spell special tokens: alone, in a text, glued to it, broken up, and as a normalizer makes them."""
+    """Return texts that spell special tokens: alone, in text, unspaced, broken up, and formed by a normalizer."""
     tokens = [str(token) for token in tokenizer.added_tokens_encoder] + [tokenizer.eos_token]
     spellings = [
         *tokens,
@@ -152,16 +152,17 @@ def list_forgeries(tokenizer) -> list[str]:
     return [*spellings, *(f"the {spelling} of{spelling}{spelling}" for spelling in spellings), *drawn]
 
 
-def test_no_text_makes_a_special_token(family):
+def test_no_text_encodes_to_a_special_token(family):
     forgeries = list_forgeries(family)
     special = {index for index, token in family.added_tokens_decoder.items() if token.special}
-    assert family.eos_token_id in {*family(f"the {family.eos_token} of")["input_ids"]}  # where nobody sees to it
+    # The tokenizer itself does not prevent it.
+    assert family.eos_token_id in {*family(f"the {family.eos_token} of")["input_ids"]}
     for text, ids in zip(forgeries, encode(build_encoder(family, "tiny"), forgeries), strict=True):
         assert family.eos_token_id not in ids, text
         assert special.isdisjoint({*ids} - {family.unk_token_id}), text
 
 
-def test_what_spells_no_special_token_keeps_its_ids(family):
+def test_text_without_special_tokens_keeps_its_ids(family):
     tokens = [token.lower() for token in {*family.added_tokens_encoder, family.eos_token} - {"  "}]
     texts = [*LINES, *ODD_SAMPLE, "the text ends", "s> </", "<s <un", "  ", "a  b"]
     texts = [text for text in texts if not any(token in text.lower() for token in tokens)]
@@ -182,23 +183,23 @@ def build_unknown_ends() -> list[Tokenizer]:
 
 
 @pytest.mark.parametrize("backend", build_unknown_ends(), ids=lambda backend: type(backend.model).__name__)
-def test_an_end_of_text_token_for_unknown_text_is_refused(backend):
+def test_an_end_of_text_token_that_is_the_unknown_token_is_rejected(backend):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     with pytest.raises(UserError, match="unk_token"):
         build_encoder(tokenizer, "words")
     definition = json.dumps(define_text_encoding(tokenizer))
-    with pytest.raises(UserError, match="unk_token"):  # nor do shards get the id if a text has it all the same
+    with pytest.raises(UserError, match="unk_token"):  # and the id is rejected if a text yields it all the same
         encode(DocumentEncoder(definition, 0, uses_gigatoken=False), ["a", "b"])
 
 
-def test_an_end_of_text_token_that_text_cannot_do_without_is_refused(tokenizer):
+def test_an_end_of_text_token_that_text_needs_is_rejected(tokenizer):
     exclaiming = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="!")
     with pytest.raises(UserError, match="'!'"):
         build_encoder(exclaiming, "exclaiming")
 
 
 @pytest.mark.parametrize("eos_token", ["\n", "<end>"])
-def test_an_end_of_text_token_that_becomes_unknown_text_is_told(capsys, eos_token):
+def test_an_end_of_text_token_that_becomes_unknown_text_is_reported(capsys, eos_token):
     words = Tokenizer(models.WordLevel({"<unk>": 0, eos_token: 1, "a": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos_token)
@@ -206,13 +207,13 @@ def test_an_end_of_text_token_that_becomes_unknown_text_is_told(capsys, eos_toke
     assert f"takes {eos_token!r} in a text" in capsys.readouterr().out
 
 
-def test_ids_with_gaps_are_refused():
+def test_ids_with_gaps_are_rejected():
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1, "b": 65_537}, unk_token="a"))
     with pytest.raises(UserError, match="leaves ids out"):
         build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words")
 
 
-def test_a_text_without_tokens_for_it_is_explained():
+def test_text_that_has_no_tokens_is_explained():
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="none"))
     encoder = build_encoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>"), "words")
     assert encode(encoder, ["a"]) == [[0]]
@@ -220,7 +221,7 @@ def test_a_text_without_tokens_for_it_is_explained():
         encode(encoder, ["b"])
 
 
-def test_single_characters_and_bytes_stay_what_they_are_if_they_are_special():
+def test_special_tokens_of_one_character_or_byte_are_kept():
     vocabulary = {"<end>": 0, "a": 1, "\n": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
     backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     backend.add_special_tokens(["\n", "<0x0D>"])
@@ -228,7 +229,7 @@ def test_single_characters_and_bytes_stay_what_they_are_if_they_are_special():
     assert encode(build_encoder(tokenizer, "bytes"), ["a\n\r"]) == [[1, 2, 3 + 13]]
 
 
-def test_nothing_is_cut_or_put_around_a_document(tokenizer):
+def test_truncation_padding_and_templates_are_ignored(tokenizer):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
@@ -252,14 +253,14 @@ def test_bytes_of_a_small_tokenizer():
     assert len(ids) == 2 + len("<|endoftext|>")
 
 
-def test_too_large_vocabulary_is_refused():
+def test_too_large_vocabulary_is_rejected():
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(65_537)}, unk_token="w0"))
     large = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
     with pytest.raises(UserError, match="65,536"):
         build_encoder(large, "large")
 
 
-def test_tokenizer_without_end_of_text_is_refused():
+def test_tokenizer_without_end_of_text_is_rejected():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(UserError, match="eos_token"):
         build_encoder(words, "words")

@@ -1,4 +1,4 @@
-"""The order of documents as pure functions."""
+"""The order of documents, as pure functions."""
 
 import itertools
 
@@ -49,11 +49,11 @@ def test_counts_all_but_the_first_of_each():
     ("ends", "val_tokens", "expected"),
     [
         ([10, 20, 30, 100], 15, (2, 0)),  # the next boundary
-        ([10, 20, 30, 100], 20, (2, 0)),  # on a boundary
+        ([10, 20, 30, 100], 20, (2, 0)),  # exactly on a boundary
         ([100], 10, (0, 10)),  # one long document
-        ([10, 100], 15, (1, 5)),  # the last document: nothing would be left
+        ([10, 100], 15, (1, 5)),  # the last document: no training tokens would be left
         ([90, 100], 10, (0, 10)),  # it would take most of the corpus
-        ([90, 100], 60, (1, 0)),  # which is what was asked for
+        ([90, 100], 60, (1, 0)),  # as requested
     ],
 )
 def test_validation_ends_at_a_boundary_where_there_is_one(ends, val_tokens, expected):

@@ -1,4 +1,4 @@
-"""Making shards in several goes: killed runs, shares of the work, and everything that may lie in the way."""
+"""Writing shards in several runs: killed runs, tasks on several machines, and leftovers of all kinds."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def many_pieces(monkeypatch):
-    """Some 15 tasks and 15 parts, where one of each would do."""
+    """Split the corpus into about 15 tasks and 15 parts, where one of each would do."""
     monkeypatch.setattr(local_files, "TASK_BYTES", 2500)
     monkeypatch.setattr(tokenize_stage, "TOKENS_PER_SORTED_CHUNK", 500)
     monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 2000)
@@ -46,7 +46,7 @@ def flags(corpus, tokenizer):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def undisturbed(texts, tokenizer, tmp_path_factory) -> Path:  # noqa: F811
-    """The folder of a corpus, and of the shards `whole` of a run that nothing happened to."""
+    """A folder with a corpus, and with the shards of an undisturbed run in `whole`."""
     folder = tmp_path_factory.mktemp("undisturbed")
     flags = list_flags(write_texts(folder / "corpus.jsonl", texts), tokenizer)
     assert prepare_data.main([*flags, f"--output_dir={folder / 'whole'}"]) == 0
@@ -65,7 +65,7 @@ def expected(undisturbed, tmp_path):
 def list_pieces(folder) -> dict[str, int]:
     found = {}
     for path in (folder.with_name(folder.name + ".partial") / "unfinished").glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):  # a run that ends removes them
+        with contextlib.suppress(FileNotFoundError):  # removed at the end of a run
             found[path.name] = path.stat().st_ino
     return found
 
@@ -77,7 +77,7 @@ def start(flags) -> multiprocessing.Process:
 
 
 def kill_after(process, folder, n_pieces: int) -> dict[str, int]:
-    """Kill the process once it has finished so many pieces, or ends; return what is finished."""
+    """Kill the process once it has finished `n_pieces` pieces, or has ended; return the finished pieces."""
     while process.is_alive() and len(list_pieces(folder)) < n_pieces:
         time.sleep(0.0005)
     workers = []
@@ -85,12 +85,12 @@ def kill_after(process, folder, n_pieces: int) -> dict[str, int]:
         workers = psutil.Process(process.pid).children()
     process.kill()
     process.join()
-    psutil.wait_procs(workers, timeout=30)  # one may just finish a piece
+    psutil.wait_procs(workers, timeout=30)  # one may be about to finish a piece
     return list_pieces(folder)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, expected, tmp_path, capfd):
+def test_a_run_killed_repeatedly_resumes_to_the_same_bytes(flags, expected, tmp_path, capfd):
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     pieces, kills = {}, 0
@@ -105,7 +105,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, e
         assert psutil.wait_procs(workers, timeout=30)[1] == [], "a worker outlived its parent"
         if not folder.exists():
             kills += 1
-            assert pieces.items() <= finished.items(), "a finished piece was made again"
+            assert pieces.items() <= finished.items(), "a finished piece was rewritten"
             pieces = finished
             assert not (folder.with_name("out.partial") / "manifest.json").exists() or len(pieces) > 20
     assert kills >= 4
@@ -114,7 +114,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_with_the_same_bytes(flags, e
     assert "pieces finished" in capfd.readouterr().out
 
 
-def test_other_settings_are_named_and_overwrite_starts_afresh(run, corpus, flags, expected, tmp_path):  # noqa: F811
+def test_changed_settings_are_reported_and_overwrite_starts_over(run, corpus, flags, expected, tmp_path):  # noqa: F811
     folder = tmp_path / "out"
     kill_after(start([*flags, f"--output_dir={folder}"]), folder, 3)
     pieces = list_pieces(folder)
@@ -133,7 +133,7 @@ def test_other_settings_are_named_and_overwrite_starts_afresh(run, corpus, flags
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "summary"])
-def test_damaged_piece_is_made_again(flags, expected, tmp_path, damage):
+def test_a_damaged_piece_is_rewritten(flags, expected, tmp_path, damage):
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     kill_after(start(flags), folder, 8)
@@ -154,7 +154,7 @@ def test_damaged_piece_is_made_again(flags, expected, tmp_path, damage):
     assert hash_folder(folder) == expected
 
 
-def test_two_runs_on_one_folder(flags, tmp_path, capfd, monkeypatch):
+def test_a_second_run_on_the_same_folder_is_rejected(flags, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
@@ -172,7 +172,7 @@ def test_two_runs_on_one_folder(flags, tmp_path, capfd, monkeypatch):
     assert first.exitcode == 0
 
 
-def test_a_file_system_without_locks_is_named(flags, expected, tmp_path, monkeypatch, capfd):
+def test_a_file_system_without_locks_is_reported(flags, expected, tmp_path, monkeypatch, capfd):
     def flock(stream, mode):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -184,8 +184,8 @@ def test_a_file_system_without_locks_is_named(flags, expected, tmp_path, monkeyp
     assert hash_folder(tmp_path / "out") == expected
 
 
-def test_shares_of_both_stages_in_any_order_make_the_same_folder(flags, expected, tmp_path, capfd):
-    """Each share in a process of its own; those of a stage run at the same time, one of them twice."""
+def test_tasks_of_both_stages_in_any_order_write_the_same_folder(flags, expected, tmp_path, capfd):
+    """Run each task in its own process: those of a stage at the same time, and one of them twice."""
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     for stage in ("tokenize", "write"):
@@ -203,7 +203,7 @@ def test_shares_of_both_stages_in_any_order_make_the_same_folder(flags, expected
     assert hash_folder(folder) == expected
 
 
-def test_run_completes_what_a_share_began(flags, expected, tmp_path):
+def test_a_run_completes_what_a_task_started(flags, expected, tmp_path):
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     assert prepare_data.main([*flags, "--stage=tokenize", "--task=1/2"]) == 0
@@ -221,13 +221,13 @@ def test_run_completes_what_a_share_began(flags, expected, tmp_path):
         (["--stage=tokenise"], "tokenize"),
     ],
 )
-def test_mistaken_shares(run, flags, more, reason):  # noqa: F811
+def test_invalid_tasks_are_rejected(run, flags, more, reason):  # noqa: F811
     code, _, err = run(*flags, *more)
     assert code == 2
     assert reason in err
 
 
-def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noqa: F811
+def test_split_sizes_that_do_not_fit_can_be_changed(run, flags, tmp_path):  # noqa: F811
     code, _, err = run(*flags, "--val_tokens", 10**9)
     assert code == 2
     assert "too few for a training split and a validation split" in err
@@ -239,7 +239,7 @@ def test_splits_that_do_not_fit_can_be_chosen_anew(run, flags, tmp_path):  # noq
 
 
 def run_script(flags, err: Path, setup: Callable[[], object] = lambda: None) -> multiprocessing.Process:
-    """Start the script in a process that leads a session of its own, after `setup`; `err` is its stderr."""
+    """Start the script, after `setup`, in a process that leads its own session and writes its stderr to `err`."""
 
     def main():
         os.setsid()
@@ -255,15 +255,15 @@ def run_script(flags, err: Path, setup: Callable[[], object] = lambda: None) -> 
 
 
 def run_limited(flags, err: Path, resource_kind: int, limit: int) -> int:
-    """Run the script in a process with a limit of the system's, and return its exit code."""
+    """Run the script in a process with a resource limit; return its exit code."""
     process = run_script(flags, err, lambda: resource.setrlimit(resource_kind, (limit, limit)))
     process.join()
     return process.exitcode
 
 
 @pytest.mark.parametrize("limit", [3_000, 12_000])
-def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
-    """A process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
+def test_a_full_disk_keeps_finished_pieces(flags, expected, tmp_path, limit):
+    """Run a process that may write files of 3,000 or 12,000 bytes, which a task or a shard exceeds."""
     folder, err = tmp_path / "out", tmp_path / "err"
     flags = [*flags, f"--output_dir={folder}"]
     assert run_limited(flags, err, resource.RLIMIT_FSIZE, limit) == 2, err.read_text()
@@ -277,7 +277,7 @@ def test_full_disk_keeps_what_is_finished(flags, expected, tmp_path, limit):
     assert bool(pieces) == ("finished pieces are kept" in printed) == (limit > 10_000)
 
 
-def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path, monkeypatch):
+def test_more_sorted_chunks_than_open_files_are_merged(flags, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(local_files, "TASK_BYTES", 300)
     monkeypatch.setattr(write_stage, "TOKENS_PER_BUCKET", 10**6)
     flags, err = [*flags, f"--output_dir={tmp_path / 'out'}"], tmp_path / "err"
@@ -286,7 +286,7 @@ def test_more_runs_than_a_process_may_have_files_open(flags, expected, tmp_path,
 
 
 @pytest.mark.parametrize("moment", ["sync", "rmtree", "replace"])
-def test_killed_while_it_is_published_it_is_published_by_the_same_command(run, flags, expected, tmp_path, moment):  # noqa: F811
+def test_a_run_killed_while_publishing_finishes_on_the_next_run(run, flags, expected, tmp_path, moment):  # noqa: F811
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
     calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (work_folder, "take_name")}
@@ -317,7 +317,7 @@ def test_killed_while_it_is_published_it_is_published_by_the_same_command(run, f
     assert {path.name: path.stat().st_ino for path in folder.glob("*.npy")} == made
 
 
-def test_files_that_changed_since_are_noticed(run, corpus, flags, tmp_path):  # noqa: F811
+def test_changed_input_files_are_noticed(run, corpus, flags, tmp_path):  # noqa: F811
     folder = tmp_path / "out"
     kill_after(start([*flags, f"--output_dir={folder}"]), folder, 3)
     content = corpus.read_bytes()
@@ -327,7 +327,7 @@ def test_files_that_changed_since_are_noticed(run, corpus, flags, tmp_path):  # 
     assert "the files of the corpus have changed since" in err
 
 
-def test_folders_beside_it_that_are_somebody_elses_stay(run, flags, tmp_path):  # noqa: F811
+def test_unrelated_folders_beside_the_output_are_kept(run, flags, tmp_path):  # noqa: F811
     assert run(*flags)[0] == 0
     others = [tmp_path / "out.partial", tmp_path / "out.replaced"]
     for other in others:
@@ -339,7 +339,7 @@ def test_folders_beside_it_that_are_somebody_elses_stay(run, flags, tmp_path):  
     assert [path.name for other in others for path in other.iterdir()] == ["thesis.tex"] * 2
 
 
-def test_a_finished_folder_may_have_the_name_of_a_work_folder(run, flags, tmp_path):  # noqa: F811
+def test_a_finished_folder_named_like_a_work_folder_is_kept(run, flags, tmp_path):  # noqa: F811
     for name in ("out", "other"):
         assert run(*flags, output_dir=tmp_path / name)[0] == 0
     other = (tmp_path / "other").rename(tmp_path / "out.partial")
@@ -350,7 +350,7 @@ def test_a_finished_folder_may_have_the_name_of_a_work_folder(run, flags, tmp_pa
 
 
 @pytest.mark.parametrize("has_shards", [False, True])
-def test_nothing_is_left_of_a_folder_without_a_manifest_that_is_replaced(run, flags, expected, tmp_path, has_shards):  # noqa: F811
+def test_overwrite_removes_a_folder_without_a_manifest(run, flags, expected, tmp_path, has_shards):  # noqa: F811
     if has_shards:
         assert run(*flags, "--seed=7")[0] == 0
         (tmp_path / "out" / "manifest.json").unlink()
@@ -361,7 +361,7 @@ def test_nothing_is_left_of_a_folder_without_a_manifest_that_is_replaced(run, fl
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out.")]
 
 
-def test_whoever_publishes_keeps_others_out_until_it_is_done(flags, expected, tmp_path, monkeypatch, capfd):
+def test_a_run_keeps_its_lock_until_it_has_published(flags, expected, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
     folder, reached, go_on = tmp_path / "out", FORK.Event(), FORK.Event()
     flags = [*flags, f"--output_dir={folder}"]
@@ -385,8 +385,8 @@ def test_whoever_publishes_keeps_others_out_until_it_is_done(flags, expected, tm
     assert not folder.with_name("out.partial").exists()
 
 
-def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):  # noqa: F811
-    flags = [*flags, "--val_tokens=1000000000"]  # more than there are: what is finished is kept
+def test_partial_files_of_killed_workers_are_removed(run, flags, tmp_path):  # noqa: F811
+    flags = [*flags, "--val_tokens=1000000000"]  # more than the corpus has, so finished pieces are kept
     assert run(*flags)[0] == 2
     pieces = list_pieces(tmp_path / "out")
     left = tmp_path / "out.partial" / "unfinished" / f"task-000001.tokens.bin.{'0a' * 16}"
@@ -399,8 +399,8 @@ def test_what_killed_workers_left_half_written_is_removed(run, flags, tmp_path):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
 )
-def test_stopped_by_a_signal_it_says_what_is_kept(flags, tmp_path, monkeypatch, number, code):
-    """To all its processes, as Ctrl-C in a terminal and a batch system send it."""
+def test_a_run_stopped_by_a_signal_reports_the_kept_pieces(flags, tmp_path, monkeypatch, number, code):
+    """Signal the whole process group, as Ctrl-C in a terminal and batch systems do."""
     monkeypatch.setattr(local_files, "TASK_BYTES", 100)
     folder, err = tmp_path / "out", tmp_path / "err"
     process = run_script([*flags, f"--output_dir={folder}"], err)

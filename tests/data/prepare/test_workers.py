@@ -1,4 +1,4 @@
-"""The pool of workers: order, and what happens to the other calls when one fails."""
+"""The worker pool: the order of results, and the other calls when one fails."""
 
 import contextlib
 import multiprocessing
@@ -30,13 +30,13 @@ def test_results_come_in_the_order_of_the_calls(pool):
     assert list(pool.map_in_order(touch, calls)) == [5, 0, 4, 0, 0]
 
 
-def test_failed_call_lets_no_other_begin(pool, tmp_path):
+def test_a_failed_call_starts_no_others(pool, tmp_path):
     results = pool.map_in_order(touch, ((number,) for number in range(20)))
     assert next(results) == 0
     with pytest.raises(ValueError, match="call 1"):
         next(results)
     time.sleep(0.3)
-    # The two that may have run beside it have ended; those in the queue behind them were not begun.
+    # The two calls that ran at the same time have ended; those still in the queue were not started.
     begun = {int(path.name) for path in tmp_path.iterdir()}
     assert begun <= {0, 2, 3}
     assert list(pool.map_in_order(touch, [(7,)])) == [7]
@@ -50,7 +50,7 @@ def work_for_long(folder, number):
     return is_over()
 
 
-def test_a_call_hears_that_nobody_waits_any_more(tmp_path):
+def test_a_call_learns_that_its_result_is_no_longer_needed(tmp_path):
     pool = WorkerPool(2, tmp_path)
     started = time.monotonic()
     results = pool.map_in_order(work_for_long, [(0,), (1,)])
@@ -62,17 +62,17 @@ def test_a_call_hears_that_nobody_waits_any_more(tmp_path):
     pool.shut_down()
 
 
-def refuse_thread(*_):
+def fail_to_start(*_):
     raise RuntimeError("can't start new thread")
 
 
 @pytest.mark.parametrize("name", ["_ExecutorManagerThread", "QueueFeederThread", "ExitWithParent"])
-def test_threads_that_the_machine_refuses_are_an_error_and_leave_no_worker(monkeypatch, name):
+def test_a_failure_to_start_threads_is_raised_and_leaves_no_worker(monkeypatch, name):
     start = threading.Thread.start
 
     def start_others(thread):
         if name in (type(thread).__name__, thread.name):
-            refuse_thread()
+            fail_to_start()
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_others)

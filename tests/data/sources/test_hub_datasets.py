@@ -1,4 +1,4 @@
-"""prepare_data.py on datasets of a Hub: a stand-in for it that runs here, and processes that know no other."""
+"""prepare_data.py on Hub datasets: a fake Hub, and processes that use it as their only Hub."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ import prepare_data
 from modeling_gpt2_repro.data.shards import load_manifest
 
 FINEWEB_EDU = "datasets/HuggingFaceFW/fineweb-edu"
-# The same documents in another format; the name gives the shards the same names.
+# The same documents as JSON Lines; the dataset's name gives the shards the same names.
 LINES = "datasets/org/edufineweb"
 MEMBER, STRANGER = "hf_member0123456789", "hf_stranger0123456789"
 
@@ -54,7 +54,7 @@ def texts():
 
 
 def write_parquet(texts, fat_bytes=0, row_group_size=10) -> bytes:
-    """Return a file in row groups, between whose texts lie `fat_bytes` a document of something else."""
+    """Return a Parquet file in row groups, with `fat_bytes` of another column per document."""
     generator = np.random.default_rng(1)
     columns = {
         "id": [str(i) for i in range(len(texts))],
@@ -73,7 +73,7 @@ def write_lines(texts) -> bytes:
 
 @pytest.fixture(scope="module")
 def hub(texts):
-    """A Hub with `HuggingFaceFW/fineweb-edu`, in files of 30 documents each, and what else people ask for."""
+    """A Hub with `HuggingFaceFW/fineweb-edu` in files of 30 documents each, and faulty, gated and private datasets."""
     with LoopbackHub() as hub:
         hub.users = {MEMBER: User("member"), STRANGER: User("stranger")}
         thirds = [texts[i : i + 30] for i in (0, 30, 60)]
@@ -128,7 +128,7 @@ def server(environment):
 
 @pytest.fixture
 def run(server, tmp_path, tokenizer):  # noqa: F811
-    """Run the script in a process of its own."""
+    """Return a function that runs the script in a separate process."""
 
     def run(*flags, output_dir=tmp_path / "out", num_workers=1, token="", script=""):
         argv = [
@@ -147,7 +147,7 @@ def run(server, tmp_path, tokenizer):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def expected(texts, tokenizer, tmp_path_factory):  # noqa: F811
-    """The shards of the same documents in one local file, whose name gives them the same names."""
+    """The shards of the same documents from one local file, named to give the shards the same names."""
     folder = tmp_path_factory.mktemp("local")
     (folder / "edufineweb.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     flags = ["--files", folder / "edufineweb.jsonl", "--output_dir", folder / "out", "--num_workers", 1]
@@ -157,7 +157,7 @@ def expected(texts, tokenizer, tmp_path_factory):  # noqa: F811
 
 def check_is_one_line(result, reason):
     assert result.code == 2, result.err
-    retries = ("thrown while requesting", "Retrying in ")  # what `huggingface_hub` says while it waits
+    retries = ("thrown while requesting", "Retrying in ")  # messages of `huggingface_hub` between retries
     lines = [line for line in result.err.splitlines() if not any(words in line for words in retries)]
     assert len(lines) == 1, result.err
     assert lines[0].startswith("prepare_data.py: error: ")
@@ -165,9 +165,9 @@ def check_is_one_line(result, reason):
     assert result.seconds < 20
 
 
-@pytest.mark.usefixtures("server")  # which starts beside it
-def test_plain_command_makes_the_default_datasets_shards(hub, environment, home, expected, tokenizer, tmp_path):  # noqa: F811
-    """The script as it is, on two workers: only the text travels, and nothing of it stays but the shards."""
+@pytest.mark.usefixtures("server")  # starts at the same time
+def test_plain_command_writes_default_dataset(hub, environment, home, expected, tokenizer, tmp_path):  # noqa: F811
+    """Run the unmodified script with two workers: it downloads only the text column, and leaves only shards behind."""
     command = [sys.executable, "prepare_data.py", "--output_dir", tmp_path / "out", "--num_workers", "2"]
     result = subprocess.run(
         [*command, "--tokenizer", tokenizer.name_or_path],
@@ -191,7 +191,7 @@ def test_plain_command_makes_the_default_datasets_shards(hub, environment, home,
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_files_and_workers_change_nothing(run, expected, tmp_path, num_workers):
+def test_files_and_workers_do_not_change_the_shards(run, expected, tmp_path, num_workers):
     result = run("--dataset", "org/edufineweb", num_workers=num_workers)
     assert result.code == 0, result.err
     assert hash_shards(tmp_path / "out") == expected
@@ -223,12 +223,12 @@ def test_max_tokens_leaves_the_rest_unread(run, hub, texts, tokenizer, tmp_path)
     assert [tokenizer.decode(document[1:]) for document in read] == texts[:n_read]
     assert n_read < 10
     assert hub.count_requests("001.parquet") == hub.count_requests("002.parquet") == 0
-    # Nor are the later of a file's 40 row groups: Arrow reads a few ahead, on a busy machine about ten.
+    # Nor does it read all of a file's 40 row groups; Arrow reads a few ahead, on a busy machine about ten.
     assert run("--dataset", "org/long", "--max_tokens", 500, output_dir=tmp_path / "long").code == 0
     assert hub.count_bytes("train.parquet") < len(hub.get_file("datasets/org/long", "train.parquet")) / 4
 
 
-def test_finished_folder_is_recognised_without_the_hub(run, hub, tmp_path):
+def test_a_finished_folder_is_recognized_without_the_hub(run, hub, tmp_path):
     assert run("--dataset", "org/edufineweb").code == 0
     before = hash_folder(tmp_path / "out")
     hub.stop()
@@ -257,13 +257,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistake_is_one_line_and_leaves_nothing(run, tmp_path, case):
+def test_a_mistake_gives_one_line_and_leaves_nothing(run, tmp_path, case):
     flags, reason = MISTAKES[case]
     check_is_one_line(run(*flags), reason)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr", "stdout"]
 
 
-def test_tokens_open_what_they_may_and_are_never_shown(run, tmp_path):
+def test_tokens_grant_access_and_are_never_shown(run, tmp_path):
     for name in ("gated", "private"):
         result = run("--dataset", f"org/{name}", output_dir=tmp_path / name, token=MEMBER)
         assert result.code == 0, result.err
@@ -283,7 +283,7 @@ def test_unreachable_hub_is_noticed_at_once(run, hub):
     assert result.seconds < 3
 
 
-def test_hub_that_hiccups_is_asked_again(run, hub, expected, tmp_path):
+def test_transient_errors_of_the_hub_are_retried(run, hub, expected, tmp_path):
     hub.fail("/api/datasets/HuggingFaceFW/fineweb-edu", "503", times=2)
     hub.fail("README.md", "500", times=2)
     hub.fail("/tree/", "429", times=1)
@@ -296,7 +296,7 @@ def test_hub_that_hiccups_is_asked_again(run, hub, expected, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers, failure", [(2, "500"), (2, "reset"), (1, "gone")])
-def test_hub_that_fails_in_mid_run_keeps_what_is_finished(run, hub, expected, tmp_path, num_workers, failure):
+def test_a_hub_failure_during_a_run_keeps_finished_pieces(run, hub, expected, tmp_path, num_workers, failure):
     hub.fail("002.parquet", failure)
     result = run(num_workers=num_workers)
     check_is_one_line(result, "the dataset 'HuggingFaceFW/fineweb-edu', file 3 of 3 (sample/10BT/002.parquet): the ")
@@ -305,7 +305,7 @@ def test_hub_that_fails_in_mid_run_keeps_what_is_finished(run, hub, expected, tm
     hub.start()
     hub.heal()
     hub.requests.clear()
-    # What is finished belongs to the commit that was main when it began.
+    # The finished pieces belong to the commit that main pointed to at the start.
     begun = hub.repositories[FINEWEB_EDU].references["main"]
     hub.commit(FINEWEB_EDU, {"README.md": CARD + b"\nA dataset.\n"})
     try:
@@ -319,7 +319,7 @@ def test_hub_that_fails_in_mid_run_keeps_what_is_finished(run, hub, expected, tm
     assert hub.count_requests("001.parquet") == 0
 
 
-def test_no_file_is_begun_once_one_has_failed(run, hub):
+def test_no_file_is_started_after_one_has_failed(run, hub):
     hub.fail("train-1.parquet", "403")
     for i in range(2, 8):
         hub.fail(f"train-{i}.parquet", "slow")
@@ -329,7 +329,7 @@ def test_no_file_is_begun_once_one_has_failed(run, hub):
     assert hub.count_requests("train-4.parquet") == hub.count_requests("train-5.parquet") == 0
 
 
-def test_copy_in_the_cache_does_not_stand_in_for_the_hub(run, hub, home):
+def test_a_cached_copy_is_not_used_instead_of_the_hub(run, hub, home):
     script = "import datasets; datasets.load_dataset('org/gated')"
     assert run(script=script, token=MEMBER).code == 0
     hub.fail("README.md", "500")
@@ -340,7 +340,7 @@ def test_copy_in_the_cache_does_not_stand_in_for_the_hub(run, hub, home):
     check_is_one_line(result, "the dataset 'org/gated': the connection to the Hub failed")
 
 
-def test_worker_holds_a_part_of_a_file_only(run, hub):
+def test_a_worker_keeps_only_part_of_a_file_in_memory(run, hub):
     """Read 64 MB of text in row groups of 1 MB each."""
     words = np.random.default_rng(0).integers(10**7, 10**8, 2**23).astype("S8").tobytes().decode()
     texts = [words[i : i + 2**11] for i in range(0, 2**26, 2**11)]
@@ -364,7 +364,7 @@ print(most)
 
 
 @pytest.mark.parametrize("config, num_workers", [("damaged", 1), ("uneven", 2)])
-def test_damaged_file_is_named(run, config, num_workers):
+def test_a_damaged_file_is_reported(run, config, num_workers):
     result = run("--dataset_config_name", config, num_workers=num_workers)
     check_is_one_line(result, f"file 2 of 2 ({config}/1.parquet): ")
     assert "1 finished pieces are kept" in result.err

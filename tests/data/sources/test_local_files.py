@@ -1,4 +1,4 @@
-"""Reading local files: every document once, in order, as it stands there; or a line that names the file."""
+"""Reading local files: every document once, in order and unchanged, or an error with the file's name."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ def test_reads_jsonl(tmp_path, name):
 
 @pytest.mark.parametrize("task_bytes", [1, 7, 100, 1000, 3100])
 @pytest.mark.parametrize("batch_bytes", [5, 64, 4000])
-def test_jsonl_does_not_depend_on_where_it_is_cut(tmp_path, monkeypatch, task_bytes, batch_bytes):
+def test_jsonl_does_not_depend_on_task_boundaries(tmp_path, monkeypatch, task_bytes, batch_bytes):
     monkeypatch.setattr(local_files, "TASK_BYTES", task_bytes)
     monkeypatch.setattr(local_files, "BATCH_BYTES", batch_bytes)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
@@ -50,7 +50,7 @@ def test_jsonl_does_not_depend_on_where_it_is_cut(tmp_path, monkeypatch, task_by
     assert read(path) == TEXTS
 
 
-def test_jsonl_lines_that_only_python_reads(tmp_path):
+def test_jsonl_lines_that_only_pythons_parser_accepts(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "cut \\ud83d"}\n\n{"text": "twice", "text": "last wins"}\n{"text": "b", "n": NaN}\n')
     assert read(path) == ["cut \ufffd", "last wins", "b"]
@@ -67,7 +67,7 @@ def test_reads_parquet(tmp_path, monkeypatch, kind):
     assert read(tmp_path / "a.parquet") == TEXTS
 
 
-def test_long_documents_of_parquet_come_a_few_at_a_time(tmp_path):
+def test_long_documents_of_parquet_come_in_small_batches(tmp_path):
     texts = ["".join(map(str, np.random.default_rng(number).integers(0, 10, 500_000))) for number in range(20)]
     pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "books.parquet", use_dictionary=False)
     (task,) = list_file_tasks([tmp_path / "books.parquet"], "text", None)
@@ -76,7 +76,7 @@ def test_long_documents_of_parquet_come_a_few_at_a_time(tmp_path):
     assert max(len(batch) for batch in batches) * 500_000 <= local_files.BATCH_BYTES
 
 
-def test_a_large_row_group_is_read_a_little_at_a_time(tmp_path):
+def test_a_large_row_group_is_read_in_small_batches(tmp_path):
     text = np.random.default_rng(0).integers(97, 123, 2**26, np.uint8).tobytes().decode()
     texts = [text[start : start + 2**12] for start in range(0, len(text), 2**12)]
     pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
@@ -106,27 +106,27 @@ def write_text(path, content):
 @pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\r\r", "\n---\n", "\n\n\n", "\n", "\t", "\f", "\x1a"])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_a_separator_matches_whatever_the_line_ends_are(tmp_path, monkeypatch, name, end, separator):
+def test_a_separator_matches_any_line_ends(tmp_path, monkeypatch, name, end, separator):
     plain = separator.replace("\r\n", "\n").replace("\r", "\n")
-    # At the front, at the end, doubled; and line ends that separate nothing, with zeros and old controls among them.
+    # Separators at the start, at the end, and doubled; other line ends, NULs and control characters inside the text.
     content = (
         plain.join(["", "a b\0", "", "c\fd" if separator != "\f" else "c", "-\n-", "\u2028é", "", "last"]) + plain
     )
     generator = np.random.default_rng(0)
-    # Without the lone \\r, which before a \\n would be part of one line end.
+    # "random" has no lone \\r, because it could join a following \\n into one line end.
     written = re.sub("\n", lambda _: ENDS[end] or ("\n", "\r\n")[generator.integers(2)], content)
     path = write_text(tmp_path / name, MARK + written.encode())
     for batch_bytes in (1, 2, 3, 4, 5, 7, 4096):
         monkeypatch.setattr(local_files, "BATCH_BYTES", batch_bytes)
         documents = read(path, separator=separator)
         assert [text.replace("\r\n", "\n").replace("\r", "\n") for text in documents] == content.split(plain)
-        # Nothing but separators is gone, and no line end is another one.
+        # Only separators are gone, and every line end is unchanged.
         position = 0
         for text in documents:
             position = written.index(text, position) + len(text)
 
 
-def test_a_windows_line_end_is_not_two(tmp_path):
+def test_a_windows_line_end_counts_once(tmp_path):
     path = write_text(tmp_path / "a.txt", b"a\r\nb\r\n\r\nc\n\r\nd\r\re\r\nf")
     assert read(path, separator="\n\n") == ["a\r\nb", "c", "d", "e\r\nf"]
     assert read(path) == [path.read_bytes().decode()]
@@ -134,7 +134,7 @@ def test_a_windows_line_end_is_not_two(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 @pytest.mark.parametrize("separator", [None, "x"])
-def test_a_mark_at_the_front_of_a_text_is_no_text(tmp_path, monkeypatch, name, separator):
+def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path, monkeypatch, name, separator):
     monkeypatch.setattr(local_files, "BATCH_BYTES", 1)
     assert read(write_text(tmp_path / name, MARK + b"a" + MARK), separator=separator) == ["a\ufeff"]
     assert read(write_text(tmp_path / name, MARK), separator=separator) == [""]
@@ -145,7 +145,7 @@ def test_a_mark_at_the_front_of_a_text_is_no_text(tmp_path, monkeypatch, name, s
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("separator", [None, "\n\n"])
-def test_another_encoding_is_called_by_its_name(tmp_path, name, encoding, separator):
+def test_another_encoding_is_identified(tmp_path, name, encoding, separator):
     content = '{"text": "café"}\r\n\r\n{"text": "b"}\r\n'.encode(encoding)
     expected = "CP1252" if encoding == "cp1252" else encoding[:6].upper()
     with pytest.raises(UserError, match=rf"{name}.* UTF-8.*iconv -f {expected} -t UTF-8"):
@@ -154,7 +154,7 @@ def test_another_encoding_is_called_by_its_name(tmp_path, name, encoding, separa
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\n\r\n \r\n"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
-def test_jsonl_of_windows_and_old_macs(tmp_path, monkeypatch, name, end):
+def test_jsonl_with_line_ends_of_windows_and_old_macs(tmp_path, monkeypatch, name, end):
     path = write_jsonl(tmp_path / name, [])
     lines = [json.dumps({"text": text}) for text in TEXTS] + ['{"text": "cut \\ud83d"}']
     content = MARK + end.join(["", *lines, ""]).encode()
@@ -187,12 +187,12 @@ def test_small_texts_share_a_task(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["null", '{"text": "cut \\ud83d"}'])
-def test_byte_order_mark_is_no_text(tmp_path, line):
+def test_a_byte_order_mark_is_not_part_of_jsonl(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b'\n{"text": "a"}\n')
     assert read(tmp_path / "a.jsonl") == [None if line == "null" else "cut \ufffd", "a"]
 
 
-def test_a_file_that_two_paths_lead_to_is_found_once(tmp_path):
+def test_a_file_with_two_paths_is_found_once(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").touch()
     (tmp_path / "real" / "._a.txt").touch()
@@ -224,7 +224,7 @@ def test_finds_files_sorted_and_once(tmp_path):
     ],
 )
 @pytest.mark.parametrize("task_bytes", [20, 10])  # the line is in the first task, or in the second
-def test_corrupt_jsonl_line_is_named(tmp_path, monkeypatch, line, reason, task_bytes):
+def test_a_corrupt_jsonl_line_is_reported(tmp_path, monkeypatch, line, reason, task_bytes):
     monkeypatch.setattr(local_files, "TASK_BYTES", task_bytes)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "d"}\n')
     with pytest.raises(UserError, match=rf"a\.jsonl, {reason}"):
@@ -248,15 +248,15 @@ def test_missing_column_names_the_others(tmp_path):
         ("no.parquet", b"no parquet at all"),
         ("bad.txt", b"caf\xe9"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # bytes make names that no report can show
+    ids=lambda value: value if isinstance(value, str) else "",  # bytes make unprintable test ids
 )
-def test_damaged_file_is_named(tmp_path, name, content):
+def test_a_damaged_file_is_reported(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         read(tmp_path / name)
 
 
-def test_damaged_parquet_page_is_named(tmp_path):
+def test_a_damaged_parquet_page_is_reported(tmp_path):
     path = tmp_path / "a.parquet"
     pa.parquet.write_table(pa.table({"text": ["some text " * 50] * 500}), path, compression="gzip")
     content = bytearray(path.read_bytes())
@@ -266,20 +266,20 @@ def test_damaged_parquet_page_is_named(tmp_path):
         read(path)
 
 
-def test_column_of_numbers_is_refused(tmp_path):
+def test_a_column_of_numbers_is_rejected(tmp_path):
     pa.parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="int64, not strings"):
         read(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("pattern", ["none.txt", "*.parquet", "empty"])
-def test_pattern_without_match(tmp_path, pattern):
+def test_a_pattern_without_match_is_rejected(tmp_path, pattern):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no such file"):
         find_files([str(tmp_path / pattern)])
 
 
-def test_unknown_kind_of_file(tmp_path):
+def test_an_unknown_file_type_is_rejected(tmp_path):
     (tmp_path / "a.csv").touch()
     with pytest.raises(UserError, match="this kind of file"):
         find_files([str(tmp_path / "a.csv")])
@@ -304,7 +304,7 @@ async def h():
     assert extract_docstrings(b'print """Python 2"""') == ""
 
 
-def test_tells_prose_from_data():
+def test_prose_is_distinguished_from_data():
     text = "This is a paragraph of documentation,\n    which goes on here.\n \nAnd here is more of it, twice."
     assert keep_prose(text) == (
         "This is a paragraph of documentation, which goes on here.\n\nAnd here is more of it, twice."
