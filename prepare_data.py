@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import modeling_gpt2_repro  # noqa: F401  first: it explains imports that fail because of the environment
@@ -75,7 +75,7 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
 
 
 @contextlib.contextmanager
-def explained_errors(folder: Path) -> Iterator[None]:
+def explained_errors(folder: Path) -> Generator[None]:
     """Turn system errors such as a full disk into a `UserError`; add the number of finished pieces to every error."""
     try:
         yield

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -85,7 +85,7 @@ def is_utf8(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def open_atomically(path: str | Path, mode: str = "w") -> Generator[IO]:
     """Open a file for writing that replaces `path` only once it is complete and on disk.
 
     On an exception the temporary file is removed and `path` stays unchanged. Devices and pipes, such as `/dev/null`,
@@ -146,7 +146,7 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def create_folder_atomically(path: str | Path) -> Iterator[Path]:
+def create_folder_atomically(path: str | Path) -> Generator[Path]:
     """Yield an empty temporary folder beside `path` that replaces `path` on success, once all of it is on disk.
 
     On an exception the temporary folder is removed and `path` stays unchanged.

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 
 # In order: Ctrl-C; a batch system or `kill`; a closed terminal; Ctrl-\; two that Slurm and SGE can send before a time
@@ -29,7 +29,7 @@ def raise_terminated(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def handled_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
+def handled_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Generator[Callable[[], None]]:
     """Handle the stop signals in the context, and yield a function that restores the previous handlers early.
 
     A signal that was ignored when the process started stays ignored: `nohup` and a shell's `&` rely on that.

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ SOFTMAX_CHUNK_PLACES = 512
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Generator[None]:
     """Disable dropout and gradients within the context, then restore the training mode."""
     was_training = model.training
     model.eval()
@@ -94,7 +94,7 @@ def compute_logits(
 
 
 @contextlib.contextmanager
-def head_without_autocast(model: torch.nn.Module) -> Iterator[None]:
+def head_without_autocast(model: torch.nn.Module) -> Generator[None]:
     """Run a model's vocabulary head in its weight's dtype while autocast applies to the rest.
 
     In bfloat16, logits near -100, which OpenAI's GPT-2 produces, are spaced half a nat apart.

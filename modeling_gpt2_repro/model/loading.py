@@ -6,7 +6,7 @@ paths out of the model's folder. `load_model` rejects all three, for any model c
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def explained_loading(name: str, flag: str = "") -> Iterator[str]:
+def explained_loading(name: str, flag: str = "") -> Generator[str]:
     """Check a model folder before transformers reads it, and turn any exception in the context into a `UserError`.
 
     Args:

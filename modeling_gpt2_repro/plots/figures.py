@@ -1,7 +1,7 @@
 """Common style of all figures, and writing them to files."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +20,7 @@ FORMATS = ("png", "svg", "pdf")
 
 
 @contextlib.contextmanager
-def default_style() -> Iterator[None]:
+def default_style() -> Generator[None]:
     """Use matplotlib's defaults, not the user's matplotlibrc, so that figures look the same everywhere.
 
     Use it to build and to save a figure, because matplotlib reads settings at both times. Also works as a decorator.

@@ -1,7 +1,7 @@
 """Failures in the middle of a run, translated into errors that explain the remedy."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -74,7 +74,7 @@ def is_write_failure(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
+def explained_out_of_memory(sizes: Sequence[int], size: int) -> Generator[None]:
     """Turn running out of memory in the middle of a run into a `UserError` with settings that need less.
 
     Args:
@@ -92,7 +92,7 @@ def explained_out_of_memory(sizes: Sequence[int], size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_nondeterminism() -> Iterator[None]:
+def explained_nondeterminism() -> Generator[None]:
     """Turn an operation without a deterministic implementation into a `UserError` that names it."""
     try:
         yield
@@ -107,7 +107,7 @@ def explained_nondeterminism() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[None]:
+def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Generator[None]:
     """Report a failed write that training can do without, and continue.
 
     Args:
@@ -122,7 +122,7 @@ def tolerated_write_failures(what: str, say: Callable[[str], None]) -> Iterator[
 
 
 @contextlib.contextmanager
-def explained_write_failures(folder: Path, resume_hint: Callable[[], str]) -> Iterator[None]:
+def explained_write_failures(folder: Path, resume_hint: Callable[[], str]) -> Generator[None]:
     """Turn a failed write into a `UserError`, because a full disk is no bug.
 
     Args:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 
 import torch
@@ -45,13 +45,13 @@ class Preemption:
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator["Preemption"]:
+    def handled(self) -> Generator["Preemption"]:
         """Install the handlers and yield this object."""
         with handled_stop_signals(self._handle) as self._restore_handlers:
             yield self
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self) -> Generator[None]:
         """Record requests instead of raising them."""
         self._is_deferred = True
         try:

@@ -4,7 +4,7 @@ import contextlib
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Clock:
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     @contextlib.contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
+    def measure(self, activity: str) -> Generator[None]:
         """Time the body of the context; an exception leaves no entry."""
         started = time.perf_counter()
         yield

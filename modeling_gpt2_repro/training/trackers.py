@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from typing import Any
 
@@ -201,7 +201,7 @@ class Feed:
             self._warn(f"the tracker {self._tracker.name} has received at the end what it missed")
 
     @contextlib.contextmanager
-    def _tolerated_failure(self, consequence: str) -> Iterator[None]:
+    def _tolerated_failure(self, consequence: str) -> Generator[None]:
         try:
             yield
         except Exception as error:

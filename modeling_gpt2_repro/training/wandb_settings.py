@@ -12,7 +12,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -126,7 +126,7 @@ def _is_writable(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def without_variables() -> Iterator[None]:
+def without_variables() -> Generator[None]:
     """Hide wandb's environment variables inside the context."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("WANDB_")}
     try:

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _open_pool(
     encoder: DocumentEncoder | None,
     config: PrepareConfig,
     report_progress: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[WorkerPool]:
+) -> Generator[WorkerPool]:
     def on_wait(progress: int) -> None:
         work.lock.beat()
         report_progress(progress)

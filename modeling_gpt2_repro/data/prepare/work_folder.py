@@ -16,7 +16,7 @@ import dataclasses
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,7 +160,7 @@ def load_begun_revision(final: Path, settings: dict[str, Any]) -> str | None:
 @contextlib.contextmanager
 def open_work_folder(
     final: Path, plan: dict[str, Any], *, alone: bool, overwrite: bool = False
-) -> Iterator[WorkFolder]:
+) -> Generator[WorkFolder]:
     """Lock the work folder of `final`, made where it is missing and emptied for `overwrite`, and agree on `plan`.
 
     On an exception finished pieces are kept; a folder without any is removed.
@@ -221,7 +221,7 @@ def _build_lock(folder: Path, alone: bool) -> FolderLock:
 
 
 @contextlib.contextmanager
-def create_file(path: Path) -> Iterator[IO[bytes]]:
+def create_file(path: Path) -> Generator[IO[bytes]]:
     """Open a file that gets its name once it is complete.
 
     Its temporary name is unique, because the same task may run twice at once. Nothing waits for the disk: digests show

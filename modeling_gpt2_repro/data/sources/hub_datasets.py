@@ -6,7 +6,7 @@ Of a parquet file only the text column is fetched. Nothing but the dataset's car
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -110,7 +110,7 @@ def _prepare_datasets() -> Any:
 
 
 @contextlib.contextmanager
-def _explained(what: str, hint: str = "") -> Iterator[None]:
+def _explained(what: str, hint: str = "") -> Generator[None]:
     """Turn errors of the body into a `UserError` that names `what`.
 
     Readers of a dozen formats and an HTTP library raise errors of their own there; all are converted but those that a

@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -316,7 +316,7 @@ def _get_compression(path: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Iterator[io.BufferedReader]:
+def _open(path: str) -> Generator[io.BufferedReader]:
     """Open a file of text, uncompressed, after its byte order mark.
 
     Raises:
@@ -336,7 +336,7 @@ def _open(path: str) -> Iterator[io.BufferedReader]:
 
 
 @contextlib.contextmanager
-def _explained_errors(path: str, problem: str) -> Iterator[None]:
+def _explained_errors(path: str, problem: str) -> Generator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
