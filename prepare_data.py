@@ -18,6 +18,7 @@ from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError, reports_
 from modeling_gpt2_repro.core.files import check_place, follow_links
 from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
+from modeling_gpt2_repro.core.terminal import fit_lines
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.prepare.config import FOREIGN_FLAGS, PrepareConfig
 from modeling_gpt2_repro.data.prepare.pipeline import Request, build_shards, run_stage
@@ -57,7 +58,7 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer) if config.overwrite else load_tokenizer_for(folder, config.tokenizer)
     finish_publishing(folder)
     if is_already_there(folder, config, tokenizer):
-        print(f"{folder} already exists with the same settings (--overwrite rebuilds it)")
+        print("\n".join(fit_lines([f"{folder} already exists with the same settings (--overwrite rebuilds it)"])))
         return
     revision = None if config.overwrite else load_begun_revision(folder, config.experiment)
     request = Request(build_corpus(config, revision), tokenizer, config)
@@ -71,7 +72,7 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
         started = time.perf_counter()
         with tqdm(total=config.max_tokens, unit=" tokens", unit_scale=True, disable=None) as bar:
             manifest = build_shards(folder, request, lambda tokens: bar.update(tokens - bar.n))
-    print_outcome(manifest, folder, time.perf_counter() - started)
+    print("\n".join(fit_lines(describe_outcome(manifest, folder, time.perf_counter() - started))))
 
 
 @contextlib.contextmanager
@@ -136,28 +137,33 @@ def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedT
     return True
 
 
-def print_outcome(manifest: Manifest, folder: Path, seconds: float) -> None:
-    """Print what was read, skipped and written, and where."""
-    read = manifest.read
-    print(
-        f"read {read.documents:,} documents: {read.tokens:,} tokens, {read.bytes / read.tokens:.2f} bytes per token, "
-        f"in {seconds:.1f} s ({read.tokens / seconds:,.0f} tokens/s)"
+def describe_outcome(manifest: Manifest, folder: Path, seconds: float) -> Iterator[str]:
+    """Yield lines on what was read, skipped and written, and where."""
+    read, copies, duplicates = manifest.read, manifest.validation_copies.documents, manifest.duplicates
+    yield (
+        f"read {count(read.documents, 'document')}: {read.tokens:,} tokens, {read.bytes / read.tokens:.2f} bytes per "
+        f"token, in {seconds:.1f} s ({read.tokens / seconds:,.0f} tokens/s)"
     )
     if warning := warn_of_unused_separator(manifest):
-        print(warning)
+        yield warning
     if manifest.empty_documents:
-        print(f"skipped {manifest.empty_documents:,} empty documents")
-    if manifest.validation_copies.documents:
-        print(f"dropped {manifest.validation_copies.documents:,} training copies of validation documents")
-    if manifest.duplicates:
-        print(f"kept {manifest.duplicates:,} training documents that duplicate an earlier one")
+        yield f"skipped {count(manifest.empty_documents, 'empty document')}"
+    if copies:
+        yield f"dropped {count(copies, 'training copy', 'training copies')} of validation documents"
+    if duplicates:
+        yield f"kept {count(duplicates, 'training document')} with the text of an earlier one"
     if manifest.validation_ends_inside_document:
-        print("the validation split ends inside a document (no boundary is suitable); the rest of it is training text")
+        yield "the validation split ends inside a document (no boundary is suitable); the rest of it is training text"
     for split, totals in (("train", manifest.train), ("val", manifest.val)):
-        shards = manifest.list_shards(split)
-        print(f"{split}: {totals.tokens:,} tokens, {totals.documents:,} documents, {len(shards)} shards")
+        n_shards = count(len(manifest.list_shards(split)), "shard")
+        yield f"{split}: {totals.tokens:,} tokens, {count(totals.documents, 'document')}, {n_shards}"
     order = f"shuffled with seed {manifest.seed}" if manifest.shuffled else "in source order"
-    print(f"training documents {order}; written to {folder}")
+    yield f"training documents {order}; written to {folder}"
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Format a number with its noun, e.g. `1 shard`, `2,000 shards`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def warn_of_unused_separator(manifest: Manifest) -> str | None:

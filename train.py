@@ -29,6 +29,7 @@ from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import discard_unwritten
+from modeling_gpt2_repro.core.terminal import fit_lines
 from modeling_gpt2_repro.data.dataset import prefetch
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.samples import generate_samples
@@ -39,7 +40,7 @@ from modeling_gpt2_repro.publishing.uploader import Uploader
 from modeling_gpt2_repro.training import checkpoint as checkpoints
 from modeling_gpt2_repro.training import faults
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
-from modeling_gpt2_repro.training.console import Console
+from modeling_gpt2_repro.training.console import LABEL_INDENT, Console
 from modeling_gpt2_repro.training.eval_only import evaluate_only
 from modeling_gpt2_repro.training.inputs import open_inputs
 from modeling_gpt2_repro.training.optim import set_learning_rate
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     if config.plan:
         if os.environ.get("RANK", "0") == "0":
-            print("\n".join(describe_plan(config)))
+            print("\n".join(fit_lines(describe_plan(config), LABEL_INDENT)))
         return 0
     with Preemption().handled() as preemption:
         return run_process(config.as_smoke_test() if config.smoke else config, preemption)

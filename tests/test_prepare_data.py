@@ -124,8 +124,8 @@ def test_every_document_goes_where_it_belongs(run, corpus, documents, tmp_path):
     sizes = [shard.tokens for shard in manifest.shards if shard.split == "train"]
     assert set(sizes[:-1]) == {3000}
     assert [shard.file for shard in manifest.shards][:2] == ["corpus_val_000000.npy", "corpus_train_000001.npy"]
-    assert "dropped 1 training copies" in out
-    assert "kept 2 training documents that duplicate" in out
+    assert "dropped 1 training copy of validation documents" in out
+    assert "kept 2 training documents" in out
     assert run("--verify")[0] == 0
 
 

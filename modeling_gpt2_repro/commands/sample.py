@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass
 
 from ..core.arguments import Config, setting
 from ..core.streams import silence_libraries
+from ..core.terminal import fit_lines
 from ..evaluation.samples import generate_samples
 from ..model.limits import check_token_ids
 from ..model.loading import load_causal_lm
@@ -30,4 +31,4 @@ def run(config: SampleConfig) -> None:
     check_token_ids(model, max(prompt_ids, default=0), config.model)
     options = {name: getattr(config, name) for name in ("n_samples", "n_tokens", "top_k", "seed")}
     samples = generate_samples(model, tokenizer, config.prompt, **options)
-    print("\n".join(f"> {text}" for text in samples))
+    print("\n".join(fit_lines("\n".join(f"> {text}" for text in samples).split("\n"))))

@@ -1,8 +1,9 @@
 """Text that fits a terminal."""
 
 import shutil
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 # Of an output that is not a terminal.
 DEFAULT_COLUMNS = 80
@@ -36,6 +37,13 @@ def wrap_text(line: str, columns: int, indent: str = "") -> list[str]:
             lines += _break_word(word, room)
     first, *others = (each.rstrip() for each in lines)
     return [first, *(indent + each.lstrip() for each in others)]
+
+
+def fit_lines(lines: Iterable[str], indent: str = "  ") -> list[str]:
+    """Wrap lines if stdout is a terminal; a log or a pipe gets them whole."""
+    if not sys.stdout.isatty():
+        return list(lines)
+    return [part for line in lines for part in wrap_text(line, get_columns(), indent)]
 
 
 def _break_word(word: str, room: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ import time
 from tqdm import tqdm
 
 from ..core.streams import outliving_readers
-from ..core.terminal import get_columns, wrap_text
+from ..core.terminal import fit_lines, get_columns
 
 SECONDS_BETWEEN_LINES = 15
 LABEL_INDENT = " " * 12
@@ -29,9 +29,7 @@ class Console:
         """Print lines, above the progress bar if there is one; a terminal gets them wrapped below their labels."""
         if self.enabled:
             with outliving_readers():
-                if sys.stdout.isatty():
-                    lines = tuple(part for line in lines for part in wrap_text(line, get_columns(), LABEL_INDENT))
-                tqdm.write("\n".join(lines))
+                tqdm.write("\n".join(fit_lines(lines, LABEL_INDENT)))
                 sys.stdout.flush()
 
     def start(self, step: int, max_steps: int) -> None:

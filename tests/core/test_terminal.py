@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_gpt2_repro.core.terminal import count_columns, get_columns, wrap_text
+from modeling_gpt2_repro.core.terminal import count_columns, fit_lines, get_columns, wrap_text
 
 
 def test_a_line_is_broken_between_words_and_indented():
@@ -25,3 +25,11 @@ def test_output_that_is_not_a_terminal_has_80_columns(monkeypatch):
     assert get_columns() == 80
     monkeypatch.setenv("COLUMNS", "120")
     assert get_columns() == 120
+
+
+def test_only_a_terminal_gets_wrapped_lines(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "10")
+    lines = ["one two three", "four"]
+    assert fit_lines(lines) == lines
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert fit_lines(lines, " ") == ["one two", " three", "four"]
