@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,22 @@ def run_on_terminal(argv: Sequence[str], run: Path) -> int:
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 65536)
     os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
+
+
+def show_terminal(argv: Sequence[str], patience_seconds: float) -> int:
+    """Run train.py with a terminal as its streams, and print what it shows; a question, and so silence, ends it."""
+    process_id, terminal = pty.fork()
+    if process_id == 0:
+        set_stream("stdout")
+        set_stream("stderr")
+        end(train.main(argv))
+    printed = b""
+    with contextlib.suppress(OSError):  # how Linux says that nobody has the other end open
+        while select.select([terminal], [], [], patience_seconds)[0]:
+            printed += os.read(terminal, 65536)
+    os.close(terminal)  # which hangs up, and so ends a process that still waits
+    print(printed.decode(), flush=True)
     return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
 
 

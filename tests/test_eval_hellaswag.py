@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import LoopbackHub
+from fork_server import CALL_MAIN
 from small_runs import read_series, run_training
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -111,26 +111,40 @@ def test_published_figures_stand_beside_the_full_validation_set_only():
     assert "GPT" not in eval_hellaswag.format_scores(results, with_published=False)
 
 
-@pytest.mark.parametrize("n_processes", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_several_processes_give_the_same_numbers(n_processes, model_folder, tmp_path):
-    """Byte for byte, as all compute the same batches, each on one thread; six items are two batches and more."""
+@pytest.fixture
+def examples_alone(model_folder, tmp_path) -> bytes:
+    """The file of examples that a single process writes, which is not there any more."""
     assert run(*sample_flags(model_folder, tmp_path)) == 0
-    alone = (tmp_path / "new" / "examples.jsonl").read_bytes()
-    (tmp_path / "new" / "examples.jsonl").unlink()
+    path = tmp_path / "new" / "examples.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
+
+def test_several_processes_give_the_same_numbers(model_folder, tmp_path, forks, examples_alone):
+    """Byte for byte, as all compute the same batches, each on one thread; six items are two batches and more."""
+    script = f"import accelerate\nassert accelerate.Accelerator().num_processes == 3\n{CALL_MAIN}"
+    result = forks.launch(3, "eval_hellaswag", sample_flags(model_folder, tmp_path), tmp_path, script)
+    assert result.code == 0, result.err
+    assert result.out.count("protocol  metric") == 1
+    assert (tmp_path / "new" / "examples.jsonl").read_bytes() == examples_alone
+
+
+@pytest.mark.slow
+def test_accelerates_launcher_gives_the_same_numbers(model_folder, tmp_path, examples_alone):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, accelerate, eval_hellaswag\n"
-        f"assert accelerate.Accelerator().num_processes == {n_processes}\n"
+        "assert accelerate.Accelerator().num_processes == 2\n"
         "sys.exit(eval_hellaswag.main())\n"
     )
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_processes)]
-    command = [*launcher, "--main_process_port", "0", str(script), *map(str, sample_flags(model_folder, tmp_path))]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command = [*launcher, "--main_process_port=0", str(script), *sample_flags(model_folder, tmp_path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("protocol  metric") == 1
-    assert (tmp_path / "new" / "examples.jsonl").read_bytes() == alone
+    assert (tmp_path / "new" / "examples.jsonl").read_bytes() == examples_alone
 
 
 @pytest.fixture(scope="module")
@@ -209,28 +223,11 @@ def test_code_that_comes_with_a_model_runs_where_it_is_trusted(model_folder, tmp
     assert_same_sums(score(folder, tmp_path, "--trust_remote_code"), score(model_folder, tmp_path))
 
 
-def test_a_model_on_the_hub_is_scored_by_its_id(model_folder, tmp_path):
-    with LoopbackHub() as hub:
-        hub.commit("models/org/gpt2", {path.name: path.read_bytes() for path in model_folder.iterdir()})
-        flags = ["--data_file", SAMPLE_FILE, "--limit", LIMIT, "--per_example", tmp_path / "hub.jsonl"]
-        process = subprocess.run(
-            [sys.executable, REPOSITORY / "eval_hellaswag.py", "--model", "org/gpt2", *map(str, flags)],
-            env=os.environ | hub.environment(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("org/gpt2 (float32)")
-    scores = {(line["protocol"], line["ind"]): line["nll"] for line in read_lines(tmp_path / "hub.jsonl")}
-    assert_same_sums(scores, score(model_folder, tmp_path))
-
-
-def test_a_mistake_ends_a_real_process_with_code_2_and_one_line(tmp_path):
-    command = [sys.executable, REPOSITORY / "eval_hellaswag.py", "--model", tmp_path / "no_model"]
-    process = subprocess.run([*command, "--data_file", SAMPLE_FILE], capture_output=True, text=True, timeout=120)
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.splitlines() == [
+def test_a_mistake_ends_a_process_with_code_2_and_one_line(tmp_path, forks):
+    flags = ["--model", tmp_path / "no_model", "--data_file", SAMPLE_FILE]
+    result = forks.run("eval_hellaswag", flags, tmp_path)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines() == [
         f"eval_hellaswag.py: error: --model {tmp_path}/no_model does not exist: pass a model folder or a Hub id"
     ]
 

@@ -177,8 +177,7 @@ def test_repository_opens_in_fresh_processes_as_gpt2_and_as_ours(environment, tm
     assert float(tagged[2]) != pytest.approx(float(stock[2]), rel=1e-4)
 
 
-@pytest.mark.usefixtures("published")
-def test_hellaswag_is_downloaded_and_scored_on_a_repository(run, tmp_path):
+def test_hellaswag_is_downloaded_and_scored_on_a_repository(run, published, tmp_path):
     """The pinned revision of the dataset, the model by its id: nothing is given but that."""
     output = tmp_path / "scores.json"
     result = run("eval_hellaswag", "--model", "me/tiny", "--limit", 8, "--output", output)
@@ -186,11 +185,16 @@ def test_hellaswag_is_downloaded_and_scored_on_a_repository(run, tmp_path):
     assert "me/tiny" in result.out
     scores = json.loads(output.read_text())
     assert (scores["model"], scores["data"], scores["original"]["n"]) == ("me/tiny", DATASET_NAME, 8)
-    file = run(
-        "eval_hellaswag", "--model", "me/tiny", "--limit", 8, "--output", output, "--data_file", SAMPLE_FILE, token=ME
-    )
-    assert file.code == 0
-    assert json.loads(output.read_text())["lm_eval"]["acc"] == scores["lm_eval"]["acc"]
+    # Of the repository and of the folder that it was published from, on items in a file.
+    found = []
+    for model, prefix in (("me/tiny", "me/tiny (float32)"), (published / "final", f"{published / 'final'} (float32)")):
+        examples = tmp_path / "examples.jsonl"
+        items = ["--data_file", SAMPLE_FILE, "--limit", 8, "--output", output, "--per_example", examples]
+        file = run("eval_hellaswag", "--model", model, *items)
+        assert file.code == 0 and file.out.startswith(prefix), file.err
+        assert json.loads(output.read_text())["lm_eval"]["acc"] == scores["lm_eval"]["acc"]
+        found.append(examples.read_bytes())
+    assert found[0] == found[1]
 
 
 def test_what_is_there_is_not_sent_again(hub, published, run, tmp_path):

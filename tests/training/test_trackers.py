@@ -1,12 +1,8 @@
 """What trackers get to know of a run, in the files that they write themselves."""
 
-import contextlib
 import json
 import os
-import pty
-import select
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +13,6 @@ import psutil
 import pytest
 import wandb
 from accelerate import Accelerator
-from conftest import REPOSITORY
 from small_runs import flags, read_series
 from tracker_files import PATIENCE_SECONDS, read_tensorboard, read_wandb_run
 
@@ -40,19 +35,16 @@ def _nobodys_home(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
-def train_in_a_terminal(argv: list[str], folder: Path) -> str:
-    """Run train.py with a terminal as its input and output; a question, to which silence is the answer, ends it."""
-    terminal, end = pty.openpty()
-    command = [sys.executable, str(REPOSITORY / "train.py"), *argv]
-    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, cwd=folder, start_new_session=True)
-    os.close(end)
-    printed = b""
-    with contextlib.suppress(OSError):  # how Linux says that nobody has the other end open
-        while select.select([terminal], [], [], PATIENCE_SECONDS)[0]:
-            printed += os.read(terminal, 65536)
-    os.close(terminal)  # which hangs up, and so ends a process that still waits
-    assert process.wait() == 0, printed.decode()
-    return printed.decode()
+def train_in_a_terminal(forks, argv: list[str], folder: Path) -> str:
+    """Run train.py with a terminal as its input and output."""
+    script = f"from standard_streams import *\nos.chdir({str(folder)!r})\n"
+    script += (
+        "for name in [name for name in os.environ if name.startswith(('WANDB_', 'NETRC'))]: del os.environ[name]\n"
+    )
+    script += f"end(show_terminal({argv!r}, {PATIENCE_SECONDS}))"
+    result = forks.run("standard_streams", [], folder, {"HOME": os.environ["HOME"]}, script)
+    assert result.code == 0, result.out + result.err
+    return result.out
 
 
 def read_wandb_runs(run: Path) -> list[dict]:
@@ -65,14 +57,14 @@ def read_table(run: Path) -> list:
     return max((table["data"] for table in tables), key=len)
 
 
-def test_trackers_show_what_the_files_say_also_of_a_resumed_run(shards, tmp_path):
+def test_trackers_show_what_the_files_say_also_of_a_resumed_run(shards, tmp_path, forks):
     argv = flags(shards, tmp_path, report_to="wandb,tensorboard")
-    printed = train_in_a_terminal(argv, tmp_path)
+    printed = train_in_a_terminal(forks, argv, tmp_path)
     assert "trackers: wandb and tensorboard" in printed
     run = tmp_path / "run"
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step_0000012")
-    train_in_a_terminal(argv, tmp_path)
+    train_in_a_terminal(forks, argv, tmp_path)
 
     first, second = read_wandb_runs(run)
     state = load_state(run / "checkpoints" / "step_0000012")
