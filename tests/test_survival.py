@@ -265,14 +265,23 @@ def start(n_processes: int, argv: list[str]) -> subprocess.Popen:
 LONG = {**BARE, "max_steps": 80, "save_every": 0, "learning_rate": 1e-3, "micro_batch_size": 2}
 
 
-def test_two_processes_agree_where_to_stop(shards, tmp_path):
-    with start(2, flags(shards, tmp_path, **LONG)) as launcher:
-        wait_for_update(tmp_path / "run", 3)
-        workers = find_workers(launcher)
-        assert len(workers) == 2
-        workers[1].send_signal(signal.SIGTERM)  # to one of them, as some batch systems do
-        wait_for_end(workers)
-        launcher.communicate()
+# In the third update one of the processes gets a signal, as from some batch systems.
+STOP_ONE = """
+import signal
+update, steps = module.update, []
+def update_and_stop(*arguments):
+    steps.append(len(steps))
+    if os.environ["RANK"] == "1" and len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(*arguments)
+module.update = update_and_stop
+assert module.main(run["argv"]) == 75
+"""
+
+
+def test_two_processes_agree_where_to_stop(shards, tmp_path, forks):
+    result = forks.launch(2, "train", flags(shards, tmp_path, **LONG), tmp_path, STOP_ONE)
+    assert result.code == 0, result.err
     run = tmp_path / "run"
     status = read_status(run)
     step = status["step"]
@@ -296,8 +305,8 @@ def test_what_a_terminal_sends_to_torchrun_lets_its_processes_save(shards, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_stopped_go_on_to_the_same_end(shards, tmp_path):
-    test_two_processes_agree_where_to_stop(shards, tmp_path)
+def test_two_processes_that_were_stopped_go_on_to_the_same_end(shards, tmp_path, forks):
+    test_two_processes_agree_where_to_stop(shards, tmp_path, forks)
     for name in ("run", "whole"):
         result = launch(2, flags(shards, tmp_path, name, **LONG))
         assert result.returncode == 0, result.stderr
