@@ -9,12 +9,13 @@ import torch
 from conftest import SHARED_DATA
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from modeling_gpt2_repro.data.tokenizer import load_data_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not installed: `make install` brings it")
-from harness import run_harness
+from harness import encode_pairs, run_harness
 
 # It divides by the length of an ending that was nothing but a mark, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
@@ -67,11 +68,10 @@ def sample_file(tmp_path):
     return tmp_path / "sample.jsonl"
 
 
-def build_gpt2(n_positions=512):
+def build_gpt2(n_positions=512, **changes):
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=n_positions, initializer_range=0.3)
-    ).eval()
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": n_positions, **changes}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
 
 
 def assert_equals_harness(model, tokenizer, path, n_truncated=0):
@@ -92,11 +92,25 @@ def test_written_items_with_every_mark_equal_the_harness(tokenizer, tmp_path):
     assert_equals_harness(build_gpt2(), tokenizer, tmp_path / "items.jsonl")
 
 
-@pytest.mark.skipif(not REAL_FILE.exists(), reason="HellaSwag's validation items are not on this machine")
-def test_200_real_items_equal_the_harness(tokenizer, tmp_path):
+@pytest.fixture
+def real_file(tmp_path):
+    if not REAL_FILE.exists():
+        pytest.skip("HellaSwag's validation items are not on this machine")
     lines = REAL_FILE.read_text().splitlines()
     (tmp_path / "items.jsonl").write_text("\n".join(random.Random(0).sample(lines, 200)))
-    assert_equals_harness(build_gpt2(), tokenizer, tmp_path / "items.jsonl")
+    return tmp_path / "items.jsonl"
+
+
+def test_200_real_items_equal_the_harness(shards, real_file):
+    """With a tokenizer of few ids, as the harness computes the logits of all of them at every place."""
+    tokenizer = load_data_tokenizer(shards)
+    assert_equals_harness(build_gpt2(n_positions=1024, vocab_size=len(tokenizer)), tokenizer, real_file)
+
+
+def test_200_real_items_are_encoded_by_gpt2s_tokenizer_as_in_the_harness(tokenizer, real_file):
+    items = encode_hellaswag(load_hellaswag(real_file), tokenizer, "lm_eval").items
+    pairs = [(list(item.context_ids), list(ids)) for item in items for ids in item.ending_ids]
+    assert pairs == encode_pairs(build_gpt2(), tokenizer, real_file) and len(pairs) == 800
 
 
 def test_contexts_are_cut_as_the_harness_cuts_them(tokenizer, sample_file):
