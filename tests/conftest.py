@@ -1,5 +1,6 @@
 """The setup of every test (no network, CPU only, one thread per process) and fixtures of small real data."""
 
+import collections
 import contextlib
 import functools
 import gc
@@ -27,8 +28,24 @@ from modeling_gpt2_repro.training import throughput
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
+# Tests with one of these, or with one that is made of them, train a model or start processes.
+HEAVY_FIXTURES = {"shards", "gpt2_shards", "forks"}
+
 torch.set_num_threads(1)
 _request = CurveDrawer.request
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """Mark as heavy what needs shards or processes, and begin with the files that have most of it.
+
+    pytest-xdist gives the workers whole files in this order, and a long one at the end would keep one worker alone.
+    """
+    for item in items:
+        if HEAVY_FIXTURES & set(item.fixturenames):
+            item.add_marker("heavy")
+    n_heavy = collections.Counter(item.path for item in items if item.get_closest_marker("heavy"))
+    items.sort(key=lambda item: -n_heavy[item.path])
 
 
 def pytest_collection_finish():
