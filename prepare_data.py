@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import modeling_gpt2_repro  # noqa: F401  first: it explains imports that fail because of the environment
