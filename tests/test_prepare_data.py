@@ -224,7 +224,7 @@ def test_finished_folder_is_kept_or_refused(run, corpus, tmp_path):
     assert (code, "already exists" in out) == (0, True)
     code, _, err = run("--files", corpus, "--seed", 7, "--val_tokens", 100)
     assert code == 2
-    assert "val_tokens" in err and "seed (1337 there)" in err and "--overwrite" in err
+    assert "val_tokens" in err and "seed (was 1337, now " in err and "--overwrite" in err
     assert hash_folder(tmp_path / "out") == before
     assert run("--files", corpus, "--seed", 7, "--overwrite")[0] == 0
     with open(corpus, "a") as stream:
@@ -610,7 +610,7 @@ BAD_INPUTS = {
     "invalid UTF-8": (make_bad("a.txt", b"\xff" * 99), "a.txt is not valid UTF-8"),
     "empty corpus": (make_bad("a.txt", b""), "the corpus is empty"),
     "too small": (make_bad("a.txt", b"word"), "too few"),
-    "only copies": (make_bad("a.jsonl", b'{"text": "a a a a a"}\n' * 20), "nothing is left for training"),
+    "only copies": (make_bad("a.jsonl", b'{"text": "a a a a a"}\n' * 20), "no training documents are left"),
     "unreachable Hub": (lambda folder: [], "cannot reach the Hub"),
     "unknown tokenizer": (
         lambda folder: [*make_bad("a.txt", b"a b c" * 99)(folder), "--tokenizer", "x/y"],

@@ -1,8 +1,8 @@
-"""Encoding documents for shards, at full speed.
+"""Fast encoding of documents for shards.
 
-Documents are encoded as ordinary text: a document that spells `<|endoftext|>` gets the ids of those letters, because
-it could otherwise forge a document boundary. That holds for every tokenizer, including those whose model has special
-tokens among its words.
+Documents are encoded as plain text: a document that spells `<|endoftext|>` gets the ids of those characters, and so
+cannot forge a document boundary. This holds for every tokenizer, even if its model's vocabulary contains special
+tokens.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ from ...core.errors import UserError, format_line
 from ..shards import MAX_VOCAB_SIZE
 from ..tokenizer import BYTE_TOKEN, ODD_SAMPLE, list_merges
 
-# gigatoken caches every word it has met, in tables that double as they fill: about 100 bytes a word, without a limit.
-# Prose fills the cache so slowly that rebuilding the engine (0.1 s) at this size costs nothing; text of only new words
-# triggers a rebuild every million words or two, for a fifth of the time.
+# gigatoken caches every word, about 100 bytes each, without limit, in tables that double as they fill. Prose fills the
+# cache so slowly that rebuilding the engine (0.1 s) at this size costs nothing; text of only new words triggers a
+# rebuild every million words or two, for a fifth of the time.
 ENGINE_BYTES = 96 * 2**20
-# Where a process cannot measure its own memory: the cost of a byte of text if all its words were new.
+# Cache growth per byte of text if every word is new, for platforms where a process cannot measure its own memory.
 ENGINE_BYTES_PER_TEXT_BYTE = 6
 
-# The last code point, which is no character.
+# The last code point, a noncharacter.
 UNKNOWN_TEXT = "\U0010ffff"
 
 
 class UnknownTextError(UserError):
-    """A text contains something that the tokenizer has no token for."""
+    """A text contains something for which the tokenizer has no token."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class DocumentEncoder:
-    """Encodes documents as ordinary text, on the calling thread.
+    """Encodes documents as plain text, on the calling thread.
 
-    A forked worker inherits its parent's engine; a spawned one, to which the encoder is pickled, builds its own.
+    A forked worker inherits its parent's engine. A spawned one, to which the encoder is pickled, builds its own.
     """
 
     tokenizer_json: str
@@ -55,22 +55,23 @@ class DocumentEncoder:
         return DocumentEncoder, (self.tokenizer_json, self.eot_id, self.uses_gigatoken)
 
     def encode(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a batch.
+        """Encode a batch of documents.
 
         Returns:
-            The concatenated ids of all documents, uint16 of shape `(tokens,)`, and where each document begins and the
-            last one ends, int64 of shape `(documents + 1,)`. No end-of-text id is added, and none occurs.
+            The concatenated ids of all documents, uint16 of shape `(tokens,)`, and offsets, int64 of shape
+            `(documents + 1,)`, at which each document starts and the last one ends. End-of-text ids are neither added
+            nor produced.
 
         Raises:
-            UnknownTextError: the tokenizer has no token for a text, not even an unknown one.
-            UserError: the tokenizer makes the end-of-text id of a text.
+            UnknownTextError: the tokenizer has no token for a text, not even an unknown token.
+            UserError: the tokenizer encodes a text as its end-of-text id.
         """
         encode = self._encode_fast if self.uses_gigatoken else self._encode_slowly
         tokens, offsets = encode(documents)
         if (tokens == self.eot_id).any():
             raise UserError(
-                "the tokenizer encodes unknown text as its end-of-text id, which would end the document there: choose "
-                "one whose unk_token is not its eos_token"
+                "the tokenizer encodes unknown text as its end-of-text id, which would split the document: choose one "
+                "whose unk_token is not its eos_token"
             )
         return tokens, offsets
 
@@ -80,10 +81,10 @@ class DocumentEncoder:
 
     def _encode_slowly(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         try:
-            # One by one: a batch would start threads, which a forked worker must not.
+            # One at a time: a batch would start threads, which is unsafe in a forked worker.
             encodings = [self._engine.encode(text).ids for text in documents.to_pylist()]
         except Exception as error:  # tokenizers raises nothing more specific
-            raise UnknownTextError(f"the tokenizer has no tokens for a text: {format_line(str(error))}") from error
+            raise UnknownTextError(f"the tokenizer cannot encode a text: {format_line(str(error))}") from error
         offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
         return np.fromiter((i for ids in encodings for i in ids), np.uint16, count=offsets[-1]), offsets
 
@@ -94,8 +95,8 @@ class DocumentEncoder:
         texts = _view_as_awkward(text_offsets, text)
         before = measure_private_memory()
         encoded = self._engine.encode_batch(texts, parallel=False).layout
-        # Measured around this call alone: a worker's other allocations are as large, and counting them would rebuild
-        # the engine, and lose its cached words, for nothing.
+        # Measured around this call only: a worker's other allocations are as large, and counting them would trigger
+        # needless rebuilds, which lose the cache.
         if before is not None:
             self._engine_bytes += max(0, measure_private_memory() - before)
         else:
@@ -105,10 +106,10 @@ class DocumentEncoder:
         return tokens, offsets - offsets[0]
 
     def _build_engine(self) -> None:
-        self._engine = None  # the old one first, so that the two never exist together
+        self._engine = None  # free the old engine before building the new one
         self._engine_bytes = 0
         if self.uses_gigatoken:
-            import awkward  # noqa: F401  half a second; here, so that a failure is raised where the engine is chosen
+            import awkward  # noqa: F401  half a second; imported here so that `build_encoder` sees a failure
 
             self._engine = gigatoken.Tokenizer(gigatoken.gigatoken_rs.load_hf_json(self.tokenizer_json))
         else:
@@ -116,20 +117,20 @@ class DocumentEncoder:
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> DocumentEncoder:
-    """Check that `tokenizer` can make shards, and choose the engine: gigatoken, or `tokenizers` as a fallback.
+    """Check that `tokenizer` is suitable for shards, and choose the engine: gigatoken, or `tokenizers` as a fallback.
 
     Raises:
-        UserError: more ids than 16 bits hold, no end-of-text token, one that text can make, or an engine that
-            disagrees with the reference.
+        UserError: the tokenizer has more than 65,536 ids or no end-of-text token, some text encodes to that token, or
+            gigatoken disagrees with `tokenizers`.
     """
     _check_ids(tokenizer, name)
     definition = json.dumps(define_text_encoding(tokenizer))
     try:
         encoder = DocumentEncoder(definition, tokenizer.eos_token_id, uses_gigatoken=True)
-    # What gigatoken raises for features that it lacks, and awkward under `python -X dev`.
+    # Raised by gigatoken for unsupported features, and by awkward under `python -X dev`.
     except (ValueError, RuntimeError, TypeError, NotImplementedError, LookupError) as error:
         reason = format_line(str(error))
-        print(f"gigatoken does not support the tokenizer {name}; using the slower tokenizers: {reason}", flush=True)
+        print(f"gigatoken does not support {name}; falling back to the slower `tokenizers`: {reason}", flush=True)
         encoder = DocumentEncoder(definition, tokenizer.eos_token_id, uses_gigatoken=False)
     else:
         check_engines_agree(encoder, name)
@@ -138,15 +139,15 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> DocumentEnco
 
 
 def define_text_encoding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return `tokenizer`, as in its `tokenizer.json`, for text alone: no text makes a special token or the end-of-text
-    id, and nothing is cut, padded or put around a text. What spells no special token keeps its ids.
+    """Return a `tokenizer.json` definition of `tokenizer` that encodes plain text only.
 
-    Special tokens are no longer looked for in a text, and in a model that has them among its words they get names that
-    nobody can write.
+    No text encodes to a special token or the end-of-text id, and texts are not truncated, padded or surrounded by
+    tokens. The ids of text that does not spell a special token are unchanged. To this end special tokens are removed
+    from the added tokens, and renamed to random strings in the model's vocabulary.
     """
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition.update(truncation=None, padding=None, post_processor=None)
-    # An end-of-text token may also be an added one that is not marked as special.
+    # The end-of-text token may be an added token that is not marked as special.
     special = {token["id"] for token in definition["added_tokens"] if token["special"]} | {tokenizer.eos_token_id}
     definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] not in special]
     model = definition["model"]
@@ -155,7 +156,7 @@ def define_text_encoding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     hidden = {
         word: f"{word} {secrets.token_hex(16)}"
         for word, index in words
-        # Bytes and single characters are what other texts are made of.
+        # Bytes and single characters are needed by other text.
         if index == tokenizer.eos_token_id or (index in special and len(word) > 1 and not BYTE_TOKEN.fullmatch(word))
     }
     if is_list:
@@ -175,7 +176,11 @@ def define_text_encoding(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def check_engines_agree(encoder: DocumentEncoder, name: str) -> None:
-    """Raise a `UserError` when gigatoken and `tokenizers` give a sample of odd texts different ids."""
+    """Check that gigatoken and `tokenizers` encode `ODD_SAMPLE` to the same ids.
+
+    Raises:
+        UserError: they do not.
+    """
     reference = dataclasses.replace(encoder, uses_gigatoken=False)
     for text in ODD_SAMPLE:
         if not np.array_equal(encoder.encode_text(text), reference.encode_text(text)):
@@ -186,31 +191,35 @@ def check_engines_agree(encoder: DocumentEncoder, name: str) -> None:
 
 
 def check_boundaries(encoder: DocumentEncoder, eos_token: str, name: str) -> None:
-    """Raise a `UserError` when text can make the end-of-text id, or would be lost where it spells that token.
+    """Check that no text encodes to the end-of-text id, and that text that spells the end-of-text token is not lost.
 
-    Print a note where the unknown token stands for it, as for a line end if that is the tokenizer's end-of-text token.
+    Print a note if such text becomes the unknown token, as line breaks do if they are the end-of-text token.
+
+    Raises:
+        UserError: a check failed.
     """
     encodings = {}
     for text in (eos_token, UNKNOWN_TEXT, *ODD_SAMPLE):
         try:
             encodings[text] = encoder.encode_text(text).tolist()
-        except UnknownTextError:  # the tokenizer knows some texts only
+        except UnknownTextError:  # the vocabulary does not cover all text
             continue
         except UserError as error:
-            raise UserError(f"the tokenizer {name} cannot make shards: {error}") from error
+            raise UserError(f"cannot make shards with the tokenizer {name}: {error}") from error
     if encodings.get(eos_token) == []:
         raise UserError(
-            f"the tokenizer {name} cannot make shards: it has no other tokens for a text that spells {eos_token!r}, "
-            "its end-of-text token (eos_token)"
+            f"cannot make shards with the tokenizer {name}: it has no other tokens for text that spells its "
+            f"end-of-text token {eos_token!r} (eos_token): choose another one"
         )
     if encodings.get(eos_token, []) == encodings.get(UNKNOWN_TEXT):
         print(
-            f"the tokenizer {name} takes {eos_token!r} in a text, its end-of-text token, for unknown text", flush=True
+            f"the tokenizer {name} encodes {eos_token!r}, its end-of-text token, as unknown text in documents",
+            flush=True,
         )
 
 
 def get_text_buffers(documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return an array's offsets, int64 of shape `(documents + 1,)`, and its UTF-8 bytes, uint8, without copying."""
+    """Return zero-copy views of an array's offsets, int64 of shape `(documents + 1,)`, and UTF-8 bytes, uint8."""
     _, offsets, text = documents.buffers()
     first = documents.offset
     return (
@@ -222,13 +231,17 @@ def get_text_buffers(documents: pa.LargeStringArray) -> tuple[np.ndarray, np.nda
 def _check_ids(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     if len(tokenizer) > MAX_VOCAB_SIZE:
         raise UserError(
-            f"the tokenizer {name} has {len(tokenizer):,} ids, but shards hold 16-bit ids: at most {MAX_VOCAB_SIZE:,}"
+            f"the tokenizer {name} has {len(tokenizer):,} ids, but shards store 16-bit ids: choose one with at most "
+            f"{MAX_VOCAB_SIZE:,}"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {name} has no end-of-text token (eos_token) to put in front of each document")
+        raise UserError(
+            f"the tokenizer {name} has no end-of-text token (eos_token), which must precede each document: choose "
+            "another one"
+        )
     if max(tokenizer.get_vocab().values()) >= len(tokenizer):
         raise UserError(
-            f"the tokenizer {name} leaves ids out: shards need {len(tokenizer):,} tokens to have the ids from 0 up"
+            f"the tokenizer {name} has gaps in its ids: its {len(tokenizer):,} tokens must have consecutive ids from 0"
         )
 
 

@@ -1,16 +1,17 @@
-"""From a corpus to a folder of shards, in two stages that workers share.
+"""The preparation pipeline: from a corpus to a data folder, in two parallel stages.
 
-Stage 1 tokenizes each task into files of its own (`tokenize_stage.py`). Then everything about the result is known
-without touching a token: which documents are validation, and how many tokens each bucket has. Stage 2 therefore writes
-the parts, in any order and by any worker, straight to their places in the final shards (`write_stage.py`).
+Stage 1 tokenizes each task into its own files (`tokenize_stage.py`). The layout of the result then follows without
+reading a token: which documents are validation, and how many tokens each bucket has. Stage 2 can therefore write the
+parts in any order, by any worker, directly to their final positions in the shards (`write_stage.py`).
 
-    task            a stretch of the corpus that stage 1 reads and tokenizes at once: some files, or some of a file
+    task            a contiguous range of the corpus that stage 1 reads and tokenizes as a unit: some files, or part of
+                    a file
     sorted chunk    as many documents of a task as fit in memory, sorted by key
-    bucket          a range of keys that stage 2 sorts at once
-    part            what stage 2 writes at once: a bucket or, in source order, a sorted chunk
-    piece           a finished task or part, as files in the work folder (`work_folder.py`), where an interrupted
-                    preparation finds it
-    share           the tasks or parts i, i + N, i + 2N, ... that one process of `--stage` makes (`--task i/N`)
+    bucket          a range of keys that stage 2 sorts as a unit
+    part            the unit of work of stage 2: a bucket or, in source order, a sorted chunk
+    piece           a finished task or part, as files in the work folder (`work_folder.py`) from which an interrupted
+                    preparation resumes
+    share           the tasks or parts i, i + N, i + 2N, ... of one process of a `--stage` (`--task i/N`)
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from .write_stage import PartOutcome, WritePlan, list_validation_bytes, plan_sha
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be made, of which documents and with which tokenizer."""
+    """A request for shards: the corpus, the tokenizer and the settings."""
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerFast
@@ -49,13 +50,13 @@ class Request:
 
     @property
     def tokenizer_name(self) -> str:
-        """Where the tokenizer came from: a Hub id, or the path of a folder, which does not look like an id."""
+        """The tokenizer's Hub id, or the path of its folder, spelled so that it cannot be mistaken for an id."""
         name = self.config.tokenizer
         is_relative = Path(name).is_dir() and not name.startswith((".", "/", "~"))
         return f"./{name}" if is_relative else name
 
     def describe(self) -> dict[str, Any]:
-        """Return, as JSON, what two runs must agree on to work on the same shards."""
+        """Return a JSON-compatible record of everything that runs working on the same shards must agree on."""
         return {
             "settings": self.config.experiment,
             "source": self.corpus.source,
@@ -65,21 +66,21 @@ class Request:
 
 
 def build_shards(folder: Path, request: Request, report_progress: Callable[[int], None]) -> Manifest:
-    """Make what is left to make of `folder`, which appears, or is replaced, once it is complete.
+    """Do all remaining work on `folder`, which is created or replaced once it is complete.
 
     Args:
-        report_progress: called in this process now and then with the number of tokens read so far.
+        report_progress: called in this process at intervals with the number of tokens read so far.
 
     Raises:
-        UserError: a tokenizer or a corpus that cannot be used, a corpus too small for both splits, or another process
-            or another request that the work folder belongs to. Finished pieces are kept.
+        UserError: the tokenizer or the corpus is unusable, the corpus is too small for two splits, or the work folder
+            belongs to another process or request. Finished pieces are kept.
     """
     encoder = build_encoder(request.tokenizer, request.tokenizer_name)
     with (
         open_work_folder(folder, request.describe(), alone=True, overwrite=request.config.overwrite) as work,
         _open_pool(work, encoder, request.config, report_progress) as pool,
     ):
-        if not work.is_complete():  # or else an earlier run was killed while it published them
+        if not work.is_complete():  # complete if an earlier run was killed while publishing
             save_manifest(_make_shards(work, request, pool), work.path)
         manifest = load_manifest(work.path)
         work.publish()
@@ -87,13 +88,13 @@ def build_shards(folder: Path, request: Request, report_progress: Callable[[int]
 
 
 def run_stage(folder: Path, request: Request) -> int:
-    """Make one share of a stage, as `--stage` and `--task` ask for; return the number of its pieces.
+    """Run one share (`--task`) of one stage (`--stage`), and return the number of its pieces.
 
-    Processes with other shares may run at the same time, in any order, on any machine that sees the folder.
-    `build_shards` completes the folder after them, or at any time before.
+    Other shares may run concurrently, in any order, on any machine that shares the file system. `build_shards`
+    completes the folder, whether or not all shares have run.
 
     Raises:
-        UserError: as `build_shards`, or a second stage before the first one is complete.
+        UserError: as `build_shards`, or the second stage was started before the first was complete.
     """
     first, count = request.config.share
     with open_work_folder(folder, request.describe(), alone=False) as work:
@@ -102,7 +103,7 @@ def run_stage(folder: Path, request: Request) -> int:
             with _open_pool(work, encoder, request.config) as pool:
                 tasks = itertools.islice(enumerate(request.corpus.tasks), first, None, count)
                 n_tasks = sum(1 for _ in pool.map_in_order(tokenize_task, tasks))
-            # The other stage reads them without checking their digests.
+            # Durable, because stage 2 reads these files without checking their digests.
             sync_tasks(work.pieces, range(first, first + n_tasks * count, count))
             return n_tasks
         plan = _plan(work, request, _collect_summaries(work, request))
@@ -129,8 +130,8 @@ def _open_pool(
 
 
 def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manifest:
-    """Run what is left of both stages, and write all files of the folder but its manifest, which is returned."""
-    # Closed at once: the workers then give up the tasks after the last one that is needed.
+    """Run the rest of both stages, write all files but the manifest, and return the manifest."""
+    # Closed immediately, to make workers abandon tasks beyond the last one needed.
     with contextlib.closing(pool.map_in_order(tokenize_task, enumerate(request.corpus.tasks))) as tasks:
         summaries = _take_enough(tasks, request.config)
     plan = _plan(work, request, summaries)
@@ -157,7 +158,7 @@ def _make_shards(work: WorkFolder, request: Request, pool: WorkerPool) -> Manife
 
 
 def _take_enough(summaries: Iterable[TaskSummary], config: PrepareConfig) -> list[TaskSummary]:
-    """Return the summaries up to the one with which there are `max_tokens` tokens."""
+    """Return the shortest prefix of the summaries that has `max_tokens` tokens, or all."""
     taken: list[TaskSummary] = []
     tokens = 0
     for summary in summaries:
@@ -172,7 +173,7 @@ def _collect_summaries(work: WorkFolder, request: Request) -> list[TaskSummary]:
     def load(number: int, task: Task) -> TaskSummary:
         summary = load_summary(work.pieces, number, check=False)
         if summary is None:
-            raise UserError(f"task {number} ({task.name}) is not tokenized yet: run --stage tokenize first")
+            raise UserError(f"task {number} ({task.name}) has not been tokenized: run --stage tokenize first")
         return summary
 
     return _take_enough(itertools.starmap(load, enumerate(request.corpus.tasks)), request.config)
@@ -188,7 +189,7 @@ def _plan(work: WorkFolder, request: Request, summaries: list[TaskSummary]) -> W
 
 
 def _write(pool: WorkerPool, plan: WritePlan, numbers: Iterable[int]) -> list[PartOutcome]:
-    """Run stage 2 for the parts with these numbers."""
+    """Run stage 2 for the given parts."""
     for writer in plan.writers:
         writer.create_files()
     calls = ((number, plan.parts[number], plan.selection) for number in numbers)
@@ -213,14 +214,14 @@ def _list_shards(pool: WorkerPool, plan: WritePlan, outcomes: list[PartOutcome])
 
 
 def _write_other_files(work: WorkFolder, request: Request, plan: WritePlan) -> dict[str, str]:
-    """Write what belongs to the shards, and return its checksums by path in the folder."""
+    """Write the tokenizer and the validation bytes, and return checksums by path relative to the folder."""
     save_text_bytes(work.path, list_validation_bytes(plan))
     tokenizer_folder = work.path / TOKENIZER_FOLDER
-    shutil.rmtree(tokenizer_folder, ignore_errors=True)  # left by a run that was killed
+    shutil.rmtree(tokenizer_folder, ignore_errors=True)  # left by a killed run
     request.tokenizer.save_pretrained(tokenizer_folder)
     carried = sorted(path for path in tokenizer_folder.rglob("*") if path.is_file())
     paths = [*carried, work.path / TEXT_BYTES_NAME]
-    # Otherwise the manifest, which says that all of it is there, could be all that survives a loss of power.
+    # Otherwise the manifest could survive a power loss without the files that it lists.
     sync_tree(tokenizer_folder)
     sync_file(work.path / TEXT_BYTES_NAME)
     sync_folder(work.path)

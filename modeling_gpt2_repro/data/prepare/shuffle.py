@@ -1,10 +1,10 @@
-"""The order of documents: which are validation, which are training, and where each training document goes.
+"""The global shuffle: which documents are validation, and the order of the training documents.
 
-Everything here is a function of the documents in source order and of the seed. How files divide the documents, how
-many workers read them and how buckets divide the key space change nothing.
+Everything here is a pure function of the seed and the documents in source order. It does not depend on how documents
+are divided into files, on the number of workers or on the number of buckets.
 
-FineWeb-Edu keeps the order in which it was crawled, and training in that order makes the loss periodic; so each
-training document gets a key, a 64-bit hash of its text under the seed, and documents are sorted by key.
+FineWeb-Edu is stored in crawl order, and training in that order makes the loss periodic. Each training document
+therefore gets a key, a 64-bit hash of its text keyed by the seed, and the documents are sorted by key.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import xxhash
 
 KEY_SPACE = 2**64
 
-# One tokenized document: its key, where its tokens begin in the task's file of tokens, its position in source order,
-# the number of its tokens (with the end-of-text id in front) and of its text's UTF-8 bytes.
+# One tokenized document: its key, the offset of its tokens in the task's token file, its position in source order, and
+# the number of its tokens (including the leading end-of-text id) and of its text's UTF-8 bytes.
 DOCUMENT_DTYPE = np.dtype(
     [("key", "<u8"), ("offset", "<u8"), ("position", "<u8"), ("tokens", "<u4"), ("bytes", "<u8")], align=False
 )
@@ -24,15 +24,15 @@ DOCUMENT_DTYPE = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which documents each split gets, by their position in source order.
+    """The documents of each split, by position in source order.
 
-    Positions below `validation_documents` are validation, those from there up to `documents` training; the rest is
-    not used. If no boundary between documents is suitable, the first `cut_tokens` tokens of the first training
-    document, `cut_bytes` of its text, are validation too.
+    Positions [0, validation_documents) are validation and [validation_documents, documents) training; the rest is
+    unused. If no document boundary is suitable, the first `cut_tokens` tokens of the first training document
+    (`cut_bytes` of its text) are validation too.
 
     Attributes:
-        validation_keys: sorted keys of the validation documents, uint64 of shape `(n,)`; training documents that have
-            one are left out.
+        validation_keys: sorted keys of the validation documents, uint64 of shape `(n,)`; training documents with one
+            of these keys are dropped.
     """
 
     documents: int
@@ -43,7 +43,7 @@ class Selection:
 
 
 def hash_documents(offsets: np.ndarray, text: np.ndarray, seed: int) -> np.ndarray:
-    """Return the documents' keys, uint64 of shape `(documents,)`: XXH3-64 of the UTF-8 bytes, keyed by `seed`."""
+    """Return the documents' keys, uint64 of shape `(documents,)`: XXH3-64 of the UTF-8 bytes, seeded with `seed`."""
     view = memoryview(text)
     keys = [xxhash.xxh3_64_intdigest(view[start:end], seed) for start, end in itertools.pairwise(offsets.tolist())]
     return np.array(keys, dtype=np.uint64)
@@ -55,28 +55,28 @@ def order_by_key(documents: np.ndarray) -> np.ndarray:
 
 
 def divide_key_space(buckets: int) -> list[tuple[int, int]]:
-    """Cut the keys into `buckets` ranges of equal size, each as its first and last key."""
+    """Divide the key space into `buckets` equal ranges, each given by its first and last key."""
     bounds = [KEY_SPACE * i // buckets for i in range(buckets + 1)]
     return [(low, high - 1) for low, high in itertools.pairwise(bounds)]
 
 
 def count_repeated(sorted_keys: np.ndarray) -> int:
-    """Return how many of these keys have an equal one before them."""
+    """Return the number of keys equal to their predecessor."""
     return int(np.count_nonzero(sorted_keys[1:] == sorted_keys[:-1]))
 
 
 def choose_validation_end(ends: np.ndarray, val_tokens: int, total_tokens: int) -> tuple[int, int]:
-    """Decide where the validation split ends.
+    """Choose the end of the validation split.
 
-    It ends with the first document that reaches `val_tokens`. Where that document would take half of the corpus or
-    more with it (one long text is all there is), the split ends inside it, at `val_tokens` exactly.
+    It ends with the first document that reaches `val_tokens`. If all of the corpus would then be validation, or more
+    than half although no more than half was requested (as in a corpus of one long text), the split ends inside that
+    document, at exactly `val_tokens`.
 
     Args:
-        ends: the number of tokens up to the end of each document, int64, from the first document up to at least the
-            one that reaches `val_tokens`.
+        ends: cumulative token counts of the documents, int64, up to at least the document that reaches `val_tokens`.
 
     Returns:
-        The number of whole validation documents, and the tokens taken from the document after them.
+        The number of whole validation documents, and the number of tokens taken from the next document.
     """
     last = int(np.searchsorted(ends, val_tokens))
     end = int(ends[last])
@@ -86,7 +86,7 @@ def choose_validation_end(ends: np.ndarray, val_tokens: int, total_tokens: int) 
 
 
 def select_validation(documents: np.ndarray, selection: Selection) -> np.ndarray:
-    """Return the validation documents among `documents`, in source order; the one that is cut with its front."""
+    """Return the validation documents among `documents`, in source order, with the front of the cut one, if any."""
     chosen = documents[documents["position"] < selection.validation_documents + (selection.cut_tokens > 0)]
     chosen = chosen[np.argsort(chosen["position"])]
     is_cut = chosen["position"] == selection.validation_documents
@@ -96,13 +96,13 @@ def select_validation(documents: np.ndarray, selection: Selection) -> np.ndarray
 
 
 def select_training(documents: np.ndarray, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """Return the training documents among `documents` and those left out as copies of validation documents.
+    """Return the training documents among `documents`, and those dropped as copies of validation documents.
 
-    Both keep the order of `documents`. The document that is cut comes with its rest, which has no end-of-text id.
+    Both are in the order of `documents`. Of the cut document, the remainder is returned, which has no end-of-text id.
     """
     position = documents["position"]
     candidates = documents[(position >= selection.validation_documents) & (position < selection.documents)]
-    # Not `np.isin`, which sorts the validation keys again for the few documents of each bucket in each chunk.
+    # Faster than `np.isin`, which would sort the validation keys on each of many calls with few documents.
     nearest = np.searchsorted(selection.validation_keys[:-1], candidates["key"])
     is_copy = selection.validation_keys[nearest] == candidates["key"]
     if selection.cut_tokens:

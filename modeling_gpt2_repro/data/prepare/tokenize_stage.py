@@ -1,11 +1,11 @@
-"""Stage 1: one task's documents, tokenized into files that stage 2 can read from anywhere.
+"""Stage 1: tokenizing one task's documents into files that stage 2 can read at random.
 
-    task-000000.tokens.bin      the documents' ids, uint16, each with the end-of-text id in front
-    task-000000.documents.npy   one entry a document (shuffle.DOCUMENT_DTYPE), in the order of the tokens
-    task-000000.json            the summary, written last: a task with it is finished
+    task-000000.tokens.bin      the documents' ids, uint16, each document preceded by the end-of-text id
+    task-000000.documents.npy   one entry per document (shuffle.DOCUMENT_DTYPE), in the order of the tokens
+    task-000000.json            the summary, written last: its existence marks the task as finished
 
-The tokens are in sorted chunks: a chunk is as much of the source order as fits in memory, sorted by key. The documents
-of a bucket are then one contiguous slice of each chunk.
+Tokens are stored in sorted chunks: each is a range of the source order that fits in memory, sorted by key. A bucket is
+therefore one contiguous slice of each chunk.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ from .shuffle import DOCUMENT_DTYPE, hash_documents, order_by_key
 from .work_folder import create_file, load_record, save_record
 from .workers import add_progress, is_over
 
-# 32 MB of ids, the most that a worker holds beside one batch.
+# 32 MB of ids, which a worker keeps in memory in addition to one batch.
 TOKENS_PER_SORTED_CHUNK = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerContext:
-    """What every worker knows.
+    """State shared by all workers.
 
     Attributes:
         pieces: the folder of finished pieces.
-        encoder: None if nothing is left to tokenize.
+        encoder: `None` if only stage 2 is run.
     """
 
     pieces: Path
@@ -49,13 +49,13 @@ class WorkerContext:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSummary:
-    """What a finished task holds.
+    """Summary of a finished task.
 
     Attributes:
         task: its number in source order.
-        empty: documents that are null, empty, or nothing to the tokenizer (as spaces are to some); they are skipped.
-        run_ends: the entry after the last document of each sorted chunk, under the name that it has in the file.
-        digest: XXH3-128 of the tokens and the documents' entries, to check that they are whole.
+        empty: documents skipped because they are null, empty, or have no tokens (as spaces in some tokenizers).
+        run_ends: exclusive end of each sorted chunk, in documents; named after the key in existing JSON files.
+        digest: XXH3-128 of the tokens and the documents' entries, to detect incomplete files.
     """
 
     task: int
@@ -69,11 +69,11 @@ class TaskSummary:
 
 @dataclasses.dataclass(frozen=True)
 class SortedChunk:
-    """The entries `[start, end)` of a task: a stretch of source order, sorted by key unless nothing is shuffled.
+    """Entries `[start, end)` of a task: a range of the source order, sorted by key unless shuffling is off.
 
     Attributes:
-        folder: where the task's files are.
-        first_position: the position in the corpus of its first document in source order.
+        folder: the folder of the task's files.
+        first_position: position in the corpus of the chunk's first document in source order.
     """
 
     folder: Path
@@ -83,10 +83,10 @@ class SortedChunk:
     first_position: int
 
     def read_documents(self, key_range: tuple[int, int] | None = None) -> np.ndarray:
-        """Return its documents, of `DOCUMENT_DTYPE`, with positions counted from the start of the corpus.
+        """Return its documents, of `DOCUMENT_DTYPE`, with positions relative to the corpus.
 
         Args:
-            key_range: the first and the last key to read; None for all. The chunk must be sorted by key.
+            key_range: first and last key to read, which requires a chunk sorted by key; `None` for all documents.
         """
         documents = np.load(_get_path(self.folder, self.task, "documents.npy"), mmap_mode="r")[self.start : self.end]
         if key_range is not None:
@@ -94,16 +94,16 @@ class SortedChunk:
             keys = documents["key"]
             documents = documents[np.searchsorted(keys, low) : np.searchsorted(keys, high, side="right")]
         documents = np.array(documents)
-        # In the file, positions count from the start of the task, as `start` does: chunks follow the source order.
+        # Positions in the file are relative to the task, and so is `start`, because chunks are in source order.
         documents["position"] += self.first_position - self.start
         return documents
 
     def copy_tokens(self, documents: np.ndarray, destination: np.ndarray, starts: np.ndarray) -> None:
-        """Copy the ids of some of its documents into `destination`, uint16, at `starts`, int64, one each."""
+        """Copy the ids of some of its documents into `destination`, uint16, at the positions `starts`, int64."""
         if len(documents) == 0:
             return
-        # Mapped for this call alone: a large corpus has more chunks than a process may have files open. As a plain
-        # array: slicing numpy's memmap class costs several times as much.
+        # Mapped for this call only: a large corpus has more chunks than the open-file limit. Converted to a plain
+        # array, because slicing numpy's memmap class takes several times as long.
         tokens = np.asarray(np.memmap(_get_path(self.folder, self.task, "tokens.bin"), dtype="<u2", mode="r"))
         places = zip(documents["offset"].tolist(), documents["tokens"].tolist(), starts.tolist(), strict=True)
         for source, length, start in places:
@@ -111,9 +111,9 @@ class SortedChunk:
 
 
 def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummary | None:
-    """Tokenize task `number`, unless it is finished; return `None` if nobody waits for it any more.
+    """Tokenize task `number` unless it is finished; return `None` if its result is no longer needed.
 
-    Reading ends at the first batch with which the task has `max_tokens` tokens.
+    Reading stops after the first batch with which the task reaches `max_tokens`.
     """
     folder, encoder, config = context.pieces, context.encoder, context.config
     finished = load_summary(folder, number, check=True)
@@ -145,10 +145,10 @@ def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummar
 
 
 def load_summary(folder: Path, number: int, *, check: bool) -> TaskSummary | None:
-    """Return a finished task's summary; `None` for one that is unfinished, or damaged and must be done again.
+    """Return a task's summary; `None` if it is unfinished, or damaged and must be repeated.
 
     Args:
-        check: read all that the task wrote and compare its digest.
+        check: verify the digest of the task's files.
     """
     summary = load_record(_get_path(folder, number, "json"), TaskSummary)
     if summary is None or not check:
@@ -175,7 +175,7 @@ def list_sorted_chunks(folder: Path, summaries: list[TaskSummary]) -> list[Sorte
 
 
 def sync_tasks(folder: Path, numbers: Iterable[int]) -> None:
-    """Make the files of some finished tasks durable."""
+    """Make the files of finished tasks durable."""
     for number in numbers:
         for suffix in ("tokens.bin", "documents.npy", "json"):
             sync_file(_get_path(folder, number, suffix))
@@ -185,10 +185,10 @@ def sync_tasks(folder: Path, numbers: Iterable[int]) -> None:
 def encode_documents(
     encoder: DocumentEncoder, batch: pa.LargeStringArray, seed: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Encode the texts of a batch that have any tokens.
+    """Encode a batch, dropping texts without tokens.
 
     Returns:
-        The documents, of `DOCUMENT_DTYPE`, without their `offset` and `position`, and the ids of each.
+        The documents, of `DOCUMENT_DTYPE`, with `offset` and `position` unset, and each one's ids.
     """
     texts = drop_empty(batch)
     if len(texts) == 0:
@@ -200,7 +200,7 @@ def encode_documents(
     text_offsets, text = get_text_buffers(texts)
     documents = np.empty(len(texts), DOCUMENT_DTYPE)
     documents["key"] = hash_documents(text_offsets, text, seed)
-    documents["tokens"] = np.diff(offsets) + 1  # with the end-of-text id
+    documents["tokens"] = np.diff(offsets) + 1  # the end-of-text id
     documents["bytes"] = np.diff(text_offsets)
     return documents, [ids[start:end] for start, end in itertools.pairwise(offsets.tolist())]
 
@@ -217,9 +217,9 @@ class _ChunkWriter:
     """Collects a task's documents, and writes the tokens of each sorted chunk once it is full.
 
     Attributes:
-        tokens: those of all documents so far.
-        chunk_ends: documents up to the end of each chunk written.
-        digest: of the tokens written.
+        tokens: number of tokens of all documents so far.
+        chunk_ends: number of documents up to the end of each written chunk.
+        digest: digest of the tokens written.
     """
 
     def __init__(self, stream: IO[bytes], eot_id: int, shuffle: bool):
@@ -233,7 +233,7 @@ class _ChunkWriter:
         self._begin_chunk()
 
     def add(self, documents: np.ndarray, ids: list[np.ndarray]) -> None:
-        """Add documents and their ids, as `encode_documents` returns them."""
+        """Add documents and their ids, as returned by `encode_documents`."""
         first = sum(map(len, self._chunks)) + len(self._ids)
         documents["position"] = np.arange(first, first + len(documents))
         self._documents.append(documents)
@@ -243,7 +243,7 @@ class _ChunkWriter:
             self._write_chunk()
 
     def finish(self) -> np.ndarray:
-        """Write the last chunk and return all documents, in the order of their tokens in the file."""
+        """Write the last chunk, and return all documents in the order of their tokens in the file."""
         if self._ids:
             self._write_chunk()
         return np.concatenate([np.empty(0, DOCUMENT_DTYPE), *self._chunks])
@@ -260,7 +260,7 @@ class _ChunkWriter:
         ends = np.cumsum(documents["tokens"], dtype=np.uint64)
         documents["offset"] = self._chunk_start + ends - documents["tokens"]
         tokens = np.concatenate([part for index in order.tolist() for part in (self._eot, self._ids[index])])
-        self._stream.write(tokens.data)  # not `tofile`, which hides that a disk is full
+        self._stream.write(tokens.data)  # not `tofile`, which does not report a full disk
         self.digest.update(tokens.data)
         self._chunks.append(documents)
         self.chunk_ends.append(sum(map(len, self._chunks)))

@@ -1,4 +1,4 @@
-"""A pool of worker processes whose results come in the order of the calls."""
+"""A pool of worker processes that yields results in the order of the calls."""
 
 import collections
 import concurrent.futures
@@ -17,21 +17,21 @@ from typing import Any
 from ...core.errors import UserError
 from ...core.stop_signals import STOP_SIGNALS
 
-# Calls in flight for each worker: enough that no worker waits for its next one, few enough that little is wasted when
-# the results so far turn out to be all that is needed.
+# Calls in flight per worker: enough to keep workers busy, few enough to waste little if the remaining results turn out
+# not to be needed.
 CALLS_PER_WORKER = 2
 POLL_SECONDS = 0.2
 
-# A forked worker starts at once, while a spawned one imports torch again (seconds). Only Linux forks safely.
+# A forked worker starts at once; a spawned one imports torch again, which takes seconds. Only Linux forks safely.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 def _build_signals(num_workers: int) -> SimpleNamespace:
-    """Build the memory that the processes share; plain memory for a single process.
+    """Create memory shared by the processes, or plain memory for a single process.
 
     Returns:
-        `is_over.value`, whether nobody waits for the results any more, and `progress.value`, the sum of what
-        `add_progress` was called with.
+        A namespace with `is_over.value`, whether results are no longer needed, and `progress.value`, the sum of all
+        amounts passed to `add_progress`.
     """
     if num_workers == 1:
         progress = SimpleNamespace(value=0, get_lock=contextlib.nullcontext)
@@ -40,37 +40,37 @@ def _build_signals(num_workers: int) -> SimpleNamespace:
     return SimpleNamespace(is_over=context.Value("b", False), progress=context.Value("q", 0))
 
 
-# Of the process that makes the calls.
+# State of this process, set by `_set_state`.
 _signals = _build_signals(1)
 _shared: Any = None
 _failure: Exception | None = None
 
 
 def is_over() -> bool:
-    """Return, during a call, whether nobody waits for its result any more."""
+    """Return, during a call, whether its result is no longer needed."""
     return bool(_signals.is_over.value)
 
 
 def add_progress(amount: int) -> None:
-    """Report, during a call, how much has been done since the last report."""
+    """Report, during a call, the amount of work done since the last report."""
     with _signals.progress.get_lock():
         _signals.progress.value += amount
 
 
 class WorkerPool:
-    """Calls functions in `num_workers` processes, or in this one if that is 1 or if they can share no memory.
+    """Calls functions in `num_workers` processes, or in this one if that is 1 or shared memory is unavailable.
 
     Args:
-        num_workers: processes.
-        shared: the first argument of every call; each worker receives it once.
-        on_wait: called here, with the progress so far, again and again while a result is waited for.
+        num_workers: number of processes.
+        shared: first argument of every call; sent to each worker once.
+        on_wait: called repeatedly in this process, with the progress so far, while waiting for a result.
     """
 
     def __init__(self, num_workers: int, shared: Any, on_wait: Callable[[int], None] = lambda progress: None):
         try:
             self._signals = _build_signals(num_workers)
-        except OSError:  # shared memory lies in /dev/shm, which a container may lack
-            print("no shared memory (/dev/shm) can be had for more processes: a single one does the work", flush=True)
+        except OSError:  # shared memory uses /dev/shm, which a container may lack
+            print("shared memory (/dev/shm) is unavailable; falling back to a single process", flush=True)
             num_workers = 1
             self._signals = _build_signals(1)
         self._num_workers = num_workers
@@ -81,7 +81,7 @@ class WorkerPool:
         if num_workers == 1:
             _set_state(self._signals, shared)
         else:
-            # If the machine refuses one of the executor's own threads another, it dies, and no result would ever come.
+            # If an executor thread dies because it cannot start another thread, no result would ever arrive.
             threading.excepthook = self._note_thread_error
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 num_workers,
@@ -91,11 +91,11 @@ class WorkerPool:
             )
 
     def map_in_order(self, function: Callable, calls: Iterable[tuple]) -> Iterator[Any]:
-        """Yield `function(shared, *call)` for each call, in order; calls are requested as workers come free.
+        """Yield `function(shared, *call)` for each call, in order, drawing calls as workers become free.
 
-        An exception of a call, or of `calls` itself, is raised where its result would have come, so that a caller who
-        stops before it never sees it. When it is raised, or the caller stops, no other call begins, and running ones
-        are waited for: they check `is_over` now and then and give up.
+        An exception of a call, or of `calls` itself, is raised in place of its result: a caller that stops earlier
+        never sees it. After an exception, or when the caller stops, no further calls start, and running ones are
+        waited for; they should poll `is_over` and return early.
         """
         if self._executor is None:
             for call in calls:
@@ -111,7 +111,7 @@ class WorkerPool:
                 yield self._wait(pending.popleft())
                 pending.extend(itertools.islice(futures, 1))
         finally:
-            self._signals.is_over.value = True  # `cancel` does not reach calls in the queue between the processes
+            self._signals.is_over.value = True  # `cancel` does not reach calls already queued to the workers
             for future in pending:
                 future.cancel()
             if self._thread_error is None:
@@ -127,8 +127,8 @@ class WorkerPool:
         try:
             self._executor.shutdown(cancel_futures=True)
         finally:
-            # If the machine refused a worker, or the thread that manages them, nothing ends the others, and Python
-            # would wait for them.
+            # If a worker, or the thread that manages them, could not start, nothing ends the other workers, and Python
+            # would wait for them at exit.
             for process in set(multiprocessing.active_children()) - self._others:
                 process.kill()
 
@@ -136,7 +136,7 @@ class WorkerPool:
         self._thread_error = thread.exc_value
 
     def _submit(self, function: Callable, calls: Iterable[tuple]) -> Iterator[concurrent.futures.Future]:
-        """Submit one call for each future that is requested; an error of `calls` itself is in the last future."""
+        """Submit calls lazily, one per future drawn; an error of `calls` itself is set on the last future."""
         try:
             for call in calls:
                 yield self._executor.submit(_call, function, call)
@@ -154,7 +154,7 @@ class WorkerPool:
         try:
             return future.result()
         except BrokenProcessPool as error:
-            raise UserError("a worker process was killed, most often for memory: lower --num_workers") from error
+            raise UserError("a worker process was killed, probably out of memory: lower --num_workers") from error
 
 
 def _set_state(signals: SimpleNamespace, shared: Any) -> None:
@@ -163,16 +163,15 @@ def _set_state(signals: SimpleNamespace, shared: Any) -> None:
 
 
 def _initialize(signals: SimpleNamespace, shared: Any) -> None:
-    """Prepare a worker."""
+    """Initialize a worker process."""
     global _failure
     _set_state(signals, shared)
-    # Ctrl-C reaches all processes of a terminal, and a batch system's signals often do: the parent decides what
-    # becomes of the calls.
+    # Ctrl-C, and often a batch system's signals, reach all processes: the parent decides whether calls continue.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
         threading.Thread(target=_exit_with_parent, name="ExitWithParent", daemon=True).start()
-    except Exception as error:  # raised here, it would reach the parent as a worker that was killed
+    except Exception as error:  # if raised here, the parent would only see a killed worker
         _failure = error
 
 
@@ -183,6 +182,6 @@ def _call(function: Callable, call: tuple) -> Any:
 
 
 def _exit_with_parent() -> None:
-    """End this worker when its parent was killed: it would wait for calls for ever."""
+    """Exit when the parent process dies: the worker would otherwise wait for calls forever."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -1,7 +1,7 @@
-"""Stage 2: from tokenized documents to the shards of both splits.
+"""Stage 2: writing tokenized documents to the shards of both splits.
 
-The documents' entries alone determine the split of each document and the number of tokens in every bucket of keys. So
-the place of each bucket in the final shards is known before a token is touched, and any worker can write any bucket.
+The documents' entries alone determine the split of each document and the number of tokens in each bucket. The position
+of each bucket in the final shards is therefore known before any token is read, and any worker can write any bucket.
 """
 
 import dataclasses
@@ -25,21 +25,21 @@ from .shuffle import (
 from .tokenize_stage import SortedChunk, WorkerContext
 from .work_folder import load_record, save_record
 
-# What a worker holds of a bucket while it sorts it: 32 MB of ids.
+# A worker sorts one bucket in memory: 32 MB of ids.
 TOKENS_PER_BUCKET = 2**24
-# The default validation split is one shard, but at most a tenth of a small corpus.
+# The default validation split is one shard, but at most a tenth of the corpus.
 MIN_TOKENS_PER_VALIDATION_TOKEN = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker writes at once.
+    """A unit of work of this stage.
 
     Attributes:
-        writer: of the split that it belongs to.
-        chunks: where its documents are.
-        key_range: the first and the last key of its bucket; None for all documents of its chunks, in source order.
-        position: where it begins in the split, in tokens.
+        writer: writer of its split.
+        chunks: chunks with its documents.
+        key_range: first and last key of its bucket; `None` for all documents of its chunks, in source order.
+        position: its start in the split, in tokens.
     """
 
     writer: SplitWriter
@@ -48,7 +48,7 @@ class Part:
     position: int
 
     def select_documents(self, chunk: SortedChunk, selection: Selection) -> np.ndarray:
-        """Return those of a chunk's documents that belong to it."""
+        """Return the documents of a chunk that belong to this part."""
         documents = chunk.read_documents(self.key_range)
         if self.writer.split == "val":
             return select_validation(documents, selection)
@@ -57,11 +57,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class PartOutcome:
-    """What a finished part holds.
+    """Summary of a finished part.
 
     Attributes:
-        documents: those that begin in each shard of the split.
-        duplicates: among the documents of a bucket; 0 for a part in source order.
+        documents: number of its documents that start in each shard of the split.
+        duplicates: number of duplicate documents in a bucket; 0 for a part in source order.
     """
 
     documents: list[int]
@@ -70,15 +70,15 @@ class PartOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class WritePlan:
-    """What goes where: all that stage 2 needs to know.
+    """The layout of the shards: everything that stage 2 needs to know.
 
     Attributes:
-        chunks: of all tasks, in source order.
-        read: the documents to be used.
-        copies: training documents that are left out as copies of validation documents.
-        parts: of both splits.
-        writers: of the validation and of the training split.
-        duplicates: known here for the source order only; in shuffled documents each bucket counts its own.
+        chunks: the sorted chunks of all tasks, in source order.
+        read: totals of the documents to use.
+        copies: totals of training documents dropped as copies of validation documents.
+        parts: the parts of both splits.
+        writers: the writers of the validation and the training split.
+        duplicates: number of duplicates if nothing is shuffled; otherwise 0, because each bucket counts its own.
     """
 
     chunks: list[SortedChunk]
@@ -95,16 +95,16 @@ class WritePlan:
 def plan_shards(
     chunks: list[SortedChunk], config: PrepareConfig, folder: Path, prefix: str, byte_lengths: np.ndarray
 ) -> WritePlan:
-    """Decide what goes where, a pure function of the finished tasks, so that every process decides the same.
+    """Plan the layout of the shards. A pure function of the finished tasks: every process computes the same plan.
 
     Args:
-        folder: where the shards are made.
-        prefix: how their names begin.
-        byte_lengths: UTF-8 bytes that each id is spelled with, of shape `(vocab_size,)`, to divide the bytes of a
-            document that is cut between the splits.
+        folder: the folder for the shards.
+        prefix: the beginning of the shards' names.
+        byte_lengths: UTF-8 bytes of each id, of shape `(vocab_size,)`, for dividing the bytes of a document that is
+            cut between the splits.
 
     Raises:
-        UserError: a corpus too small for both splits.
+        UserError: the corpus is too small for two splits.
     """
     read = _count_documents(chunks, config.max_tokens)
     selection = _choose_splits(chunks, read, config, byte_lengths)
@@ -113,10 +113,12 @@ def plan_shards(
     vals, trains, all_copies, bucket_tokens = zip(*counts, strict=True)
     val, train, copies = (sum(totals, Totals()) for totals in (vals, trains, all_copies))
     if train.tokens == 0:
-        raise UserError("nothing is left for training: every other document is a copy of a validation document")
+        raise UserError(
+            "no training documents are left: every other document is a copy of a validation document; add other text"
+        )
     val_writer = SplitWriter(folder, prefix, "val", 0, val.tokens, config.shard_size)
     train_writer = SplitWriter(folder, prefix, "train", len(val_writer.names), train.tokens, config.shard_size)
-    if selection.cut_tokens:  # the document that is cut counts once, where it begins
+    if selection.cut_tokens:  # the cut document counts once, in the split in which it starts
         train = dataclasses.replace(train, documents=train.documents - 1)
     parts = _plan_source_order(val_writer, chunks, [totals.tokens for totals in vals])
     duplicates = 0
@@ -131,13 +133,13 @@ def plan_shards(
 
 
 def list_validation_bytes(plan: WritePlan) -> np.ndarray:
-    """Return the UTF-8 bytes of each validation document in the order of the split, uint64 of shape `(documents,)`."""
+    """Return the number of UTF-8 bytes of each validation document, in split order, uint64 of shape `(documents,)`."""
     front = [chunk for chunk in plan.chunks if chunk.first_position <= plan.selection.validation_documents]
     return np.concatenate([select_validation(chunk.read_documents(), plan.selection)["bytes"] for chunk in front])
 
 
 def write_part(context: WorkerContext, number: int, part: Part, selection: Selection) -> PartOutcome:
-    """Write part `number` to its shards and save the outcome, unless it is finished; return the outcome."""
+    """Write part `number` to its shards and save its outcome, unless it is finished; return the outcome."""
     outcome_path = context.pieces / f"part-{number:06d}.json"
     if (finished := load_record(outcome_path, PartOutcome)) is not None:
         return finished
@@ -154,7 +156,7 @@ def write_part(context: WorkerContext, number: int, part: Part, selection: Selec
         first += len(of_chunk)
     part.writer.write(part.position, tokens)
     begins = part.position + starts
-    if selection.cut_tokens and part.writer.split == "train":  # the rest of the document that is cut begins no other
+    if selection.cut_tokens and part.writer.split == "train":  # the remainder of the cut document is not a start
         begins = begins[documents["position"] != selection.validation_documents]
     by_shard = np.bincount(begins // part.writer.shard_size, minlength=len(part.writer.names))
     outcome = PartOutcome(by_shard.tolist(), count_repeated(documents["key"][order]) if is_bucket else 0)
@@ -163,7 +165,7 @@ def write_part(context: WorkerContext, number: int, part: Part, selection: Selec
 
 
 def _count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Totals:
-    """Return the documents to be used: all, or the shortest prefix of source order that has `max_tokens` tokens."""
+    """Return totals of the documents to use: all, or the shortest prefix in source order with `max_tokens` tokens."""
     totals = Totals()
     for _, documents in _read_front(chunks, max_tokens):
         if max_tokens is not None:
@@ -176,7 +178,7 @@ def _count_documents(chunks: list[SortedChunk], max_tokens: int | None) -> Total
 def _choose_splits(
     chunks: list[SortedChunk], read: Totals, config: PrepareConfig, byte_lengths: np.ndarray
 ) -> Selection:
-    """Decide which of the `read` documents are validation."""
+    """Choose which of the `read` documents are validation."""
     val_tokens = _choose_val_tokens(read, config)
     front = list(_read_front(chunks, val_tokens))
     documents = np.concatenate([documents for _, documents in front])
@@ -194,8 +196,8 @@ def _choose_splits(
 def _count_chunk(
     chunk: SortedChunk, selection: Selection, buckets: list[tuple[int, int]]
 ) -> tuple[Totals, Totals, Totals, np.ndarray]:
-    """Count a chunk's documents of validation, of training, and left out as copies, and the training tokens in each
-    bucket, int64."""
+    """Return totals of a chunk's validation and training documents and of dropped copies, and the number of training
+    tokens in each bucket, int64."""
     documents = chunk.read_documents()
     training, copies = select_training(documents, selection)
     last_keys = np.array([last for _, last in buckets], dtype=np.uint64)
@@ -205,19 +207,19 @@ def _count_chunk(
 
 
 def _plan_source_order(writer: SplitWriter, chunks: list[SortedChunk], chunk_tokens: list[int]) -> list[Part]:
-    """Return the parts of a split in source order, one for each chunk that has any of its tokens."""
+    """Return the parts of a split in source order, one per chunk with any of its tokens."""
     starts = _list_starts(np.array(chunk_tokens)).tolist()
     places = zip(chunks, starts, chunk_tokens, strict=True)
     return [Part(writer, [chunk], None, start) for chunk, start, tokens in places if tokens]
 
 
 def _list_starts(lengths: np.ndarray) -> np.ndarray:
-    """Return where each of several consecutive stretches begins, int64."""
+    """Return the start of each of several consecutive ranges, int64."""
     return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
 def _read_front(chunks: list[SortedChunk], n_tokens: int | None) -> Iterator[tuple[SortedChunk, np.ndarray]]:
-    """Yield chunks with their documents, in source order, until these have `n_tokens` tokens; None for all chunks."""
+    """Yield chunks and their documents in source order until they have `n_tokens` tokens; `None` for all chunks."""
     tokens = 0
     for chunk in chunks:
         documents = chunk.read_documents()
@@ -234,20 +236,20 @@ def _sum_up(documents: np.ndarray) -> Totals:
 
 def _choose_val_tokens(read: Totals, config: PrepareConfig) -> int:
     if read.documents == 0:
-        raise UserError("the corpus is empty: no document has any text")
+        raise UserError("the corpus is empty: no document contains text")
     val_tokens = config.val_tokens
     if val_tokens is None:
         val_tokens = min(config.shard_size, read.tokens // MIN_TOKENS_PER_VALIDATION_TOKEN)
     if not 0 < val_tokens < read.tokens:
-        asked = f" of --val_tokens {val_tokens:,}" if config.val_tokens is not None else ""
+        requested = f" of --val_tokens {val_tokens:,}" if config.val_tokens is not None else ""
         raise UserError(
-            f"the corpus has {read.tokens:,} tokens, too few for a training split and a validation split{asked}"
+            f"the corpus has {read.tokens:,} tokens, too few for a training split and a validation split{requested}"
         )
     return val_tokens
 
 
 def _count_cut_bytes(chunk: SortedChunk, document: np.ndarray, cut_tokens: int, byte_lengths: np.ndarray) -> int:
-    """Return the share of a document's UTF-8 bytes that its first `cut_tokens` tokens stand for."""
+    """Return the number of a document's UTF-8 bytes attributed to its first `cut_tokens` tokens."""
     ids = np.empty(document["tokens"][0], dtype="<u2")
     chunk.copy_tokens(document, ids, np.zeros(1, dtype=np.int64))
     front, whole = int(byte_lengths[ids[:cut_tokens]].sum()), int(byte_lengths[ids].sum())

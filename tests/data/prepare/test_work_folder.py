@@ -120,14 +120,14 @@ def test_changed_settings_are_reported_and_overwrite_starts_over(run, corpus, fl
     pieces = list_pieces(folder)
     code, _, err = run(*flags, "--seed", 1, "--shard_size", 9000)
     assert code == 2
-    assert "was begun with other settings: shard_size (7000 there), seed (1337 there)" in err
+    assert "was started with different settings: shard_size (was 7000, now 9000), seed (was 1337, now 1)" in err
     assert list_pieces(folder) == pieces
 
     with open(corpus, "a") as stream:
         stream.write(json.dumps({"text": "one more"}) + "\n")
     code, _, err = run(*flags)
     assert code == 2
-    assert "other settings: source" in err
+    assert "different settings: source" in err
     assert run(*flags, "--overwrite")[0] == 0
     assert hash_folder(folder) != expected
 
@@ -214,10 +214,10 @@ def test_a_run_completes_what_a_task_started(flags, expected, tmp_path):
 @pytest.mark.parametrize(
     "more, reason",
     [
-        (["--task=0/2"], "--task is a share of a --stage"),
+        (["--task=0/2"], "--task needs a stage"),
         (["--stage=write", "--task=2/2"], "--task 2/2: must be i/N"),
         (["--stage=write", "--task=one"], "--task one: must be i/N"),
-        (["--stage=tokenize", "--overwrite"], "--overwrite cannot be given with --stage"),
+        (["--stage=tokenize", "--overwrite"], "--overwrite is not allowed with --stage"),
         (["--stage=tokenise"], "tokenize"),
     ],
 )
@@ -310,7 +310,7 @@ def test_a_run_killed_while_publishing_finishes_on_the_next_run(run, flags, expe
     assert process.exitcode == 9
     code, _, err = run(*flags, "--seed", 7)
     assert code == 2
-    assert "was begun with other settings: seed" in err
+    assert "was started with different settings: seed" in err
     made = {path.name: path.stat().st_ino for path in folder.with_name("out.partial").glob("*.npy")}
     assert prepare_data.main(flags) == 0
     assert hash_folder(folder) == expected
@@ -324,7 +324,7 @@ def test_changed_input_files_are_noticed(run, corpus, flags, tmp_path):  # noqa:
     corpus.write_bytes(content.swapcase())
     code, _, err = run(*flags)
     assert code == 2
-    assert "the files of the corpus have changed since" in err
+    assert "the files of the corpus changed since" in err
 
 
 def test_unrelated_folders_beside_the_output_are_kept(run, flags, tmp_path):  # noqa: F811

@@ -234,7 +234,7 @@ def test_a_finished_folder_is_recognized_without_the_hub(run, hub, tmp_path):
     hub.stop()
     result = run("--dataset", "org/edufineweb")
     assert (result.code, "already exists" in result.out) == (0, True)
-    check_is_one_line(run(), "dataset_name (org/edufineweb there)")
+    check_is_one_line(run(), "dataset_name (was org/edufineweb, now ")
     assert hash_folder(tmp_path / "out") == before
 
 
