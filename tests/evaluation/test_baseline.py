@@ -1,4 +1,4 @@
-"""Baselines: how they are measured, and to what they belong."""
+"""Baselines: measuring and storing them, and when they apply."""
 
 import dataclasses
 import json
@@ -32,12 +32,12 @@ def path(tmp_path):
     return tmp_path / "baselines.json"
 
 
-def test_baselines_survive_the_disk(path, tmp_path):
+def test_baselines_survive_a_round_trip(path, tmp_path):
     assert read_baselines(path) == [BASELINE]
     assert read_baselines(tmp_path / "none.json") == []
 
 
-def test_only_those_of_the_same_validation_shards_are_loaded(path):
+def test_only_baselines_of_the_same_validation_shards_are_loaded(path):
     other = dataclasses.replace(BASELINE, val_checksums=["sha256:b", "sha256:a"])
     save_baseline(path, other)
     assert load_baselines(path, ["sha256:a", "sha256:b"]) == [BASELINE]
@@ -48,7 +48,7 @@ def test_only_those_of_the_same_validation_shards_are_loaded(path):
 @pytest.mark.parametrize(
     "change", [{"model": "other"}, {"val_checksums": []}, {"eval_tokens": 1024}, {"sequence_length": 16}]
 )
-def test_other_models_and_tokens_have_baselines_of_their_own(path, change):
+def test_other_models_and_tokens_have_separate_baselines(path, change):
     other = dataclasses.replace(BASELINE, **change)
     save_baseline(path, other)
     assert read_baselines(path) == [BASELINE, other]
@@ -63,7 +63,7 @@ def test_a_newer_measurement_replaces_the_same_part_of_the_older_one(path):
 
 
 @pytest.mark.parametrize("content", ["", "[{", "[]x", "3", '["gpt2"]', '[{"model": "gpt2"}]'])
-def test_files_that_are_no_baselines_are_named_and_left_as_they_are(path, content):
+def test_a_damaged_baselines_file_is_reported_and_left_unchanged(path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=r"baselines\.json is damaged"):
         load_baselines(path, [])
@@ -81,7 +81,7 @@ def test_files_that_are_no_baselines_are_named_and_left_as_they_are(path, conten
         {"val_checksums": None},
     ],
 )
-def test_entries_that_nothing_can_be_drawn_from_are_named(path, change):
+def test_unusable_entries_are_reported(path, change):
     path.write_text(json.dumps([{**dataclasses.asdict(BASELINE), **change}]))
     with pytest.raises(UserError, match=r"baselines\.json is damaged"):
         load_baselines(path, [])
@@ -99,14 +99,14 @@ def test_a_failed_write_leaves_the_old_file(path, monkeypatch):
     assert [other.name for other in path.parent.iterdir()] == [path.name]
 
 
-def test_a_folder_is_never_taken_for_the_hub_model_of_its_name(tmp_path, monkeypatch):
+def test_a_folder_is_not_mistaken_for_the_hub_model_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert identify_model("gpt2") == "gpt2"
     (tmp_path / "gpt2").mkdir()
     assert identify_model("gpt2") == str(tmp_path / "gpt2")
 
 
-def test_items_are_told_apart_by_content(tmp_path):
+def test_items_are_identified_by_content(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(SAMPLE_FILE.read_bytes())
     (tmp_path / "b.jsonl").write_bytes(SAMPLE_FILE.read_bytes() + b"\n")
     same, other, hub = (
@@ -117,7 +117,7 @@ def test_items_are_told_apart_by_content(tmp_path):
     assert len({same, other, hub}) == 3
 
 
-def test_tokens_without_bytes_leave_bits_a_byte_out(path):
+def test_without_byte_counts_bits_per_byte_are_omitted(path):
     validation = record_validation(ValidationResult(3.29, float("nan"), 512), "no")
     baseline = dataclasses.replace(BASELINE, validation=validation)
     save_baseline(path, baseline)
@@ -125,7 +125,7 @@ def test_tokens_without_bytes_leave_bits_a_byte_out(path):
     assert "bits per byte" in format_baseline(BASELINE) and "bits per byte" not in format_baseline(baseline)
 
 
-def test_format_says_what_was_measured_and_nothing_else():
+def test_the_text_lists_only_what_was_measured():
     lines = format_baseline(BASELINE).splitlines()
     assert lines[0].split() == ["model", "gpt2"]
     assert "  acc_norm  0.3000 ± 0.0700 (chance 0.25, 48 items)" in lines

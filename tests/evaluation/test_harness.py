@@ -1,4 +1,4 @@
-"""The `lm_eval` protocol against lm-evaluation-harness itself: the same model, items and sums."""
+"""The `lm_eval` protocol against lm-evaluation-harness itself, with the same model and items."""
 
 import json
 import random
@@ -14,14 +14,14 @@ from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import encode_hellaswag
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not installed: `make install` brings it")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not installed: run `make install`")
 from harness import encode_pairs, run_harness
 
-# It divides by the length of an ending that was nothing but a mark, and says so.
+# The harness warns when it divides by the length of an ending that is empty after its marks are removed.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 REAL_FILE = SHARED_DATA / "hellaswag_val.jsonl"
 
-# Marks, double blanks, contexts that end in a bracket, blanks at ends, and what is easily taken for one of these.
+# Marks, double spaces, contexts that end in a bracket, spaces at either end, and text that resembles these.
 CONTEXTS = [
     ("[header] How to bake bread [title] Mix the flour. [step] Add water slowly.", ""),
     ("Baking  bread  takes  time. [step]", ""),
@@ -63,7 +63,7 @@ def write_items(path: Path) -> list[dict]:
 
 @pytest.fixture
 def sample_file(tmp_path):
-    """Every fourth of the shipped items."""
+    """Every fourth item of the packaged sample."""
     (tmp_path / "sample.jsonl").write_text("\n".join(SAMPLE_FILE.read_text().splitlines()[::4]))
     return tmp_path / "sample.jsonl"
 
@@ -74,7 +74,7 @@ def build_gpt2(n_positions=512, **changes):
     return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
 
 
-def assert_equals_harness(model, tokenizer, path, n_truncated=0):
+def assert_matches_harness(model, tokenizer, path, n_truncated=0):
     expected = run_harness(model, tokenizer, path)
     encoded = encode_hellaswag(load_hellaswag(path), tokenizer, "lm_eval")
     result = evaluate_hellaswag(model, encoded, show_progress=False)
@@ -87,9 +87,9 @@ def assert_equals_harness(model, tokenizer, path, n_truncated=0):
     assert result.n_truncated == n_truncated
 
 
-def test_written_items_with_every_mark_equal_the_harness(tokenizer, tmp_path):
+def test_items_with_every_mark_match_the_harness(tokenizer, tmp_path):
     assert len(write_items(tmp_path / "items.jsonl")) == 30
-    assert_equals_harness(build_gpt2(), tokenizer, tmp_path / "items.jsonl")
+    assert_matches_harness(build_gpt2(), tokenizer, tmp_path / "items.jsonl")
 
 
 @pytest.fixture
@@ -101,10 +101,10 @@ def real_file(tmp_path):
     return tmp_path / "items.jsonl"
 
 
-def test_200_real_items_equal_the_harness(shards, real_file):
-    """With a tokenizer of few ids, as the harness computes the logits of all of them at every place."""
+def test_200_real_items_match_the_harness(shards, real_file):
+    """Use a tokenizer of few ids, because the harness computes the logits of all ids at every position."""
     tokenizer = load_data_tokenizer(shards)
-    assert_equals_harness(build_gpt2(n_positions=1024, vocab_size=len(tokenizer)), tokenizer, real_file)
+    assert_matches_harness(build_gpt2(n_positions=1024, vocab_size=len(tokenizer)), tokenizer, real_file)
 
 
 def test_200_real_items_are_encoded_by_gpt2s_tokenizer_as_in_the_harness(tokenizer, real_file):
@@ -113,17 +113,17 @@ def test_200_real_items_are_encoded_by_gpt2s_tokenizer_as_in_the_harness(tokeniz
     assert pairs == encode_pairs(build_gpt2(), tokenizer, real_file) and len(pairs) == 800
 
 
-def test_contexts_are_cut_as_the_harness_cuts_them(tokenizer, sample_file):
+def test_long_contexts_are_truncated_as_in_the_harness(tokenizer, sample_file):
     n_long = sum(
         max(len(item.context_ids) + len(ids) for ids in item.ending_ids) > 49
         for item in encode_hellaswag(load_hellaswag(sample_file), tokenizer, "lm_eval").items
     )
     assert 0 < n_long < 12
-    assert_equals_harness(build_gpt2(n_positions=48), tokenizer, sample_file, n_truncated=n_long)
+    assert_matches_harness(build_gpt2(n_positions=48), tokenizer, sample_file, n_truncated=n_long)
 
 
-def test_another_architecture_equals_the_harness(tokenizer, sample_file):
+def test_another_architecture_matches_the_harness(tokenizer, sample_file):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, max_position_embeddings=512, **sizes)
-    assert_equals_harness(LlamaForCausalLM(config).eval(), tokenizer, sample_file)
+    assert_matches_harness(LlamaForCausalLM(config).eval(), tokenizer, sample_file)

@@ -1,4 +1,4 @@
-"""Scores on HellaSwag: what is computed, and that nothing but model, items and protocol changes the numbers."""
+"""Scores on HellaSwag, and their invariance to batch size, order and layout."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ REAL_FILE = Path(__file__).parents[3] / "shared" / "data" / "hellaswag_val.jsonl
 
 
 def build_model(n_positions=512):
-    """A model whose large random weights make its answers depend on every token of the context."""
+    """Build a model with large random weights, whose answers depend on every token of the context."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=n_positions, initializer_range=0.3)
     return GPT2LMHeadModel(config).eval()
@@ -40,7 +40,7 @@ def sample():
 
 
 def score_plainly(model, tokenizer, item):
-    """The original protocol as one would write it down: one row at a time, no padding, no batches."""
+    """Score an item in the original protocol the obvious way: one row at a time, no padding, no batches."""
     nll, mean_nll = [], []
     for ending in item.endings:
         context_ids, ending_ids = tokenizer(item.ctx)["input_ids"], tokenizer(" " + ending)["input_ids"]
@@ -52,7 +52,7 @@ def score_plainly(model, tokenizer, item):
     return nll, nll.index(min(nll)), mean_nll.index(min(mean_nll))
 
 
-def assert_equals_plain_scores(model, tokenizer, items):
+def assert_matches_plain_scores(model, tokenizer, items):
     encoded = encode_hellaswag(items, tokenizer, "original")
     result = evaluate_hellaswag(model, encoded, batch_tokens=1024, show_progress=False)
     assert result.n == len(items)
@@ -63,13 +63,13 @@ def assert_equals_plain_scores(model, tokenizer, items):
     assert 0 < result.acc < 1
 
 
-def test_original_equals_one_row_at_a_time_on_the_sample(model, tokenizer, sample):
-    assert_equals_plain_scores(model, tokenizer, sample[::6])
+def test_original_protocol_matches_one_row_at_a_time_on_the_sample(model, tokenizer, sample):
+    assert_matches_plain_scores(model, tokenizer, sample[::6])
 
 
 @pytest.mark.skipif(not REAL_FILE.exists(), reason="HellaSwag's validation items are not on this machine")
-def test_original_equals_one_row_at_a_time_on_real_items(model, tokenizer):
-    assert_equals_plain_scores(model, tokenizer, random.Random(1).sample(load_hellaswag(REAL_FILE), 40))
+def test_original_protocol_matches_one_row_at_a_time_on_real_items(model, tokenizer):
+    assert_matches_plain_scores(model, tokenizer, random.Random(1).sample(load_hellaswag(REAL_FILE), 40))
 
 
 def test_batch_budget_and_order_do_not_change_the_numbers(model, tokenizer, sample):
@@ -86,7 +86,7 @@ def test_batch_budget_and_order_do_not_change_the_numbers(model, tokenizer, samp
             assert by_ind[scored.ind].predicted == scored.predicted
 
 
-def test_a_long_context_loses_its_left_and_is_counted(tokenizer, sample):
+def test_a_long_context_is_truncated_on_the_left_and_counted(tokenizer, sample):
     model = build_model(n_positions=48)
     encoded = encode_hellaswag(sample[20:28], tokenizer, "original")
     result = evaluate_hellaswag(model, encoded, show_progress=False)
@@ -106,7 +106,7 @@ def test_a_long_context_loses_its_left_and_is_counted(tokenizer, sample):
         evaluate_hellaswag(build_model(n_positions=4), encoded, show_progress=False)
 
 
-def test_the_model_and_the_random_state_stay_as_they_were(tokenizer, sample):
+def test_the_model_and_the_random_state_are_unchanged(tokenizer, sample):
     model = build_model()
     encoded = encode_hellaswag(sample[:4], tokenizer, "original")
     expected = evaluate_hellaswag(model, encoded, show_progress=False)
@@ -124,7 +124,7 @@ def test_the_model_and_the_random_state_stay_as_they_were(tokenizer, sample):
 
 
 class FixedLogits(torch.nn.Module):
-    """A bfloat16 model whose logits are a table by input token: every precision question becomes the scorer's own."""
+    """A bfloat16 model whose logits come from a table by input token; any loss of precision is the scorer's."""
 
     def __init__(self, table):
         super().__init__()
@@ -150,7 +150,7 @@ def test_log_softmax_and_sums_are_in_float32():
     assert result.scored_items[0].nll[0] == pytest.approx(expected, abs=1e-3)
 
 
-def test_plain_rows_are_said_once(tokenizer, sample, capsys):
+def test_the_fallback_to_plain_rows_is_reported_once(tokenizer, sample, capsys):
     class GPT2WithoutMask(GPT2LMHeadModel):
         def forward(self, input_ids, use_cache):
             return super().forward(input_ids, use_cache=use_cache)
@@ -169,20 +169,20 @@ def test_plain_rows_are_said_once(tokenizer, sample, capsys):
     assert line.startswith("GPT2WithoutMask does not support a 4-D attention mask")
 
 
-def test_progress_says_the_protocol_and_the_running_score(model, tokenizer, sample, capsys, monkeypatch):
+def test_progress_shows_the_protocol_and_the_running_score(model, tokenizer, sample, capsys, monkeypatch):
     encoded = encode_hellaswag(sample[:4], tokenizer, "lm_eval")
     evaluate_hellaswag(model, encoded, batch_tokens=1)
-    assert capsys.readouterr().err == ""  # a log
+    assert capsys.readouterr().err == ""  # not a terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    # Shown after every batch, however fast.
+    # Refresh after every batch, however fast.
     monkeypatch.setattr(hellaswag, "tqdm", functools.partial(hellaswag.tqdm, mininterval=0, miniters=1))
     evaluate_hellaswag(model, encoded, batch_tokens=1)
     bar = capsys.readouterr().err
     assert "HellaSwag lm_eval" in bar and "4/4" in bar and "acc_norm 0." in bar
-    assert not bar.rsplit("\r", 2)[1].strip()  # it leaves an empty line behind
+    assert not bar.rsplit("\r", 2)[1].strip()  # the finished bar clears its line
 
 
-def test_numbers_that_are_not_finite_are_refused(tokenizer, sample):
+def test_non_finite_scores_are_rejected(tokenizer, sample):
     model = build_model()
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     with pytest.raises(UserError, match="non-finite log-probability for item 0"):
@@ -195,17 +195,17 @@ def make_encoded(labels, lengths):
 
 
 def test_reduction_picks_by_sum_and_by_mean():
-    # By sum ending 0 wins with 6; by mean ending 3 with 8 / 8.
+    # By sum, ending 0 wins with 6; by mean, ending 3 wins with 8 / 8.
     encoded = make_encoded(labels=[0, 3, 3, 3, 1], lengths=(2, 3, 4, 8))
     result = reduce_nll(encoded, [[6.0, 7.0, 9.0, 8.0]] * 5)
     assert {(item.predicted, item.predicted_norm) for item in result.scored_items} == {(0, 3)}
     assert (result.n, result.acc, result.acc_norm) == (5, 0.2, 0.6)
-    # The sample standard deviations of [1, 0, 0, 0, 0] and [0, 1, 1, 1, 0], over the root of 5.
+    # The sample standard deviations of [1, 0, 0, 0, 0] and [0, 1, 1, 1, 0], divided by the square root of 5.
     assert result.acc_stderr == pytest.approx(0.2)
     assert result.acc_norm_stderr == pytest.approx(math.sqrt(0.3 / 5))
 
 
-def test_reduction_at_the_edges():
+def test_reduction_of_edge_cases():
     tie = reduce_nll(make_encoded([1], (2, 2, 0, 2)), [[5.0, 4.0, 6.0, 4.0]])
     assert (tie.scored_items[0].predicted, tie.scored_items[0].predicted_norm) == (1, 1)
     assert (tie.acc, tie.acc_stderr) == (1.0, None)

@@ -1,4 +1,4 @@
-"""The metric as a module of `evaluate`, opened by its path without a network."""
+"""The metric as a module of `evaluate`, loaded from its path without a network."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from modeling_gpt2_repro.evaluation.hellaswag import reduce_nll
 from modeling_gpt2_repro.evaluation.hellaswag_protocols import EncodedHellaSwag, EncodedItem
 
 MODULE = Path(hellaswag.__file__).with_name("hellaswag_accuracy")
-# By sum ending 0 wins with 6, by mean ending 3 with 8 / 8.
+# By sum, ending 0 wins with 6; by mean, ending 3 wins with 8 / 8.
 NLL, LENGTHS, LABELS = [[6.0, 7.0, 9.0, 8.0]] * 5, [[2, 3, 4, 8]] * 5, [0, 3, 3, 3, 1]
 
 
@@ -23,7 +23,7 @@ def metric(tmp_path, monkeypatch):
 
 def test_accuracies_follow_from_sums_and_lengths(metric):
     scores = metric.compute(predictions=NLL, lengths=LENGTHS, references=LABELS)
-    # The sample standard deviations of [1, 0, 0, 0, 0] and [0, 1, 1, 1, 0], over the root of 5.
+    # The sample standard deviations of [1, 0, 0, 0, 0] and [0, 1, 1, 1, 0], divided by the square root of 5.
     assert scores == {
         "acc": 0.2,
         "acc_stderr": pytest.approx(0.2),
@@ -32,7 +32,7 @@ def test_accuracies_follow_from_sums_and_lengths(metric):
     }
 
 
-def test_it_is_the_reduction_that_the_scripts_report(metric):
+def test_it_matches_the_scores_that_the_scripts_report(metric):
     items = [EncodedItem([1], [[2]] * 4, i, label, tuple(LENGTHS[i])) for i, label in enumerate(LABELS)]
     result = reduce_nll(EncodedHellaSwag("lm_eval", tuple(items)), NLL)
     for nll, lengths, label in zip(NLL, LENGTHS, LABELS, strict=True):
@@ -42,6 +42,6 @@ def test_it_is_the_reduction_that_the_scripts_report(metric):
     }
 
 
-def test_the_first_of_equals_wins_and_an_ending_without_length_never():
+def test_the_first_of_equal_endings_wins_and_an_empty_ending_never_does():
     assert multiple_choice.pick_endings([5.0, 4.0, 6.0, 4.0], [2, 2, 0, 2]) == (1, 1)
     assert multiple_choice.compute_accuracies([(1, 1)], [1])["acc_stderr"] is None

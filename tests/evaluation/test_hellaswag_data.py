@@ -1,4 +1,4 @@
-"""HellaSwag's items: what is read, and what a malformed file is answered with."""
+"""Reading HellaSwag's items, and the errors for malformed files."""
 
 import codecs
 import gzip
@@ -44,7 +44,7 @@ def test_rows_become_items_with_number_or_text_labels(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\r\n\r\n"])
-def test_a_file_of_windows_or_an_old_mac(tmp_path, end):
+def test_files_from_windows_and_old_macs_are_read(tmp_path, end):
     path = tmp_path / "items.jsonl"
     lines = [json.dumps({**GOOD_ROW, "ind": ind}) for ind in range(3)]
     path.write_bytes(codecs.BOM_UTF8 + end.join([*lines, ""]).encode())
@@ -83,7 +83,7 @@ def without(field):
         ("{'ind': 7}", "not a JSON object"),
     ],
 )
-def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path, bad_row, complaint):
+def test_a_malformed_row_is_reported_with_file_line_and_field(tmp_path, bad_row, complaint):
     path = write_rows(tmp_path / "items.jsonl", GOOD_ROW, bad_row)
     with pytest.raises(UserError) as error:
         load_hellaswag(path)
@@ -91,7 +91,7 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path, bad_row, comp
     assert complaint in str(error.value)
 
 
-def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
+def test_bytes_that_are_not_text_are_reported_with_their_line(tmp_path):
     path = write_rows(tmp_path / "items.jsonl", GOOD_ROW)
     path.write_bytes(
         path.read_bytes() + json.dumps({**GOOD_ROW, "ctx": "caf\u00e9"}, ensure_ascii=False).encode("latin-1")
@@ -122,7 +122,7 @@ def to_lines(*rows):
 
 
 def save_table(path, write):
-    """Write the rows as the Hub's files have them, whose labels are texts."""
+    """Write the rows as the files on the Hub have them, with labels as strings."""
     import datasets
 
     dataset = datasets.Dataset.from_list(
@@ -164,7 +164,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_in_which_the_items_come_is_read(tmp_path, form):
+def test_every_published_format_of_the_items_is_read(tmp_path, form):
     FORMS[form](tmp_path / "items")
     first, second = load_hellaswag(tmp_path / "items")
     assert (first.ind, first.label, first.ctx, first.endings) == (7, 2, GOOD_ROW["ctx"], tuple(GOOD_ROW["endings"]))
@@ -191,13 +191,13 @@ def test_every_form_in_which_the_items_come_is_read(tmp_path, form):
         (b"[]", "contains no HellaSwag items"),
     ],
 )
-def test_what_else_lies_under_the_name_of_the_items_is_said(tmp_path, content, complaint):
+def test_other_files_with_the_name_of_the_items_are_identified(tmp_path, content, complaint):
     (tmp_path / "items.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=rf"items\.jsonl.*{complaint}|{complaint}.*items\.jsonl"):
         load_hellaswag(tmp_path / "items.jsonl")
 
 
-def test_files_without_items_are_refused(tmp_path):
+def test_files_without_items_are_rejected(tmp_path):
     with pytest.raises(UserError, match="contains no HellaSwag items"):
         load_hellaswag(write_rows(tmp_path / "empty.jsonl", ""))
     with pytest.raises(UserError, match=r"cannot read .*missing\.jsonl"):
@@ -233,7 +233,7 @@ def test_the_shipped_sample_has_the_shape_of_hellaswag():
 
 
 @pytest.mark.skipif(not REAL_FILE.exists(), reason="HellaSwag's validation items are not on this machine")
-def test_the_full_split_is_recognised_and_shares_nothing_with_the_sample():
+def test_the_full_split_is_recognized_and_disjoint_from_the_sample():
     real, sample = load_hellaswag(REAL_FILE), load_hellaswag(SAMPLE_FILE)
     assert is_full_validation_split(real)
     assert not is_full_validation_split(real[:-1])

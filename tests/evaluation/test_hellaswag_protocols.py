@@ -1,4 +1,4 @@
-"""HellaSwag's two protocols: the tokens that a model reads, and what its scores are divided by."""
+"""HellaSwag's two protocols: the tokens that a model reads, and the lengths that its scores are divided by."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def test_original_reads_the_raw_context_and_counts_tokens(tokenizer):
     assert encoded.ending_lengths == tuple(len(ids) for ids in encoded.ending_ids)
 
 
-# What lm-evaluation-harness 0.4.13 builds for the same fields: context, continuations, characters of each ending.
+# lm-evaluation-harness 0.4.13's output for the same fields: context, continuations, characters of each ending.
 LM_EVAL_CASES = {
     "caption": (
         make_item(),
@@ -82,7 +82,7 @@ LM_EVAL_CASES = {
 
 
 @pytest.mark.parametrize(("item", "context", "continuations", "lengths"), LM_EVAL_CASES.values(), ids=LM_EVAL_CASES)
-def test_lm_eval_cleans_and_encodes_as_the_harness(tokenizer, item, context, continuations, lengths):
+def test_lm_eval_cleans_and_encodes_like_the_harness(tokenizer, item, context, continuations, lengths):
     assert render_lm_eval(item) == (context, continuations)
     encoded = encode_hellaswag([item], tokenizer, "lm_eval").items[0]
     assert encoded.ending_lengths == lengths
@@ -97,7 +97,7 @@ def split_in_pairs(text):
 
 def test_lm_eval_encodes_context_and_ending_together():
     class PairTokenizer:
-        """Joins characters in twos, so that a text's tokens depend on where it begins."""
+        """Joins characters in pairs, so a text's tokens depend on where it begins."""
 
         def __call__(self, texts, **_):
             return {"input_ids": [[int.from_bytes(pair) for pair in split_in_pairs(text.encode())] for text in texts]}
@@ -125,7 +125,7 @@ def test_all_items_are_encoded_in_a_few_calls(tokenizer, sample, protocol, monke
 
 
 @pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_a_tokenizer_that_makes_nothing_of_an_ending_is_refused(protocol):
+def test_an_ending_without_tokens_is_rejected(protocol):
     def encode(texts, **_):
         return {"input_ids": [[1] * ("dog" in text) for text in texts]}
 
@@ -134,13 +134,13 @@ def test_a_tokenizer_that_makes_nothing_of_an_ending_is_refused(protocol):
 
 
 @pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_the_text_of_a_special_token_is_ordinary_text(tokenizer, protocol):
+def test_special_tokens_in_text_are_encoded_as_text(tokenizer, protocol):
     item = make_item("a <|endoftext|> b", "c", ("<|endoftext|>", "x", "y", "z"))
     encoded = encode_hellaswag([item], tokenizer, protocol).items[0]
     assert tokenizer.eos_token_id not in encoded.context_ids + encoded.ending_ids[0]
 
 
-def test_a_protocol_is_encoded_once_and_when_it_is_wanted(sample, tokenizer, monkeypatch):
+def test_each_protocol_is_encoded_once_and_lazily(sample, tokenizer, monkeypatch):
     encoded, encode = [], hellaswag_protocols.encode_hellaswag
 
     def count(items, tokenizer, protocol):
@@ -158,7 +158,7 @@ def test_a_protocol_is_encoded_once_and_when_it_is_wanted(sample, tokenizer, mon
     assert questions.encode("lm_eval") is questions.encode("lm_eval") and encoded == ["original", "lm_eval"]
 
 
-def test_other_processes_take_the_first_ones_encoding(sample, tokenizer, monkeypatch):
+def test_other_processes_use_the_first_process_encoding(sample, tokenizer, monkeypatch):
     sent = []
     monkeypatch.setattr(devices, "broadcast_object_list", sent.append)
     first = SimpleNamespace(is_main_process=True, num_processes=2)
@@ -166,13 +166,13 @@ def test_other_processes_take_the_first_ones_encoding(sample, tokenizer, monkeyp
     encoded = questions.encode("original")
     (answer,) = sent
     monkeypatch.setattr(devices, "broadcast_object_list", lambda received: received.__setitem__(slice(None), answer))
-    monkeypatch.setattr(hellaswag_protocols, "encode_hellaswag", lambda *arguments: pytest.fail("encoded once more"))
+    monkeypatch.setattr(hellaswag_protocols, "encode_hellaswag", lambda *arguments: pytest.fail("encoded again"))
     other = SimpleNamespace(is_main_process=False, num_processes=2)
     assert HellaSwagQuestions(sample, tokenizer, other).encode("original") == encoded
 
 
 @pytest.mark.parametrize("protocol", ["original", "lm_eval"])
-def test_an_ending_too_long_for_the_model_is_refused_whatever_the_protocol(protocol, tokenizer, monkeypatch):
+def test_an_ending_too_long_for_the_model_is_rejected_in_both_protocols(protocol, tokenizer, monkeypatch):
     fits, too_long = "barks " * 5 + "loudly.", "barks " * 20 + "loudly."
     items = [make_item(endings=(fits, "sings.", "melts.", "folds."))]
     questions = HellaSwagQuestions(items, tokenizer, SimpleNamespace(is_main_process=True, num_processes=1))

@@ -1,4 +1,4 @@
-"""The package's own items: nothing but the context reveals the right ending."""
+"""The packaged sample items: only the context reveals the right ending."""
 
 import itertools
 import math
@@ -18,30 +18,30 @@ TWO_STANDARD_ERRORS = 2 * math.sqrt(len(ITEMS) * 3 / 16)
 
 @pytest.fixture(scope="module")
 def measures(tokenizer):
-    """Lengths of an ending, as functions of its text."""
+    """Measures of an ending's length, by unit."""
     return {"tokens": lambda ending: len(tokenizer(" " + ending)["input_ids"]), "characters": len}
 
 
 @pytest.mark.parametrize("unit, largest", [("tokens", 1), ("characters", 5)])
-def test_the_endings_of_an_item_have_nearly_one_length(measures, unit, largest):
+def test_the_endings_of_an_item_have_similar_lengths(measures, unit, largest):
     for item in ITEMS:
         lengths = [measures[unit](ending) for ending in item.endings]
         assert max(lengths) - min(lengths) <= largest, item.activity_label
 
 
 @pytest.mark.parametrize("unit", ["tokens", "characters"])
-def test_the_right_ending_has_each_rank_of_length_a_quarter_of_the_time(measures, unit):
+def test_the_right_ending_is_equally_often_of_each_rank_in_length(measures, unit):
     counts = np.zeros(4)
     for item in ITEMS:
         lengths = [measures[unit](ending) for ending in item.endings]
         right = lengths[item.label]
         first, n_equal = sum(each < right for each in lengths), lengths.count(right)
-        counts[first : first + n_equal] += 1 / n_equal  # equal lengths share their ranks
+        counts[first : first + n_equal] += 1 / n_equal  # ties share their ranks
     assert counts.tolist() == pytest.approx([CHANCE] * 4)
 
 
 def test_an_ending_is_right_in_one_item_and_wrong_in_three():
-    """So any score of the endings alone, of whatever model, is right once in the four items that share them."""
+    """Any model that scores endings without the context is right once in the four items that share them."""
     everywhere = Counter(ending for item in ITEMS for ending in item.endings)
     right = Counter(item.endings[item.label] for item in ITEMS)
     assert set(everywhere.values()) == {4} and set(right.values()) == {1} and everywhere.keys() == right.keys()

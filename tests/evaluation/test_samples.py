@@ -1,4 +1,4 @@
-"""Samples of a model."""
+"""Samples drawn from a model."""
 
 import copy
 
@@ -18,7 +18,7 @@ def model() -> GPT2ReproForCausalLM:
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=16, n_positions=24))
     with torch.no_grad():
-        model.transformer.wte.weight.mul_(12)  # probabilities far from uniform, so that a wrong one would show
+        model.transformer.wte.weight.mul_(12)  # probabilities far from uniform, to expose wrong ones
     return model
 
 
@@ -39,14 +39,14 @@ def test_a_sample_does_not_depend_on_the_others(model, tokenizer):
     assert generate_samples(model, tokenizer, PROMPT, n_tokens=16, seed=5, n_samples=2) == texts[:2]
 
 
-def test_the_likeliest_token_alone_is_greedy_decoding(model, tokenizer):
+def test_top_k_of_one_is_greedy_decoding(model, tokenizer):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     expected = model.eval().generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     text = generate_samples(model, tokenizer, PROMPT, n_tokens=20, top_k=1, n_samples=1)[0]
     assert text == tokenizer.decode(expected[0])
 
 
-def test_a_sample_ends_before_its_end_of_text_token(model, tokenizer):
+def test_a_sample_stops_before_its_end_of_text_token(model, tokenizer):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     drawn = model.eval().generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[0].tolist()
     end = drawn.index(drawn[ids.shape[1] + 3], ids.shape[1])
@@ -56,7 +56,7 @@ def test_a_sample_ends_before_its_end_of_text_token(model, tokenizer):
     assert text == tokenizer.decode(drawn[:end]) != tokenizer.decode(drawn)
 
 
-def test_a_model_without_keys_and_values_reads_all_anew(tokenizer):
+def test_a_model_without_a_kv_cache_rereads_the_prefix(tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "initializer_range": 0.3}
     model = MambaForCausalLM(MambaConfig(vocab_size=50257, **sizes)).eval()
@@ -67,7 +67,7 @@ def test_a_model_without_keys_and_values_reads_all_anew(tokenizer):
     assert text == tokenizer.decode(ids)
 
 
-def test_prompts_that_leave_no_room_are_refused(model, tokenizer):
+def test_prompts_that_leave_no_room_are_rejected(model, tokenizer):
     with pytest.raises(UserError, match="no tokens"):
         generate_samples(model, tokenizer, "")
     with pytest.raises(UserError, match="8 tokens"):

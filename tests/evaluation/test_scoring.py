@@ -1,4 +1,4 @@
-"""Reading a context once for its endings: the same numbers as plain rows, or plain rows."""
+"""Scoring four endings on one reading of the context: the numbers of plain rows, or a fallback to plain rows."""
 
 import random
 from itertools import pairwise
@@ -53,7 +53,7 @@ def build_llama():
 
 
 def build_granite():
-    """Its logits are those of its head, divided."""
+    """Build a model that divides its head's logits by a constant."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return GraniteForCausalLM(
         GraniteConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=4, initializer_range=0.3, logits_scaling=3.0, **sizes)
@@ -61,19 +61,19 @@ def build_granite():
 
 
 def build_mamba():
-    """It has a state in place of attention, and ignores any mask of pairs."""
+    """Build a model with a state in place of attention, which ignores a 4-D mask."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.3}
     return MambaForCausalLM(MambaConfig(vocab_size=VOCAB_SIZE, **sizes))
 
 
 def build_bloom():
-    """Its positions come from its mask, and it has no argument for them."""
+    """Build a model that derives its positions from the mask and takes no position ids."""
     sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
     return BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, **sizes))
 
 
 def build_mistral(window=24):
-    """Its layers look back on a window, unless they are given a mask of pairs."""
+    """Build a model whose layers attend to a window, unless they are given a 4-D mask."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "initializer_range": 0.3, "sliding_window": window}
     return MistralForCausalLM(MistralConfig(vocab_size=VOCAB_SIZE, **sizes))
@@ -96,7 +96,7 @@ def build(builders, name):
 
 
 def score_plainly(model, item):
-    """Each ending in a row of its own, with all logits, as one would write it down."""
+    """Score each ending the obvious way: in its own row, with all logits."""
     sums = []
     for ids in item.ending_ids:
         logits = model(torch.tensor([item.context_ids + ids])).logits[0, -len(ids) - 1 : -1]
@@ -106,7 +106,7 @@ def score_plainly(model, item):
 
 @pytest.mark.parametrize("name", SHARING)
 @torch.no_grad()
-def test_shared_contexts_give_the_numbers_of_plain_rows(name):
+def test_shared_contexts_match_plain_rows(name):
     model, items = build(SHARING, name), draw_items()
     assert scoring.can_share_context(model, items, max_positions=None)
     rows = [build_rows(item, None, shares_context=True) for item in items]
@@ -116,7 +116,7 @@ def test_shared_contexts_give_the_numbers_of_plain_rows(name):
 
 @pytest.mark.parametrize("name", NOT_SHARING)
 @torch.no_grad()
-def test_a_model_that_does_not_take_the_mask_is_found_out(name):
+def test_a_model_that_ignores_the_mask_is_detected(name):
     model, items = build(NOT_SHARING, name), draw_items()
     assert not scoring.can_share_context(model, items, max_positions=None)
     rows = [build_rows(item, None, shares_context=False) for item in items]
@@ -125,7 +125,7 @@ def test_a_model_that_does_not_take_the_mask_is_found_out(name):
 
 
 @torch.no_grad()
-def test_a_window_that_no_configuration_names_is_found_out_by_the_longest_item():
+def test_a_window_missing_from_the_config_is_detected_on_the_longest_item():
     model, items = build(NOT_SHARING, "mistral"), draw_items(n=7)
     short = [item for item in items if item.n_read_of_longest <= 24]
     del model.config.sliding_window
@@ -136,8 +136,8 @@ def test_a_window_that_no_configuration_names_is_found_out_by_the_longest_item()
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
 @torch.no_grad()
-def test_ignoring_the_mask_or_the_positions_is_found_out(ignored):
-    class Deaf(torch.nn.Module):
+def test_ignoring_the_mask_or_the_positions_is_detected(ignored):
+    class IgnoringModel(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.model = build(SHARING, "llama")
@@ -149,14 +149,14 @@ def test_ignoring_the_mask_or_the_positions_is_found_out(ignored):
         def forward(self, **inputs):
             return self.model(**{name: value for name, value in inputs.items() if name != ignored})
 
-    assert not scoring.can_share_context(Deaf(), draw_items(), max_positions=None)
+    assert not scoring.can_share_context(IgnoringModel(), draw_items(), max_positions=None)
     for dtype in (torch.bfloat16, torch.float16):
-        assert not scoring.can_share_context(Deaf().to(dtype), draw_items(), max_positions=None)
+        assert not scoring.can_share_context(IgnoringModel().to(dtype), draw_items(), max_positions=None)
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2", "llama"])
 @torch.no_grad()
-def test_low_precision_does_not_pass_for_ignoring_the_mask(name):
+def test_low_precision_is_not_mistaken_for_ignoring_the_mask(name):
     for seed in range(4):
         items = draw_items(seed=seed)
         assert scoring.can_share_context(build(SHARING, name).bfloat16(), items, max_positions=None)
@@ -165,7 +165,7 @@ def test_low_precision_does_not_pass_for_ignoring_the_mask(name):
 
 
 @torch.no_grad()
-def test_memory_that_does_not_suffice_is_not_taken_for_a_model_without_masks(monkeypatch):
+def test_running_out_of_memory_is_not_mistaken_for_ignoring_the_mask(monkeypatch):
     model = build(SHARING, "ours")
     answers = iter([scoring.score_items(model, [build_rows(draw_items(1)[0], None, False)]), torch.OutOfMemoryError()])
 
@@ -181,20 +181,20 @@ def test_memory_that_does_not_suffice_is_not_taken_for_a_model_without_masks(mon
 
 
 @torch.no_grad()
-def test_the_head_sees_only_what_predicts_an_ending_and_the_model_each_context_once():
+def test_the_model_reads_each_context_once_and_the_head_only_targets():
     model, items = build(SHARING, "ours"), draw_items()
     seen = {}
     model.lm_head.register_forward_hook(lambda _, inputs, __: seen.update(head=inputs[0].shape[:-1].numel()))
     model.transformer.h[0].register_forward_hook(lambda _, inputs, __: seen.update(rows=len(inputs[0])))
     scoring.score_items(model, [build_rows(item, None, shares_context=True) for item in items])
-    # The first tokens of the four endings of an item are predicted from one place.
+    # The first tokens of an item's four endings are predicted from the same position.
     n_targets = sum(len(ids) for item in items for ids in item.ending_ids)
     assert seen == {"head": n_targets - 3 * len(items), "rows": len(items)}
     assert not model.lm_head._forward_pre_hooks
 
 
 class FixedLogits(torch.nn.Module):
-    """A model without a head of its own, whose logits are a table by input token."""
+    """A model without an output head, whose logits come from a table by input token."""
 
     def __init__(self, table):
         super().__init__()
@@ -208,7 +208,7 @@ class FixedLogits(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_a_model_whose_head_is_no_module_is_scored_by_its_logits():
+def test_a_model_without_a_head_module_is_scored_by_its_logits():
     model, (item,) = FixedLogits(torch.randn(VOCAB_SIZE, VOCAB_SIZE)), draw_items(1)
     (sums,) = scoring.score_items(model, [build_rows(item, None, shares_context=False)])
     table = model.table.double().log_softmax(-1)
@@ -217,7 +217,7 @@ def test_a_model_whose_head_is_no_module_is_scored_by_its_logits():
     assert sums == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_budget_is_a_power_of_two_that_half_of_the_free_memory_holds(monkeypatch):
+def test_the_budget_is_a_power_of_two_within_half_of_the_free_memory(monkeypatch):
     model = build(SHARING, "ours")
     bytes_per_token = 4 * (model.config.vocab_size + 32 * model.config.n_embd)
 
@@ -232,7 +232,7 @@ def test_the_budget_is_a_power_of_two_that_half_of_the_free_memory_holds(monkeyp
 
 
 @pytest.mark.parametrize("selects_places", [True, False])
-def test_sums_are_those_of_exact_logits_under_an_autocast(selects_places):
+def test_autocast_does_not_change_the_sums(selects_places):
     model = build_model()
     silence_blocks(model)
     rows = [[item] for item in draw_items()]
@@ -241,5 +241,5 @@ def test_sums_are_those_of_exact_logits_under_an_autocast(selects_places):
         with torch.autocast("cpu", torch.bfloat16):
             sums = scoring.score_items(model, rows, selects_places)
             assert torch.is_autocast_enabled("cpu")
-            assert model.lm_head(torch.zeros(1, 48)).dtype == torch.bfloat16  # the hooks are gone
+            assert model.lm_head(torch.zeros(1, 48)).dtype == torch.bfloat16  # the hooks are removed
     assert torch.allclose(torch.tensor(sums), torch.tensor(exact), atol=1e-3, rtol=0)

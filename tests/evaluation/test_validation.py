@@ -43,14 +43,14 @@ def test_loss_is_the_mean_over_the_first_windows(model, windows, batch_size):
     assert result.bpb == pytest.approx(nats / math.log(2) / N_BYTES, rel=1e-6)
 
 
-def test_logits_are_not_asked_of_a_model_that_can_do_without(model, windows):
+def test_models_that_can_return_the_loss_alone_compute_no_logits(model, windows):
     outputs = []
     model.register_forward_hook(lambda _, arguments, output: outputs.append(output))
     evaluate_loss(model, list(windows), 7, batch_size=4, n_bytes=N_BYTES, accelerator=Accelerator())
     assert [output.logits for output in outputs] == [None, None]
 
 
-def test_more_windows_than_there_are_means_all(model, windows):
+def test_more_windows_than_available_means_all(model, windows):
     result = evaluate_loss(model, list(windows), 10**6, batch_size=4, n_bytes=N_BYTES, accelerator=Accelerator())
     assert result.n_tokens == 11 * 8
 
@@ -67,7 +67,7 @@ def test_more_windows_than_there_are_means_all(model, windows):
     ],
     ids=["gpt2", "llama"],
 )
-def test_transformers_own_models_get_the_loss_that_they_compute_themselves(windows, build):
+def test_transformers_models_get_the_loss_that_they_compute(windows, build):
     torch.manual_seed(0)
     model = build()
     result = evaluate_loss(model, list(windows), 11, batch_size=4, n_bytes=N_BYTES, accelerator=Accelerator())
@@ -78,7 +78,7 @@ def test_transformers_own_models_get_the_loss_that_they_compute_themselves(windo
 
 
 def shift_logits(model: GPT2LMHeadModel | GPT2ReproForCausalLM, shift: float) -> None:
-    """Give all logits of a model an offset, as OpenAI's weights have one, and leave all errors to the head."""
+    """Add an offset to all logits, as OpenAI's weights have one, and leave the head as the only source of error."""
     silence_blocks(model)
     with torch.no_grad():
         direction = model.transformer.ln_f.bias.normal_(std=2, generator=torch.Generator().manual_seed(0))
@@ -86,9 +86,9 @@ def shift_logits(model: GPT2LMHeadModel | GPT2ReproForCausalLM, shift: float) ->
 
 
 @pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "stock"])
-def test_logits_near_minus_100_keep_the_loss_of_float64_under_bf16(is_ours):
+def test_logits_near_minus_100_match_the_float64_loss_under_bf16(is_ours):
     model = build_pair()[0 if is_ours else 1]
-    shift_logits(model, -200.0)  # of which the layer norm takes back half
+    shift_logits(model, -200.0)  # the layer norm halves it
     windows = draw_ids(batch=24, length=49)
     result = evaluate_loss(
         model,

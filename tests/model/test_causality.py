@@ -1,4 +1,4 @@
-"""Which models count as causal language models: those whose numbers for a token do not depend on what follows it."""
+"""Detecting whether a model is causal: its outputs for a token must not depend on later tokens."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from modeling_gpt2_repro.model.causality import check_causal, looks_ahead
 
 CAUSAL = ["gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "openai-gpt", "ctrl", "opt", "bloom", "mpt", "xglm"]
 CAUSAL += ["llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi", "phi3", "olmo2", "cohere", "stablelm"]
-CAUSAL += ["mixtral", "qwen2_moe", "granitemoe", "gpt_oss"]  # whose experts sum in an order that depends on all tokens
-CAUSAL += ["mamba", "rwkv", "recurrent_gemma", "qwen3_next"]  # whose past is a state
+CAUSAL += ["mixtral", "qwen2_moe", "granitemoe", "gpt_oss"]  # the order of their experts' sums depends on all tokens
+CAUSAL += ["mamba", "rwkv", "recurrent_gemma", "qwen3_next"]  # recurrent
 CAUSAL += ["bart", "biogpt", "modernbert-decoder"]
 BIDIRECTIONAL = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "big_bird", "roformer", "megatron-bert"]
 BIDIRECTIONAL += ["xlnet", "xlm", "rembert", "ernie", "roc_bert"]
@@ -26,32 +26,32 @@ def build(model_type, **changes):
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("model_type", CAUSAL)
-def test_causal_models_are_known_in_any_precision(model_type, dtype):
+def test_causal_models_are_recognized_in_any_precision(model_type, dtype):
     check_causal(build(model_type).to(dtype), "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", BIDIRECTIONAL)
-def test_models_that_read_ahead_are_refused_in_any_precision(model_type, dtype):
-    """Fresh ones, which attend to everything a little and to nothing much; XLNet does not run in bfloat16."""
+def test_models_that_look_ahead_are_rejected_in_any_precision(model_type, dtype):
+    """Test fresh models, whose attention is nearly uniform; XLNet does not run in bfloat16."""
     with pytest.raises(UserError, match=r"is not causal|forward pass fails"):
         check_causal(build(model_type).to(dtype), "x")
 
 
-def test_an_encoder_that_is_made_a_decoder_is_causal():
+def test_an_encoder_configured_as_a_decoder_is_causal():
     for model_type in ("bert", "roberta", "electra", "roformer"):
         assert not looks_ahead(build(model_type, is_decoder=True))
 
 
 @pytest.mark.parametrize("n_positions", [1, 2, 3, 7])
-def test_sizes_leave_room_for_the_question(n_positions):
+def test_models_with_few_positions_can_be_checked(n_positions):
     assert not looks_ahead(build_model(n_positions=n_positions, vocab_size=3))
-    # RoBERTa's positions begin behind that of its padding.
+    # RoBERTa's positions begin after the padding's.
     is_readable = n_positions > 2
     assert looks_ahead(build("roberta", max_position_embeddings=n_positions + 2, vocab_size=5)) or not is_readable
 
 
-def test_our_own_model_is_causal_and_stays_as_it_was():
+def test_our_own_model_is_causal_and_unchanged_by_the_check():
     model = build_model()
     model.train()
     before = torch.get_rng_state()
@@ -61,7 +61,7 @@ def test_our_own_model_is_causal_and_stays_as_it_was():
 
 
 class Windowed(GPT2LMHeadModel):
-    """Looks one token ahead, and is causal in everything else."""
+    """Looks one token ahead, and is causal otherwise."""
 
     def forward(self, *args, **kwargs):
         logits = super().forward(*args, **kwargs).logits
@@ -69,7 +69,7 @@ class Windowed(GPT2LMHeadModel):
 
 
 class Detached(GPT2LMHeadModel):
-    """A model that autograd does not pass, as of some kernels for quantized weights."""
+    """A model without gradients, as with some kernels for quantized weights."""
 
     def forward(self, *args, **kwargs):
         with torch.no_grad():
@@ -83,5 +83,5 @@ class DetachedWindowed(Windowed):
 
 
 @pytest.mark.parametrize("kind, expected", [(Windowed, True), (Detached, False), (DetachedWindowed, True)])
-def test_what_no_configuration_tells_is_found_out(kind, expected):
+def test_looking_ahead_is_detected_without_the_config(kind, expected):
     assert looks_ahead(kind(build_config("gpt2")).eval()) is expected

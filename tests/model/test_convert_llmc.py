@@ -1,4 +1,4 @@
-"""llm.c's model files, as its train_gpt2.py and its C programs write them."""
+"""llm.c's model files, as written by its train_gpt2.py and its C programs."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LLMC_ORDER = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_p
 
 
 def save_llmc(path, reference, version=3, magic=20240326, n_rows=128):
-    """Write what llm.c's train_gpt2.py and its C programs write."""
+    """Write a model file as llm.c's train_gpt2.py and its C programs do."""
     weights, vocab_size = reference.state_dict(), reference.lm_head.out_features
     header = torch.zeros(256, dtype=torch.int32)
     sizes = [SHAPE["block_size"], vocab_size, SHAPE["n_layer"], reference.n_head, SHAPE["n_embd"], n_rows]
@@ -37,7 +37,7 @@ def test_llmc(tmp_path, version):
     assert_same_function(model, reference.bfloat16().float() if version == 5 else reference)
 
 
-def test_llmc_s_other_files_are_refused(tmp_path):
+def test_other_files_of_llmc_are_rejected(tmp_path):
     path = save_llmc(tmp_path / "gpt2.bin", Reference())
     content = path.read_bytes()
     for damaged, complaint in [

@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT, build-nanogpt and other people, converted from files as they write them."""
+"""Converting checkpoints of nanoGPT, build-nanogpt and others, from files written as these projects write them."""
 
 import argparse
 import datetime
@@ -34,12 +34,12 @@ class GPTConfig:
 
 
 def save_build_nanogpt(path, model, monkeypatch, module="__main__"):
-    """Write what build-nanogpt's train_gpt2.py writes; pickle wants to find the class where it says it is."""
+    """Write a checkpoint as build-nanogpt's train_gpt2.py does; pickle needs the class in the module that it names."""
     monkeypatch.setattr(GPTConfig, "__module__", module)
     monkeypatch.setattr(sys.modules[module], "GPTConfig", GPTConfig, raising=False)
     config = GPTConfig(vocab_size=model.lm_head.out_features)
     torch.save({"model": model.state_dict(), "config": config, "step": 250, "val_loss": 3.5}, path)
-    monkeypatch.delattr(sys.modules[module], "GPTConfig")  # who converts the file does not have the script
+    monkeypatch.delattr(sys.modules[module], "GPTConfig")  # the script is missing at conversion
     return path
 
 
@@ -70,7 +70,7 @@ def test_nanogpt_with_the_older_gelu(tmp_path, changes, asked, expected):
 def test_build_nanogpt(tmp_path, monkeypatch, module):
     reference = Reference(gelu="gelu_new", mask=True)
     path = save_build_nanogpt(tmp_path / "model_19072.pt", reference, monkeypatch, module)
-    with pytest.raises(Exception, match="GPTConfig"):  # the file is a real one: plain reading refuses it
+    with pytest.raises(Exception, match="GPTConfig"):  # like a real file, it does not load with weights_only
         torch.load(path, weights_only=True)
     lines = []
     model = load_nanogpt(path, None, report=lines.append)
@@ -95,7 +95,7 @@ def test_padding_rows_are_dropped(tmp_path, tokenizer):
 def test_bare_state_dict(tmp_path, gelu, mask, transposed):
     reference = Reference(gelu=gelu, mask=mask, n_embd=128)
     state_dict = reference.state_dict()
-    if transposed:  # as transformers' GPT2LMHeadModel has it
+    if transposed:  # as in transformers' GPT2LMHeadModel
         state_dict = convert_state_dict(state_dict)
     torch.save(state_dict, tmp_path / "weights.pt")
     model = load_nanogpt(tmp_path / "weights.pt", None)
@@ -111,7 +111,7 @@ def test_bare_state_dict_of_another_head_width(tmp_path):
     assert_same_function(load_nanogpt(tmp_path / "weights.pt", None, n_head=4), reference)
 
 
-def test_conversion_leaves_its_input_alone_and_makes_float32():
+def test_conversion_keeps_its_input_and_returns_float32():
     state_dict = Reference(bias=False, mask=True).bfloat16().state_dict()
     names, weight = list(state_dict), state_dict["transformer.h.0.attn.c_proj.weight"].clone()
     converted = convert_state_dict(state_dict)
@@ -152,7 +152,7 @@ C_FC = "transformer.h.0.mlp.c_fc.weight"
         "not-weights",
     ],
 )
-def test_weights_that_are_no_gpt2_are_refused_by_name(tmp_path, change, complaint):
+def test_weights_of_other_architectures_are_rejected(tmp_path, change, complaint):
     weights = {name: tensor.clone() for name, tensor in Reference().state_dict().items()}
     change(weights)
     torch.save({"model": weights, "model_args": {**SHAPE, "bias": True}}, tmp_path / "ckpt.pt")
@@ -172,20 +172,20 @@ def test_weights_that_are_no_gpt2_are_refused_by_name(tmp_path, change, complain
         ({"n_head": None}, 0, "not divisible by n_head 0"),
     ],
 )
-def test_contradictions_are_refused(tmp_path, changes, n_head, complaint):
+def test_contradictory_shapes_are_rejected(tmp_path, changes, n_head, complaint):
     path = save_nanogpt(tmp_path / "ckpt.pt", Reference(), **changes)
     with pytest.raises(UserError, match=complaint):
         load_nanogpt(path, None, n_head=n_head)
 
 
-def test_too_few_rows_for_the_tokenizer_are_refused(tmp_path, tokenizer):
+def test_a_vocabulary_smaller_than_the_tokenizer_is_rejected(tmp_path, tokenizer):
     path = save_nanogpt(tmp_path / "ckpt.pt", Reference(vocab_size=65))
     with pytest.raises(UserError, match=r"65 token ids, but the tokenizer has 50,257.*--tokenizer none"):
         load_nanogpt(path, tokenizer)
 
 
 def build_odd_values():
-    """What people keep beside the weights."""
+    """Return values that people keep beside the weights."""
     return {
         "best_val_loss": np.float64(3.5),
         "losses": [np.float32(3.5), torch.tensor(3.5), np.arange(3)],
@@ -221,7 +221,7 @@ def name_as_fsdp(state_dict, **others):
 
 
 def name_as_openai(state_dict, **others):
-    """GPT-2's own layout and names, the head left out."""
+    """Use GPT-2's own layout and names, without the head."""
     converted = convert_state_dict(state_dict)
     del converted["lm_head.weight"]
     return {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
@@ -242,7 +242,7 @@ def name_as_openai(state_dict, **others):
         name_as_openai,
     ],
 )
-def test_forms_that_other_people_s_checkpoints_have(tmp_path, wrap, is_legacy):
+def test_common_checkpoint_layouts_are_converted(tmp_path, wrap, is_legacy):
     reference = Reference(gelu="gelu_new", mask=True)
     content = wrap(reference.state_dict(), **build_odd_values())
     torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not is_legacy)
@@ -260,7 +260,7 @@ def build_settings(kind, reference):
 @pytest.mark.parametrize("is_legacy", [False, True])
 @pytest.mark.parametrize("kind", [dict, argparse.Namespace, types.SimpleNamespace, GPTConfig])
 @pytest.mark.parametrize("key", ["config", "model_args", "args", "hyper_parameters"])
-def test_a_shape_is_read_from_any_kind_of_settings(tmp_path, kind, key, is_legacy):
+def test_the_shape_is_read_from_any_form_of_settings(tmp_path, kind, key, is_legacy):
     reference = Reference(n_head=4)
     content = {"model": reference.state_dict(), key: build_settings(kind, reference)}
     shape = vars(content[key]) if kind is not dict else content[key]
@@ -285,7 +285,7 @@ def test_safetensors_and_other_precisions(tmp_path, dtype):
     assert_same_function(model, reference.float())
 
 
-def test_a_checkpoint_in_place_of_a_model_folder_is_told_how_to_become_one(tmp_path, shards):
+def test_a_checkpoint_given_as_a_model_folder_suggests_converting_it(tmp_path, shards):
     path = save_nanogpt(tmp_path / "ckpt.pt", Reference())
     for load in (
         load_causal_lm,
@@ -303,7 +303,7 @@ def run_command(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_command_writes_a_folder_that_stock_transformers_opens(tmp_path, tokenizer):
+def test_command_writes_a_folder_that_stock_transformers_loads(tmp_path, tokenizer):
     reference, output = Reference(vocab_size=50304, bias=False, n_embd=16), tmp_path / "model"
     path = save_nanogpt(tmp_path / "ckpt.pt", reference, n_embd=16, bias=False)
     result = run_command("--checkpoint", path, "--output_dir", output)
@@ -341,12 +341,12 @@ def test_command_without_a_tokenizer(tmp_path, capsys):
     assert main(arguments) == 2
     assert "already exists" in capsys.readouterr().err
 
-    other = output.rename(f"{output}.partial")  # which may be somebody's
+    other = output.rename(f"{output}.partial")  # may belong to somebody else
     assert main(arguments) == 2
     assert "already exists" in capsys.readouterr().err and (other / "config.json").exists()
 
 
-def test_command_leaves_nothing_behind_when_it_refuses(tmp_path, capsys):
+def test_command_leaves_nothing_behind_after_an_error(tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_text("not a checkpoint")
     assert main(["convert", "--checkpoint", str(tmp_path / "ckpt.pt"), "--output_dir", str(tmp_path / "model")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

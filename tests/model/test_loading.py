@@ -1,4 +1,4 @@
-"""What loads as a causal language model, and what is refused by name."""
+"""What loads as a causal language model, and what is rejected with its class name."""
 
 import json
 
@@ -17,7 +17,7 @@ from modeling_gpt2_repro.model import loading
 
 @pytest.fixture(scope="module")
 def save(tmp_path_factory, tokenizer):
-    """Save a model of transformers' with a tokenizer, and return the folder."""
+    """Return a function that saves one of transformers' models with a tokenizer and returns the folder."""
 
     def save(class_name, **changes):
         kind = getattr(transformers, class_name)
@@ -31,7 +31,7 @@ def save(tmp_path_factory, tokenizer):
     return save
 
 
-def test_every_command_refuses_what_reads_ahead(save, shards, tmp_path, capsys):
+def test_every_command_rejects_models_that_look_ahead(save, shards, tmp_path, capsys):
     folder = save("BertForMaskedLM", max_position_embeddings=128)
     eval_only = [f"--init_from={folder}", f"--data_dir={shards}", "--sequence_length=32", "--hellaswag_every=0"]
     eval_only += ["--eval_only", f"--output_dir={tmp_path}", "--mixed_precision=no", "--report_to=none"]
@@ -65,18 +65,18 @@ def test_every_command_refuses_what_reads_ahead(save, shards, tmp_path, capsys):
         "PegasusForConditionalGeneration",
     ],
 )
-def test_models_of_other_tasks_are_named(class_name, save):
-    """A GPT-2 that classifies has all weights of one that speaks, as the head is the embedding."""
+def test_models_of_other_tasks_are_rejected(class_name, save):
+    """A GPT-2 classifier has all weights of the language model, as the head is tied to the embedding."""
     with pytest.raises(UserError, match=class_name):
         loading.load_causal_lm(str(save(class_name)))
 
 
 @pytest.mark.parametrize("class_name", ["GPT2LMHeadModel", "GPT2Model", "GPT2DoubleHeadsModel", "BartForCausalLM"])
-def test_what_has_a_vocabulary_head_loads(class_name, save):
+def test_models_with_a_vocabulary_head_load(class_name, save):
     loading.load_causal_lm(str(save(class_name)))
 
 
-def test_a_reward_model_and_a_nameless_one(save):
+def test_a_reward_model_is_rejected_and_a_missing_class_name_accepted(save):
     folder = save("GPT2LMHeadModel")
     config = json.loads((folder / "config.json").read_text())
     for architectures, is_refused in ((["GPT2ForRewardModel"], True), (None, False), ([], False)):

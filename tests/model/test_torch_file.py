@@ -1,4 +1,4 @@
-"""Files under the name of a checkpoint: what is read, what is refused by name, and that no code in them runs."""
+"""Checkpoint files: which are read, which are rejected, and that none of them runs code."""
 
 import gzip
 import os
@@ -17,8 +17,8 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.model.convert_nanogpt import load_nanogpt
 
 
-def test_numpy_s_old_module_name_and_a_scalar_of_it(tmp_path):
-    """As files of NumPy 1 have it, whose `numpy.core` is no longer there."""
+def test_arrays_and_scalars_of_numpy_1_are_read(tmp_path):
+    """NumPy 1 pickled arrays with `numpy.core`, which NumPy 2 renamed."""
     reference, path = Reference(), tmp_path / "ckpt.pt"
     torch.save(
         {"model": reference.state_dict(), "best_val_loss": np.float32(3.5)}, path, _use_new_zipfile_serialization=False
@@ -56,7 +56,7 @@ def write_old_tar(path):
         (lambda path: np.savez(path.open("wb"), weights=np.ones(2)), "not a complete torch.save file"),
     ],
 )
-def test_what_else_lies_under_the_name_of_a_checkpoint_is_said(tmp_path, write, complaint, capfd):
+def test_other_files_with_the_name_of_a_checkpoint_are_identified(tmp_path, write, complaint, capfd):
     write(tmp_path / "ckpt.pt")
     assert (
         main(
@@ -84,11 +84,11 @@ def test_code_in_a_file_is_not_run(tmp_path, place):
         load_nanogpt(path, None)
     assert not target.exists()
     torch.load(path, weights_only=False)
-    assert target.exists()  # so it would have
+    assert target.exists()  # unsafe loading does run it
 
 
 def test_a_class_that_calls_itself_gptconfig_is_not_imported(tmp_path, monkeypatch):
-    """The name alone is known: a module of that name is never looked up, and a call of the class gives nothing."""
+    """Only the class name is known: no module of that name is imported, and calling the class does nothing."""
     (tmp_path / "evil.py").write_text("import os\nclass GPTConfig:\n    def __init__(self, *a): os.mkdir('ran')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -106,7 +106,7 @@ def test_a_class_that_calls_itself_gptconfig_is_not_imported(tmp_path, monkeypat
     assert not (tmp_path / "ran").exists()
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+def test_files_that_are_not_checkpoints_are_rejected(tmp_path):
     whole = save_nanogpt(tmp_path / "whole.pt", Reference()).read_bytes()
     (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not a checkpoint")

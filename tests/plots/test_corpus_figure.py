@@ -1,4 +1,4 @@
-"""A data folder in a picture."""
+"""The figure of a data folder."""
 
 import warnings
 
@@ -22,7 +22,7 @@ EOT = 50256
 
 @pytest.fixture(autouse=True)
 def _no_warnings():
-    """Matplotlib warns of characters that it cannot draw."""
+    """Turn Matplotlib's warnings about missing glyphs into errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -71,7 +71,7 @@ def test_frequencies_fall_with_the_rank(panels):
     assert read_legend(panels[1])[:2] == ["train: 4 ids in use", "val: 3 ids in use"]
 
 
-def test_most_common_tokens_are_bars_of_the_larger_split(panels):
+def test_the_most_common_tokens_of_the_larger_split_are_bars(panels):
     assert [bar.get_width() * 10 for bar in panels[2].patches] == pytest.approx([5, 3, 1, 1])
     assert panels[2].lines[0].get_xdata() * 6 == pytest.approx([3, 2, 1, 0])
     names = [label.get_text() for label in panels[2].get_yticklabels()]
@@ -91,7 +91,7 @@ def test_tokens_are_quoted_as_text_or_as_bytes(tokenizer):
     ]
 
 
-def test_the_same_folder_gives_the_same_picture(tmp_path):
+def test_the_same_folder_gives_the_same_figure(tmp_path):
     inspection = write(tmp_path, [EOT, 1, 2, 3])
     first, second = (draw_inspection(inspection).read_bytes() for _ in range(2))
     assert first == second
@@ -104,7 +104,7 @@ def test_odd_folders_are_drawn(tmp_path, ids):
     assert draw(tmp_path, ids).std() > 0
 
 
-def test_any_token_and_any_name_is_drawn(tmp_path, tokenizer):
+def test_any_token_and_any_folder_name_can_be_drawn(tmp_path, tokenizer):
     folder = tmp_path / "日 $x^$"
     folder.mkdir()
     texts = ["$$", "$", "の", "—", "\x00", "\\", "========================================", " $"]
@@ -113,7 +113,7 @@ def test_any_token_and_any_name_is_drawn(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 2), (2, 3), (7, 8), (15, 16), (1, 10**9), (999, 1025)])
-def test_bins_hold_every_length_and_none_is_empty_by_construction(shortest, longest):
+def test_bins_cover_every_length_and_each_contains_an_integer(shortest, longest):
     edges = list_length_edges(shortest, longest)
     assert edges[0] <= shortest
     assert edges[-1] > longest
@@ -121,7 +121,7 @@ def test_bins_hold_every_length_and_none_is_empty_by_construction(shortest, long
     assert len(edges) < 140
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "inspection.png").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*inspection\.png: "):
         draw(tmp_path, [EOT, 1, 2])

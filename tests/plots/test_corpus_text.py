@@ -1,4 +1,4 @@
-"""A data folder in words."""
+"""The text summary of a data folder."""
 
 import re
 
@@ -17,7 +17,7 @@ def describe(folder, count=0, seed=0, encoding="utf-8"):
 
 @pytest.fixture
 def write(tmp_path, tokenizer):
-    """Write texts as one shard of a folder without manifest."""
+    """Return a function that writes texts as one shard of a folder without a manifest."""
 
     def write(*texts, split="train", front=()):
         ids = [index for text in texts for index in (EOT, *tokenizer(text)["input_ids"])]
@@ -27,7 +27,7 @@ def write(tmp_path, tokenizer):
     return write
 
 
-def test_numbers_are_those_of_the_folder(write):
+def test_the_table_matches_the_folder(write):
     write(" the the the the", " the\n", split="val")
     lines = describe(write("naïve", " a b c d e f g h i", " a")).splitlines()
     table = {name: cells for name, *cells in (re.split("  +", line.strip()) for line in lines)}
@@ -61,22 +61,22 @@ def test_short_documents_are_shown_whole(write):
 
 
 @pytest.mark.parametrize("text", ["word " * 2000, "日本語🙂" * 500, "🙂" * 601, "a" * 601, "\u899a\u9418" * 301])
-def test_long_documents_are_cut(write, text):
+def test_long_documents_are_truncated(write, text):
     _, _, rest = describe(write(text), 1).partition("--- train")
     assert rest.split("\n", 1)[1] == text[:PREVIEW_CHARACTERS] + "\n[...]"
 
 
-def test_as_many_characters_as_a_preview_holds_are_not_cut(write):
+def test_documents_that_fill_the_preview_exactly_are_not_truncated(write):
     assert "[...]" not in describe(write("🙂" * PREVIEW_CHARACTERS), 1)
 
 
-def test_a_terminal_of_another_encoding_shows_all_of_it(write):
+def test_every_character_is_shown_in_any_terminal_encoding(write):
     shown = describe(write("naïve 日"), 1, encoding="ascii")
     assert shown.isascii()
     assert shown.endswith(r"na\xefve \u65e5")
 
 
-def test_a_front_without_document_is_told(write):
+def test_tokens_before_the_first_document_are_reported(write):
     shown = describe(write("a b", "", front=[5, 6, 7]))
     assert "no manifest: assuming ids of openai-community/gpt2, 50,257 ids, end-of-text id 50256" in shown
     assert "train begins inside a document: its 3 tokens before" in shown

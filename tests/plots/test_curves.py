@@ -1,4 +1,4 @@
-"""A run's numbers by step, from its folder or from the original script's log."""
+"""A run's metrics by step, from its folder or from the original script's log."""
 
 import json
 
@@ -25,7 +25,7 @@ def write_metrics(folder, lines: list[str]) -> None:
     (folder / "metrics.jsonl").write_text("\n".join(lines))
 
 
-def test_numbers_that_are_none_and_half_a_line_are_passed_over(run_folder):
+def test_null_numbers_and_incomplete_lines_are_skipped(run_folder):
     write_metrics(
         run_folder,
         [
@@ -45,7 +45,7 @@ def test_numbers_that_are_none_and_half_a_line_are_passed_over(run_folder):
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
-def test_a_log_may_come_from_windows(tmp_path, end):
+def test_logs_from_windows_are_read(tmp_path, end):
     log = tmp_path / "mine.log.txt"
     log.write_bytes(end.join(["0 val 10.9", "1 val 9.5", ""]).encode("utf-8-sig"))
     assert load_curves(log).get("val/loss").values.tolist() == [10.9, 9.5]
@@ -54,12 +54,12 @@ def test_a_log_may_come_from_windows(tmp_path, end):
         load_curves(log)
 
 
-def test_lines_in_disorder_are_put_in_order(run_folder):
+def test_unordered_lines_are_sorted(run_folder):
     write_metrics(run_folder, [json.dumps({"step": step, "train/loss": step / 2}) for step in (3, 1, 2)])
     assert load_curves(run_folder).get("train/loss").steps.tolist() == [1, 2, 3]
 
 
-def test_hours_of_what_has_no_time_of_its_own_lie_between(run_folder):
+def test_hours_of_metrics_without_a_time_are_interpolated(run_folder):
     lines = [{"step": step, "train/elapsed_seconds": 3600.0 * step} for step in (1, 2, 4)]
     write_metrics(run_folder, [json.dumps(line) for line in [*lines, {"step": 3, "val/loss": 1.0}]])
     curves = load_curves(run_folder)
@@ -76,14 +76,14 @@ def test_the_original_scripts_log_is_read_with_its_numbering(tmp_path):
     assert curves.get("hellaswag/acc_norm").values.tolist() == [0.2487]
 
 
-def test_a_folder_with_only_a_log_is_its_run(tmp_path):
+def test_a_folder_with_only_a_log_is_read_as_a_run(tmp_path):
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "log.txt").write_text("0 train 10.9\n")
     assert load_curves(tmp_path / "log").name == "log"
     assert load_curves(tmp_path / "log" / "log.txt").tokens_per_step == 524_288
 
 
-def test_the_log_of_a_run_of_ours_says_what_its_metrics_say(run_folder):
+def test_a_runs_log_matches_its_metrics(run_folder):
     write_metrics(run_folder, ['{"step": 7, "train/loss": 4.25}', '{"step": 7, "val/loss": 4.5}'])
     (run_folder / "log.txt").write_text("6 train 4.250000\n7 val 4.5000\n")
     ours, log = load_curves(run_folder), load_curves(run_folder / "log.txt")
@@ -92,7 +92,7 @@ def test_the_log_of_a_run_of_ours_says_what_its_metrics_say(run_folder):
 
 
 @pytest.mark.parametrize("content", [None, "", "{}\n", '{"step": 3}\n', "\x00\xff"])
-def test_what_holds_no_numbers_is_refused_in_a_line(run_folder, content):
+def test_a_run_without_metrics_is_rejected(run_folder, content):
     if content is not None:
         (run_folder / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
@@ -100,14 +100,14 @@ def test_what_holds_no_numbers_is_refused_in_a_line(run_folder, content):
 
 
 @pytest.mark.parametrize("content", ["", "hello\n", "1 train\n", "epoch 1 loss 3.5\n"])
-def test_a_text_that_is_no_log_is_refused(tmp_path, content):
+def test_a_text_that_is_not_a_log_is_rejected(tmp_path, content):
     (tmp_path / "log.txt").write_text(content)
     with pytest.raises(UserError, match="not a log of the original script"):
         load_curves(tmp_path / "log.txt")
 
 
 @pytest.mark.skipif(not REFERENCE_LOG.exists(), reason="needs ../shared/data/reference_runs, a log of a public run")
-def test_a_real_log_is_read_whole():
+def test_a_real_log_is_read_completely():
     curves = load_curves(REFERENCE_LOG)
     assert {name: len(series) for name, series in curves.series.items()} == {
         "train/loss": 19073,

@@ -1,4 +1,4 @@
-"""Drawing beside a training, in real processes."""
+"""Drawing in a separate process while training runs."""
 
 import contextlib
 import os
@@ -33,10 +33,10 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def find_drawers(folder: RunFolder, parent: int | None = None) -> list[psutil.Process]:
-    """Return the children of a process (`None`: of this one) that draw a run's curves."""
+    """Return the children of a process (None: of this one) that draw a run's curves."""
 
     def is_drawer(child: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+        with contextlib.suppress(psutil.NoSuchProcess):  # the child has exited
             return child.cmdline()[-1:] == [str(folder)]
         return False
 
@@ -44,7 +44,7 @@ def find_drawers(folder: RunFolder, parent: int | None = None) -> list[psutil.Pr
 
 
 def find_drawer(folder: RunFolder, parent: int | None = None) -> psutil.Process:
-    """Return the one process that draws, once the system knows its command."""
+    """Return the drawing process, once the system knows its command line."""
     wait_for(lambda: find_drawers(folder, parent))
     (process,) = find_drawers(folder, parent)
     return process
@@ -60,7 +60,7 @@ def warnings() -> list[str]:
     return []
 
 
-def test_pictures_come_while_the_run_goes_on_and_another_at_its_end(folder, warnings):
+def test_figures_are_drawn_during_the_run_and_at_its_end(folder, warnings):
     with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
         wait_for(folder.curves.exists)
@@ -68,24 +68,24 @@ def test_pictures_come_while_the_run_goes_on_and_another_at_its_end(folder, warn
         write_run(folder.path, build_lines(40))
         wait_for(lambda: curves.request() or folder.curves.read_bytes() != first)
         second = folder.curves.read_bytes()
-        assert find_drawers(folder) == [process]  # to start another one would take seconds of a core
+        assert find_drawers(folder) == [process]  # starting another would cost a core several seconds
         write_run(folder.path, build_lines(60))
     assert folder.curves.read_bytes() not in (first, second)
     assert not process.is_running() and warnings == []
 
 
-def test_a_request_does_not_wait_for_the_process_that_draws(folder, warnings):
+def test_a_request_does_not_wait_for_the_drawing_process(folder, warnings):
     with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
         process = find_drawer(folder)
-        process.suspend()  # draws as slowly as can be
+        process.suspend()  # as slow as drawing can be
         for _ in range(1000):
             curves.request()
         assert find_drawers(folder) == [process]  # one at a time
     assert folder.curves.exists() and not process.is_running() and warnings == []
 
 
-def test_a_picture_that_fails_is_said_once(folder, warnings):
+def test_a_failed_figure_is_reported_once(folder, warnings):
     folder.curves.mkdir()
     with CurveDrawer(folder, warnings.append) as curves:
         wait_for(lambda: curves.request() or warnings)
@@ -94,7 +94,7 @@ def test_a_picture_that_fails_is_said_once(folder, warnings):
     assert warning.startswith("drawing curves.png failed, training continues: cannot write ")
 
 
-def test_a_process_that_is_killed_is_said_once_and_started_anew(folder, warnings):
+def test_a_killed_drawing_process_is_reported_once_and_restarted(folder, warnings):
     with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
         for _ in range(2):
@@ -106,8 +106,8 @@ def test_a_process_that_is_killed_is_said_once_and_started_anew(folder, warnings
     assert warnings == ["drawing curves.png failed, training continues: the drawing process was killed"]
 
 
-def test_a_batch_system_may_stop_the_process_that_draws(folder, warnings):
-    """It asks all processes of a run to stop; the run itself then draws the last picture."""
+def test_a_batch_system_can_stop_the_drawing_process(folder, warnings):
+    """It signals all processes of a run; the run itself then draws the last figure."""
     with CurveDrawer(folder, warnings.append) as curves:
         curves.request()
         process = find_drawer(folder)
@@ -116,7 +116,7 @@ def test_a_batch_system_may_stop_the_process_that_draws(folder, warnings):
     assert folder.curves.exists() and warnings == []
 
 
-def test_a_run_that_fails_has_its_curves_and_one_that_is_interrupted_ends(folder, warnings):
+def test_a_failed_run_draws_its_curves_and_an_interrupted_one_does_not(folder, warnings):
     with pytest.raises(ValueError), CurveDrawer(folder, warnings.append):
         raise ValueError
     assert folder.curves.exists()
@@ -133,7 +133,7 @@ def test_only_one_process_of_a_run_draws(folder, warnings):
     assert not folder.curves.exists()
 
 
-def test_it_ends_with_a_run_that_is_killed(folder):
+def test_the_drawing_process_exits_when_the_run_is_killed(folder):
     program = (
         "import sys, time\n"
         "from modeling_gpt2_repro.plots.drawer import CurveDrawer, RunFolder\n"
@@ -148,7 +148,7 @@ def test_it_ends_with_a_run_that_is_killed(folder):
     process.wait(PATIENCE_SECONDS)
 
 
-def test_a_run_may_be_called_like_a_flag(tmp_path, monkeypatch, warnings):
+def test_a_run_can_be_named_like_a_flag(tmp_path, monkeypatch, warnings):
     monkeypatch.chdir(tmp_path)
     folder = RunFolder(write_run(tmp_path / "--hours", build_lines(5)).name)
     with CurveDrawer(folder, warnings.append) as curves:
@@ -157,7 +157,7 @@ def test_a_run_may_be_called_like_a_flag(tmp_path, monkeypatch, warnings):
     assert warnings == []
 
 
-def test_a_run_without_numbers_is_not_drawn_and_not_complained_of(tmp_path, warnings):
+def test_a_run_without_metrics_is_silently_not_drawn(tmp_path, warnings):
     folder = RunFolder(tmp_path)
     with CurveDrawer(folder, warnings.append) as curves:
         curves.request()

@@ -1,4 +1,4 @@
-"""Pictures of runs."""
+"""The figures of runs."""
 
 from pathlib import Path
 
@@ -36,14 +36,14 @@ def find_panel(figure, title: str):
 
 
 def read_references(figure) -> dict[str, float]:
-    """Return the labels of the dashed lines, with their heights."""
+    """Return the heights of the dashed lines, by label."""
     texts = [text for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
     dashed = [line.get_ydata()[0] for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
     assert sorted(dashed) == sorted(text.xy[1] for text in texts)
     return {text.get_text(): text.xy[1] for text in texts}
 
 
-def test_curves_show_what_the_metrics_say(tmp_path):
+def test_curves_match_the_metrics(tmp_path):
     lines = build_lines(50)
     picture = draw(tmp_path, lines)
     other = draw(tmp_path, [*lines[:-1], {**lines[-1], "val/loss": 9.0}])
@@ -61,11 +61,11 @@ def test_curves_show_what_the_metrics_say(tmp_path):
         [{"step": step, "train/loss": 3.0} for step in (1, 2)],
     ],
 )
-def test_runs_that_have_hardly_begun_are_drawn(tmp_path, lines):
+def test_runs_with_few_steps_are_drawn(tmp_path, lines):
     assert draw(tmp_path, lines).std() > 0
 
 
-def test_an_early_loss_does_not_squash_the_rest(tmp_path):
+def test_an_early_high_loss_does_not_set_the_scale(tmp_path):
     figure = build_curves_figure([load_curves(write_run(tmp_path / "run", build_lines(2000)))])
     panel = find_panel(figure, "loss")
     low, high = panel.get_ylim()
@@ -75,14 +75,14 @@ def test_an_early_loss_does_not_squash_the_rest(tmp_path):
     assert find_panel(short, "loss").get_ylim()[1] > 11
 
 
-def test_a_gradient_out_of_hand_does_not_squash_the_rest(tmp_path):
+def test_an_exploding_gradient_does_not_set_the_scale(tmp_path):
     norms = [100.0 if step == 30 else 1.0 for step in range(1, 201)]
     lines = [{"step": step, "train/grad_norm": norm} for step, norm in enumerate(norms, start=1)]
     panel = find_panel(build_curves_figure([load_curves(write_run(tmp_path / "run", lines))]), "gradient norm")
     assert panel.get_ylim()[0] == 0 and 1 < panel.get_ylim()[1] < 2
 
 
-def test_tokens_run_below_and_steps_above(tmp_path):
+def test_the_axis_below_shows_tokens_and_the_one_above_steps(tmp_path):
     figure = build_curves_figure([load_curves(write_run(tmp_path / "run", build_lines(50), tokens_per_step=2048))])
     panel = find_panel(figure, "loss")
     assert panel.get_xlabel() == "tokens"
@@ -92,7 +92,7 @@ def test_tokens_run_below_and_steps_above(tmp_path):
     assert steps.get_xlim()[1] == pytest.approx(panel.get_xlim()[1] / 2048)
 
 
-def test_runs_of_other_step_sizes_meet_over_tokens_or_hours(tmp_path):
+def test_runs_of_different_step_sizes_are_compared_over_tokens_or_hours(tmp_path):
     runs = [
         load_curves(write_run(tmp_path / name, build_lines(50), tokens_per_step=size))
         for name, size in (("small", 1024), ("large", 4096))
@@ -100,13 +100,13 @@ def test_runs_of_other_step_sizes_meet_over_tokens_or_hours(tmp_path):
     panel = find_panel(build_curves_figure(runs), "loss")
     ends = {line.get_label().split(":")[0]: max(line.get_xdata()) for line in panel.lines}
     assert ends == {"small": 50 * 1024, "large": 50 * 4096}
-    assert panel.child_axes == []  # a step is not the same on both
+    assert panel.child_axes == []  # the runs' steps have different sizes
     panel = find_panel(build_curves_figure(runs, over_hours=True), "loss")
     assert panel.get_xlabel() == "hours"
     assert {max(line.get_xdata()) for line in panel.lines} == {50 / 60}
 
 
-def test_losses_of_several_runs_are_called_comparable_only_on_the_same_tokens(tmp_path):
+def test_losses_are_labeled_comparable_only_on_the_same_tokens(tmp_path):
     def title(*names: str) -> str:
         return find_panel(build_curves_figure([load_curves(tmp_path / name) for name in names]), "loss").get_title(
             loc="left"
@@ -124,7 +124,7 @@ def test_losses_of_several_runs_are_called_comparable_only_on_the_same_tokens(tm
         assert "not known to be validated on the same tokens" in title(*others)
 
 
-def keep_baseline(data_dir: Path, **changes) -> None:
+def store_baseline(data_dir: Path, **changes) -> None:
     fields = {
         "model": "openai-community/gpt2",
         "val_checksums": list_checksums(data_dir, "val"),
@@ -144,7 +144,7 @@ def data_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def list_references(data_dir, tmp_path):
-    """Draw a run on `data_dir` and return the labels of its dashed lines, with their heights."""
+    """Return a function that draws a run on `data_dir` and returns the heights of the dashed lines, by label."""
 
     def draw(**settings) -> dict[str, float]:
         measured = {
@@ -168,12 +168,12 @@ PUBLISHED_SCORES = {
 }
 
 
-def test_gpt2_is_drawn_where_it_was_measured_on_the_runs_tokens_and_items(list_references, data_dir):
+def test_gpt2_is_drawn_if_measured_on_the_runs_tokens_and_items(list_references, data_dir):
     assert list_references() == {}
-    keep_baseline(data_dir)
+    store_baseline(data_dir)
     assert list_references() == LOSS | SCORE
-    keep_baseline(data_dir, hellaswag=None, eval_tokens=256)
-    keep_baseline(data_dir, validation=None, hellaswag=None, sequence_length=16)
+    store_baseline(data_dir, hellaswag=None, eval_tokens=256)
+    store_baseline(data_dir, validation=None, hellaswag=None, sequence_length=16)
     assert list_references(eval_tokens=256) == LOSS | SCORE
     assert list_references(sequence_length=16) == SCORE
 
@@ -190,22 +190,22 @@ def test_gpt2_is_drawn_where_it_was_measured_on_the_runs_tokens_and_items(list_r
         ({"data_dir": "missing"}, {}),
     ],
 )
-def test_gpt2_is_not_drawn_beside_what_was_measured_otherwise(settings, drawn, list_references, data_dir):
-    keep_baseline(data_dir)
+def test_gpt2_is_not_drawn_if_measured_differently(settings, drawn, list_references, data_dir):
+    store_baseline(data_dir)
     assert list_references(**settings) == drawn
 
 
-def test_gpt2_is_not_drawn_once_the_validation_tokens_are_others(list_references, data_dir):
-    keep_baseline(data_dir)
+def test_gpt2_is_not_drawn_after_the_validation_tokens_change(list_references, data_dir):
+    store_baseline(data_dir)
     np.save(data_dir / "x_val_000000.npy", np.arange(1, 601, dtype=np.uint16))
     assert list_references() == {}
 
 
-def test_no_other_model_is_drawn_and_damaged_baselines_neither(list_references, data_dir):
-    keep_baseline(data_dir, model="gpt2-medium")
-    keep_baseline(data_dir, model="/models/gpt2")
+def test_other_models_and_damaged_baselines_are_not_drawn(list_references, data_dir):
+    store_baseline(data_dir, model="gpt2-medium")
+    store_baseline(data_dir, model="/models/gpt2")
     assert list_references() == {}
-    keep_baseline(data_dir, model="gpt2")
+    store_baseline(data_dir, model="gpt2")
     assert len(list_references()) == 2
     (data_dir / BASELINES_NAME).write_text("[{")
     assert list_references() == {}
@@ -254,25 +254,25 @@ AS_IN_THE_ORIGINAL = {"eval_tokens": 10_485_760, "sequence_length": 1024}
         ({"source_id": "docstrings"}, AS_IN_THE_ORIGINAL, {}),
     ],
 )
-def test_the_originals_loss_of_gpt2_stands_only_beside_its_own_tokens(
+def test_the_original_loss_of_gpt2_is_drawn_only_for_its_own_tokens(
     manifest, settings, drawn, list_references, data_dir
 ):
     save_manifest(build_manifest(**manifest), data_dir)
     assert list_references(**settings) == drawn
 
 
-def test_published_scores_stand_only_beside_the_whole_validation_set(list_references):
+def test_published_scores_are_drawn_only_for_the_full_validation_set(list_references):
     assert list_references(hellaswag_file=None, hellaswag_limit=None) == PUBLISHED_SCORES
     assert list_references(hellaswag_file=None, hellaswag_limit=10_000) == {}
     assert list_references(hellaswag_file=str(SAMPLE_FILE), hellaswag_limit=None) == {}
 
 
 @pytest.mark.skipif(not ITEMS.exists(), reason="needs ../shared/data/hellaswag_val.jsonl, all validation items")
-def test_the_whole_validation_set_is_known_by_its_items(list_references):
+def test_the_full_validation_set_is_recognized_by_its_items(list_references):
     assert list_references(hellaswag_file=str(ITEMS), hellaswag_limit=None) == PUBLISHED_SCORES
 
 
-def test_only_what_holds_for_all_runs_is_drawn_beside_several(tmp_path):
+def test_only_references_shared_by_all_runs_are_drawn_for_several(tmp_path):
     full = write_run(tmp_path / "full", build_lines(5))
     part = write_run(tmp_path / "part", build_lines(5), hellaswag_limit=100)
     (tmp_path / "log.txt").write_text("0 train 10.9\n0 hella 0.25\n")
@@ -283,16 +283,16 @@ def test_only_what_holds_for_all_runs_is_drawn_beside_several(tmp_path):
     assert read_references(build_curves_figure([load_curves(full), load_curves(part)])) == {}
 
 
-def test_smoothing_is_a_mean_over_neighbours():
+def test_smoothing_is_a_mean_over_neighbors():
     values = np.arange(400.0)
     mean, width = smooth(Series(values, values))
     assert width == 5
-    assert mean.values[2:-2].tolist() == values[2:-2].tolist()  # a straight line stays where it is
+    assert mean.values[2:-2].tolist() == values[2:-2].tolist()  # a straight line is unchanged
     assert mean.values[[0, -1]].tolist() == [1.0, 398.0]
     assert smooth(Series(values[:50], values[:50]))[1] == 1
 
 
-def test_legend_and_line_give_the_mean_of_the_last_steps_that_they_name(tmp_path):
+def test_legend_and_summary_give_the_mean_of_the_last_steps(tmp_path):
     lines = [{"step": step, "train/loss": 10 - step / 100} for step in range(1, 401)]
     run = load_curves(write_run(tmp_path, lines))
     (label,) = (text.get_text() for text in build_curves_figure([run]).axes[0].get_legend().get_texts())
@@ -314,12 +314,12 @@ def test_scores_are_drawn_with_their_standard_error_and_n(tmp_path):
 @pytest.mark.parametrize(
     "count, text", [(0, "0"), (128, "128"), (2500, "2.5k"), (524_288, "524.3k"), (1e10, "10B"), (2e12, "2T")]
 )
-def test_counts_are_written_as_people_say_them(count, text):
+def test_counts_are_abbreviated(count, text):
     assert format_count(count) == text
 
 
 @pytest.mark.filterwarnings("error")
-def test_any_name_is_drawn(tmp_path):
+def test_any_run_name_can_be_drawn(tmp_path):
     runs = [load_curves(write_run(tmp_path / name, build_lines(5))) for name in ("_$\\x^$ \U0001f600", "$_$", "名")]
     figure = build_curves_figure(runs)
     figure.canvas.draw()
@@ -328,7 +328,7 @@ def test_any_name_is_drawn(tmp_path):
 
 
 @pytest.mark.skipif(not REFERENCE_LOG.exists(), reason="needs ../shared/data/reference_runs, a log of a public run")
-def test_an_old_run_is_put_beside_a_new_one(tmp_path):
+def test_an_old_run_is_compared_with_a_new_one(tmp_path):
     run = write_run(tmp_path / "run", build_lines(50))
     figure = build_curves_figure([load_curves(run), load_curves(REFERENCE_LOG)])
     labels = find_panel(figure, "loss").get_legend_handles_labels()[1]

@@ -1,4 +1,4 @@
-"""Periods in a train loss."""
+"""Detecting periods in a train loss."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ NEEDS_LOG = pytest.mark.skipif(
 
 
 def build_loss(n_steps: int, period: float | None = None, seed: int = 0, fall_steps: float = 300) -> Series:
-    """A loss that falls and is noisy, with a wave of a third of the noise in it."""
+    """Return a falling, noisy loss with a wave of a third of the noise's amplitude."""
     steps = np.arange(1, n_steps + 1, dtype=np.float64)
     values = 3 + 8 * np.exp(-steps / fall_steps) + np.random.default_rng(seed).normal(0, 0.06, n_steps)
     return Series(steps, values + (0 if period is None else 0.02 * np.sin(2 * np.pi * steps / period)))
@@ -39,7 +39,7 @@ def test_noise_has_no_period(n_steps):
     ] * 20
 
 
-def test_a_falling_loss_hides_no_period_and_is_none():
+def test_a_falling_loss_neither_hides_a_period_nor_is_one():
     assert compute_spectrum(build_run(build_loss(140, fall_steps=1000))).powers.max() < 4
     falling = build_loss(1000, fall_steps=300)
     wave = 0.05 * np.sin(2 * np.pi * falling.steps / 20)
@@ -55,17 +55,17 @@ def test_missing_steps_do_not_shift_a_period():
 
 
 @pytest.mark.parametrize("loss", [build_loss(100), Series(np.array([]), np.array([])), build_loss(1)])
-def test_short_runs_are_refused(loss):
+def test_short_runs_are_rejected(loss):
     with pytest.raises(UserError, match="run: detecting periods needs at least 128 steps"):
         compute_spectrum(build_run(loss))
 
 
-def test_a_loss_that_never_changes_is_refused():
+def test_a_constant_loss_is_rejected():
     with pytest.raises(UserError, match="run: the train loss never changes"):
         compute_spectrum(build_run(Series(np.arange(1000.0), np.full(1000, 3.0))))
 
 
-def test_panels_share_their_heights():
+def test_panels_share_their_y_limits():
     losses = {"plain": build_loss(2000), "periodic": build_loss(2000, 35.0)}
     runs = [build_run(loss, name) for name, loss in losses.items()]
     first, second = build_spectrum_figure(runs).axes
@@ -74,7 +74,7 @@ def test_panels_share_their_heights():
 
 
 @NEEDS_LOG
-def test_the_original_order_of_documents_shows_in_its_loss():
+def test_the_original_order_of_documents_is_visible_in_its_loss():
     peaks = compute_spectrum(load_curves(REFERENCE_LOG)).list_peaks()
     assert [round(period) for period, _ in peaks[:2]] == [47, 35]
     assert peaks[0][1] > 300
