@@ -25,6 +25,7 @@ demo: export ACCELERATE_USE_CPU := true
 demo: export TOKENIZERS_PARALLELISM := false
 demo: install
 	$(BIN)/python prepare_data.py --config configs/demo_data.yaml
+	@rm -f runs/demo/hellaswag_sample.json # of an earlier demo
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml \
 		--num_processes 1 --main_process_port 0 \
 		train.py --config configs/demo.yaml --resume_from_checkpoint never
