@@ -20,9 +20,8 @@ from ..training.plan import GPT2_VOCAB_SIZE, count_flops_per_token
 from ..training.run_folder import RunFolder
 
 LABEL_COLUMNS = 18
-# The tokens of configs/gpt2_124M.yaml, in round numbers.
-FULL_RUN_TOKENS = 10e9
-# Of the full run, above which it is said to be made for GPUs.
+FULL_RUN_TOKENS = 10e9  # configs/gpt2_124M.yaml, rounded
+# If the full run would take longer, the summary points to GPUs.
 LONG_SECONDS = 30 * 86400
 
 Row = tuple[str, str]  # a label and a text
@@ -53,7 +52,7 @@ def summarize(folder: RunFolder, columns: int) -> list[str]:
     lines = [f"{folder}: {last['step']:,} steps, {last.get('train/tokens', 0):,} tokens"]
     rows = [
         *describe_losses(folder, metrics),
-        *describe_samples(folder.read_samples(), last["step"]),
+        *describe_samples(folder.read_samples(), folder.get_finished_step()),
         *describe_speed(metrics),
         *describe_scores(folder, last),
     ]
@@ -99,14 +98,12 @@ def find_vocab_size(folder: RunFolder, config: TrainingConfig | None) -> int:
     return manifest.vocab_size if manifest is not None else GPT2_VOCAB_SIZE
 
 
-def describe_samples(samples: Sequence[dict[str, Any]], last_step: int) -> Iterator[Row]:
+def describe_samples(samples: Sequence[dict[str, Any]], finished_step: int) -> Iterator[Row]:
     """Describe how the model continued one prompt at first and at last."""
-    first = min(samples, key=lambda sample: sample["step"], default=None)
-    last = next((sample for sample in samples if sample["step"] == max(each["step"] for each in samples)), None)
-    for sample in (first, last) if first is not last else (last,):
-        if sample is not None:
-            names = {0: "before training", last_step: "after training"}
-            yield names.get(sample["step"], f"step {sample['step']:,}"), format_line(str(sample.get("text")))
+    steps = [sample["step"] for sample in samples]
+    for step in sorted({min(steps), max(steps)}) if steps else []:
+        names = {finished_step: "after training", 0: "before training"}
+        yield names.get(step, f"step {step:,}"), format_line(str(samples[steps.index(step)].get("text")))
 
 
 def describe_speed(metrics: Sequence[Metrics]) -> Iterator[Row]:
@@ -135,9 +132,11 @@ def describe_scores(folder: RunFolder, last: Metrics) -> Iterator[Row]:
         yield "HellaSwag items", format_line(name)
         for score in (score for score in scores if score["data"] == name):
             yield from _describe_accuracies(score["protocol"], score)
-    if not scores:
-        for protocol, score in read_training_scores(last).items():
-            yield from _describe_accuracies(protocol, score)
+    in_training = read_training_scores(last) if not scores else {}
+    if in_training:
+        yield "HellaSwag items", "scored in training"
+    for protocol, score in in_training.items():
+        yield from _describe_accuracies(protocol, score)
 
 
 def _describe_accuracies(protocol: str, score: Score) -> Iterator[Row]:

@@ -87,7 +87,10 @@ def test_a_missing_data_folder_or_configuration_is_reported(run_folder, missing)
 
 def test_the_first_and_the_last_sample_are_shown(run_folder):
     rows = read_rows(run_folder)
-    assert (rows["before training"], rows["after training"]) == ("early words", "last words")
+    assert (rows["before training"], rows["step 2"]) == ("early words", "last words")
+    (run_folder / "final").mkdir()
+    (run_folder / "status.json").write_text('{"status": "finished", "step": 2}')
+    assert read_rows(run_folder)["after training"] == "last words"
     write_lines(run_folder / "samples.jsonl", [{"step": 1, "text": "middle"}])
     rows = read_rows(run_folder)
     assert rows["step 1"] == "middle" and "before training" not in rows
