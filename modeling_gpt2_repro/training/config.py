@@ -182,7 +182,7 @@ class TrainingConfig(Config):
     )
     smoke: bool = setting(
         False,
-        f"try the run: {SMOKE_STEPS} real steps, one evaluation, a checkpoint saved and reloaded; print measured "
+        f"smoke test: {SMOKE_STEPS} real steps, one evaluation, a checkpoint saved and reloaded; print measured "
         "tokens/s, peak memory and projected hours, and leave nothing behind",
     )
     yes: bool = setting(False, "allow CPU runs that are projected to exceed a week", private=True)

@@ -17,8 +17,7 @@ WRITE_SIGNS = ("PytorchStreamWriter", "file write failed", "iostream error", "un
 # From "index_add_cuda_ does not have a deterministic implementation, but you set ..."
 NONDETERMINISM_SIGN = " does not have a deterministic implementation"
 
-# Consecutive overflows that a run tolerates. The loss scale of fp16, 2**16 at first and halved each time, is below 1
-# by then.
+# Consecutive overflows that end a run: by then fp16's loss scale, 2**16 at first and halved each time, is below 1.
 MOST_OVERFLOWS = 20
 
 

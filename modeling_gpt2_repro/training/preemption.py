@@ -5,7 +5,7 @@ or the launcher's death only sets a flag. All ranks check it together before eac
 `train.stop_early` writes `preempted` to `status.json`. If the checkpoint cannot be written, the run fails with code 2.
 A smoke test saves none and exits with 130. A request after the last update, while the finished model is written and
 uploaded, has no effect. A second Ctrl-C or SIGTERM ends the process even then. Before `deferred`, while the run is
-built, any stop signal ends it with 128 plus the signal's number.
+built, any stop signal ends it with exit code 128 plus its number.
 """
 
 import contextlib

@@ -228,5 +228,5 @@ def choose_trackers(requested: str) -> list[str]:
         names.remove("wandb")
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name}: the package {name} is not installed: pip install {name}")
+            raise UserError(f"--report_to {name} needs the package {name}, which is not installed: pip install {name}")
     return names
