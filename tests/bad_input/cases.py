@@ -1,7 +1,7 @@
-"""What the bad-input tests share: one of everything that the scripts read, and a watch over a script's call.
+"""Shared parts of the bad-input tests: an example of every input of the scripts, and a watch over a script's call.
 
-The promise: whatever a script is given, it succeeds or ends with exit code 2 and one line; it never shows a traceback,
-never hangs, and changes no file but its own output.
+The contract: for any input, a script succeeds, or exits with code 2 and a one-line error. It never shows a traceback,
+never hangs, and changes no files but its own output.
 """
 
 import atexit
@@ -42,10 +42,10 @@ from modeling_gpt2_repro.plots.run_figure import draw_curves
 from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.throughput import Peak
 
-# A case takes a tenth of a second; what takes this long would never end.
+# A case takes a tenth of a second; one that takes this long hangs.
 CASE_SECONDS = 60
 EOT = 256
-# A folder of shards may get these beside its shards.
+# The scripts may write these beside a folder's shards.
 FOLDER_OUTPUTS = ("given/data/baselines.json", "given/data/inspection.png")
 
 TINY = {
@@ -55,12 +55,12 @@ TINY = {
     **{"sample_tokens": 4, "save_every": 1, "data_dir": "../given/data", "output_dir": "runs", "run_name": "run"},
 }
 
-# `make fuzz` sets this: more cases, and other ones each time. `make test` always runs the same.
+# Set by `make fuzz`, which runs more cases, different ones each time; `make test` always runs the same.
 FUZZ_FACTOR = int(os.environ.get("FUZZ_FACTOR", "0"))
 
 
 def cases(count: int) -> Callable:
-    """Decorate a property test: `count` cases, always the same, or so many times more by chance under `make fuzz`."""
+    """Decorate a property test to run `count` fixed cases, or many times as many random ones under `make fuzz`."""
     return settings(
         max_examples=count * max(1, FUZZ_FACTOR),
         derandomize=not FUZZ_FACTOR,
@@ -73,7 +73,7 @@ def cases(count: int) -> Callable:
 
 @reports_user_errors
 def draw(argv: Sequence[str] | None = None) -> int:
-    """Draw a run's curves as a script would, but of few dots, which take half of the time."""
+    """Draw a run's curves as a script would, but at a low resolution, which takes half of the time."""
     save = Figure.savefig
     with mock.patch.object(Figure, "savefig", lambda self, stream, dpi, **how: save(self, stream, dpi=20, **how)):
         draw_curves(RunFolder(argv[0]))
@@ -82,19 +82,19 @@ def draw(argv: Sequence[str] | None = None) -> int:
 
 @functools.cache
 def build_originals() -> Path:
-    """Build one whole example of everything that the scripts read, in a folder that goes with the process."""
+    """Build an example of every input of the scripts, in a folder that is removed at the end of the process."""
     folder = Path(tempfile.mkdtemp(prefix="originals-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         write_originals(folder)
     except BaseException:
-        shutil.rmtree(folder)  # every test that needs it tries again, and a run of such tests is often stopped
+        shutil.rmtree(folder)  # each test that needs it tries again, and fuzzing is often interrupted
         raise
     return folder
 
 
 def write_originals(folder: Path) -> None:
-    """Write what `build_originals` builds."""
+    """Write the files of `build_originals`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<|endoftext|>": EOT}
     GPT2TokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(folder / "tokenizer")
@@ -137,13 +137,13 @@ def write_originals(folder: Path) -> None:
 
 
 def to_flags(values: dict) -> list[str]:
-    """Spell settings as flags."""
+    """Format settings as flags."""
     return [f"--{name}={value}" for name, value in values.items()]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A folder with `given/`, copies of originals to damage; `outside/`, which nobody names; and `cwd/` to work in."""
+    """A folder with `given/`, copies of originals to damage; `outside/`, named by no input; and `cwd/`, to work in."""
 
     folder: Path
 
@@ -158,7 +158,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a script ended."""
+    """The result of a call: exit code and output."""
 
     code: int
     out: str
@@ -167,7 +167,7 @@ class Answer:
 
 @contextlib.contextmanager
 def open_case(*names: str) -> Iterator[Case]:
-    """Make a case's folder with copies of the originals called `names`, for as long as the context lasts."""
+    """Open a temporary folder for a case, with copies of the originals in `names`."""
     originals = build_originals()
     with tempfile.TemporaryDirectory(prefix="case-") as name:
         case = Case(Path(name).resolve())
@@ -185,10 +185,10 @@ def open_case(*names: str) -> Iterator[Case]:
 
 
 def answer(main: Callable, argv: Sequence[str], case: Case, outputs: Sequence[str] = FOLDER_OUTPUTS) -> Answer:
-    """Call a script in a case's `cwd`, and check everything that is promised of any call.
+    """Call a script in a case's `cwd`, and check the contract.
 
     Args:
-        outputs: what besides files in `cwd` the call may write, by name in the case's folder.
+            outputs: files outside `cwd` that the call may write, relative to the case's folder.
     """
     before = hash_tree(case.folder)
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
@@ -214,7 +214,7 @@ def answer(main: Callable, argv: Sequence[str], case: Case, outputs: Sequence[st
 
 
 def check_answer(given: Answer, before: dict[str, str], case: Case, outputs: Sequence[str]) -> None:
-    """Check exit code, error line, and that nothing changed but what the call is for."""
+    """Check the exit code, the error line, and that only allowed outputs changed."""
     assert given.code in (0, 2), given
     assert "Traceback" not in given.err
     errors = [line for line in given.err.splitlines() if ".py: error: " in line]
@@ -227,7 +227,7 @@ def check_answer(given: Answer, before: dict[str, str], case: Case, outputs: Seq
 
 
 def hash_tree(folder: Path) -> dict[str, str]:
-    """Return what tells each file of a folder from another, by its name there; a link by where it points."""
+    """Return a fingerprint of each file in a folder by its relative path; a link's is its target."""
     entries = {}
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -246,7 +246,7 @@ def hash_tree(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def quick_machine() -> Iterator[None]:
-    """Leave out what takes a second and does not depend on the input: timing the machine, and drawing in a run."""
+    """Skip slow steps that do not depend on the input: timing the machine, and drawing during a run."""
     with (
         mock.patch("modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")),
         mock.patch("train.CurveDrawer", mock.MagicMock()),
@@ -255,12 +255,12 @@ def quick_machine() -> Iterator[None]:
 
 
 class TookTooLong(BaseException):
-    """Not an `Exception`, so that nobody takes it for an error of the input."""
+    """Not an `Exception`, so no handler mistakes it for an error in the input."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TookTooLong` in what goes on longer; end the process where even that is not heard."""
+    """Raise `TookTooLong` after `seconds`; end the process if that is not enough."""
 
     def interrupt(*_):
         raise TookTooLong(f"more than {seconds} s")
@@ -276,7 +276,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-# Python reports what it is about to do to the system (PEP 578).
+# Audit events of the interpreter (PEP 578).
 PROGRAM_EVENTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect"}
 FILE_EVENTS = {"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link", "os.truncate"}
 FILE_EVENTS |= {"shutil.rmtree"}
@@ -285,7 +285,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 @dataclass(frozen=True)
 class Watch:
-    """Whose actions are collected: those of threads that are not `foreign`, outside of `folder`."""
+    """The actions outside of `folder` of all threads that are not `foreign`."""
 
     folder: str
     foreign: set[int]
@@ -301,10 +301,9 @@ _watch: Watch | None = None
 
 @contextlib.contextmanager
 def watched_actions(folder: Path) -> Iterator[list[str]]:
-    """Collect what is written outside of `folder`, and programs and connections that are started, with their callers.
+    """Collect writes outside of `folder`, and programs and connections that are started, with their callers.
 
-    What threads do that were there before is not the work of the call that is watched: one of wandb's, left by other
-    tests, connects to its server once a minute.
+    Threads that existed before are ignored: one of wandb's, left by other tests, connects to its server once a minute.
     """
     global _watch
     _install_audit_hook()
@@ -328,7 +327,7 @@ def _note_action(event: str, arguments: tuple) -> None:
         watch.note(f"{event} {arguments}")
     elif (event == "open" and arguments[2] & WRITING) or event in FILE_EVENTS:
         names = arguments[:2] if event in ("os.rename", "os.symlink", "os.link") else arguments[:1]
-        # A name relative to an open folder belongs to a removal that was reported already.
+        # A name relative to an open folder belongs to a removal that is already recorded.
         if event != "open" and any(type(argument) is int and argument >= 0 for argument in arguments[1:]):
             return
         for name in names:

@@ -1,4 +1,4 @@
-"""How bad input is made: values for flags and files, and damage to files that were whole."""
+"""Strategies for bad input: values of flags and files, and damage to valid files."""
 
 import copy
 import dataclasses
@@ -121,14 +121,14 @@ ODD_NUMBERS = [
     10**30,
     "",
 ]
-# What stays away from flags for output, which a script would rightly write to.
-AWAY = ("/", "~", "..")
+# Kept out of output flags, where a script would rightly write to these paths.
+OUTSIDE_PATHS = ("/", "~", "..")
 
 texts = st.one_of(st.sampled_from(ODD_TEXTS), st.text(st.characters(exclude_characters="\0"), max_size=20))
 
 
 def list_values(kind: Any) -> st.SearchStrategy:
-    """Return a strategy for values of a flag of this type: mostly such as its type allows."""
+    """Return a strategy for values of a flag of this type, most of them valid for the type."""
     kinds = [each for each in typing.get_args(kind) if each is not type(None)]
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
@@ -142,11 +142,11 @@ def list_values(kind: Any) -> st.SearchStrategy:
 
 @st.composite
 def draw_settings(draw, settings_type: type, choices: dict[str, list], fixed: frozenset[str]) -> dict:
-    """Draw a few settings by name.
+    """Draw a few settings.
 
     Args:
         choices: good values of some settings, drawn as often as bad ones.
-        fixed: settings that are left alone.
+        fixed: settings that are not drawn.
     """
     fields = {field.name: field for field in dataclasses.fields(settings_type) if field.name not in fixed}
     most = draw(st.sampled_from([1, 1, 2, 3]))
@@ -162,7 +162,7 @@ def draw_settings(draw, settings_type: type, choices: dict[str, list], fixed: fr
 
 @st.composite
 def draw_arguments(draw, base: dict, values: dict) -> list[str]:
-    """Draw a command line of `base` with `values` in their place, spelled in one way or another."""
+    """Draw a command line of `base` overridden by `values`, with flags spelled in any accepted way."""
     arguments = []
     for name, value in (base | values).items():
         spelling = draw(st.sampled_from("=== -2")) if name in values else "="
@@ -180,12 +180,12 @@ def draw_arguments(draw, base: dict, values: dict) -> list[str]:
     return arguments
 
 
-def stays_here(value: Any) -> bool:
-    """Tell whether a value, used as a name of output, stays in the working folder."""
-    return not str(value).startswith(AWAY)
+def is_in_working_folder(value: Any) -> bool:
+    """Return whether a value, used as an output path, stays in the working folder."""
+    return not str(value).startswith(OUTSIDE_PATHS)
 
 
-# What JSON and YAML may hold in place of anything.
+# Odd values for any place in JSON and YAML.
 odd_json = st.one_of(
     st.sampled_from(
         [
@@ -239,18 +239,18 @@ odd_json = st.one_of(
 
 
 def list_places(value: Any, place: tuple = ()) -> list[tuple]:
-    """Return the places of all values within a JSON value, each as the keys that lead there."""
+    """Return the paths of all values within a JSON value, each as a tuple of keys."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place, *(inner for key, child in children for inner in list_places(child, (*place, key)))]
 
 
 @st.composite
 def damage_json(draw, whole: Any, most: int = 2) -> Any:
-    """Draw `whole` with some values replaced, removed, repeated or added."""
+    """Draw `whole` with some values replaced, removed, duplicated or added."""
     value = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, most))):
         places = list_places(value)
-        # The outermost places are as likely as all others together.
+        # Top-level values are as likely as all others together.
         shallow = [place for place in places if 0 < len(place) < 2] or places
         place = draw(st.one_of(st.sampled_from(shallow), st.sampled_from(places)))
         if not place:
@@ -273,7 +273,7 @@ def damage_json(draw, whole: Any, most: int = 2) -> Any:
 
 @st.composite
 def damage_bytes(draw, whole: bytes, header: int = 160) -> bytes:
-    """Draw `whole` cut short, with some bytes changed (as often in its first `header` as anywhere), or with junk."""
+    """Draw `whole` truncated, with some bytes changed (half of them in its first `header`), or followed by junk."""
     action = draw(st.sampled_from(["cut", "change", "change", "change", "insert", "append", "replace", "double"]))
     places = st.one_of(st.integers(0, min(header, len(whole))), st.integers(0, len(whole)))
     if action == "cut":
@@ -321,12 +321,12 @@ ODD_JSON_FILES = [
 ]
 
 
-# A pipe may well be meant (`--config <(...)`), where it is not asked for how large it is.
+# A pipe can be intended (`--config <(...)`), where its size is not needed.
 NO_FILES = ["nothing", "folder", "link to itself", "link to nothing", "link to a folder"]
 
 
-def put_in_place(path: Path, kind: str, outside: Path) -> None:
-    """Put one of `NO_FILES`, or a pipe, in the place of a file."""
+def replace_file(path: Path, kind: str, outside: Path) -> None:
+    """Replace a file with one of `NO_FILES`, or with a pipe."""
     path.unlink()
     if kind == "folder":
         path.mkdir()

@@ -1,4 +1,4 @@
-"""Any file for `--config`."""
+"""Any file passed to `--config`."""
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ import train
 
 EVALUATE = {"model": "../given/model", "data_file": "../given/items.jsonl", "limit": 1}
 PREPARE = {"files": "../given/corpus", "tokenizer": "../given/tokenizer", "output_dir": "../given/data"}
-# What is said on the command line keeps each script from long work.
+# The flags on the command line keep each script's work short.
 SCRIPTS = {
     "train": (train.main, TINY, {"plan": True}),
     "prepare": (prepare_data.main, PREPARE, {"verify": True}),
@@ -48,7 +48,7 @@ ODD_FILES = [
     b"<<: {n_layer: 1}\n",
     b"n_layer: 1\nn_layer: 2\n",
     b"n_layer: *nobody\n",
-    # Each line three times the one before it.
+    # Each line expands to three times the one before it.
     b"x0: &x0 [y,y]\n" + b"".join(b"x%d: &x%d [*x%d,*x%d,*x%d]\n" % (i, i, i - 1, i - 1, i - 1) for i in range(1, 40)),
     b"skip_steps: " + b"[" * 30 + b"x" + b"]" * 30,
     b"skip_steps: " + b"[" * 5000,
@@ -86,7 +86,7 @@ def test_odd_files(content):
 
 
 @pytest.mark.parametrize("name", ["", ".", "nowhere", "/dev/null", "../given/data", "x" * 300, "\udcff", "-", "~"])
-def test_names_of_no_file(name):
+def test_names_that_are_not_files(name):
     with open_case("data") as case:
         code = answer(train.main, [f"--config={name}", "--plan", "--max_steps=1"], case).code
         assert code == (0 if name == "/dev/null" else 2)

@@ -1,4 +1,4 @@
-"""Any file of documents."""
+"""Any file passed as a corpus."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pytest
 from cases import answer, build_originals, cases, open_case
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, odd_json, put_in_place
+from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, odd_json, replace_file
 
 import prepare_data
 
@@ -18,7 +18,7 @@ COMMAND = ["--tokenizer=../given/tokenizer", "--output_dir=out", "--num_workers=
 
 
 def prepare(case, name: str, *flags: str) -> int:
-    """Prepare a file; what succeeds must be a whole folder, and what fails none."""
+    """Prepare a file, and check that success leaves a complete folder and failure none."""
     code = answer(prepare_data.main, [*COMMAND, f"--files=../given/corpus/{name}", *flags], case).code
     out = case.folder / "cwd" / "out"
     assert out.exists() == (code == 0)
@@ -60,7 +60,7 @@ def draw_rows(draw) -> bytes:
 @given(draw_rows(), st.booleans())
 @example(b'{"text": "a b c d"}\n' * 30 + b'{"text": ' + b"[" * 100_000 + b"}\n", False)
 @example(b'{"x": ' + b"[" * 100_000 + b"\n" + b'{"text": "a b c d"}\n' * 30, False)
-def test_lines_that_hold_something_else(content, is_compressed):
+def test_lines_of_other_content(content, is_compressed):
     with open_case("corpus", "tokenizer") as case:
         name = "b.jsonl.gz" if is_compressed else "a.jsonl"
         (case.given / "corpus" / name).write_bytes(gzip.compress(content) if is_compressed else content)
@@ -97,13 +97,13 @@ def test_columns_of_another_type(column):
 
 @pytest.mark.parametrize("kind", [*NO_FILES, "pipe"])
 @pytest.mark.parametrize("name", ["a.jsonl", "e.parquet"])
-def test_what_is_no_file(kind, name):
+def test_paths_that_are_not_files(kind, name):
     with open_case("corpus", "tokenizer") as case:
-        put_in_place(case.given / "corpus" / name, kind, case.outside)
+        replace_file(case.given / "corpus" / name, kind, case.outside)
         assert prepare(case, name) == 2
 
 
-def test_the_originals_are_as_they_were():
+def test_the_originals_are_unchanged():
     assert sorted(path.name for path in (build_originals() / "corpus").iterdir()) == FILES
 
 

@@ -1,4 +1,4 @@
-"""Any folder of shards: its manifest, its shards, and what `--eval_only` keeps beside them."""
+"""Any folder of shards: its manifest, its shards, and the baselines that `--eval_only` stores in it."""
 
 import io
 import json
@@ -11,13 +11,13 @@ import pytest
 from cases import EOT, TINY, Case, answer, build_originals, cases, open_case, to_flags
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, put_in_place
+from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, replace_file
 
 import prepare_data
 import train
 
 SHARD = "a_train_000001.npy"
-# The fewest steps that read a folder in each of the ways in which it is read.
+# The shortest run of each kind of reader of a data folder.
 COMMANDS = {
     "plan": (train.main, to_flags(TINY | {"plan": True})),
     "train": (train.main, to_flags(TINY | {"sample_every": 0, "save_every": 0, "max_steps": 1})),
@@ -45,7 +45,7 @@ def read_manifest() -> dict:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_whole_folders_are_read(command):
     with open_case(*NAMES) as case:
-        # The folder was made of other files than those asked for here.
+        # The folder was made from other files than those given here.
         assert call(command, case) == (2 if command == "prepare again" else 0)
 
 
@@ -83,7 +83,7 @@ NAMES_ELSEWHERE = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", NAMES_ELSEWHERE)
-def test_names_that_lead_out_of_the_folder_are_refused(name, command):
+def test_names_outside_the_folder_are_rejected(name, command):
     with open_case(*NAMES) as case:
         manifest = read_manifest()
         name = str(case.outside / "secret_val_000000.npy") if name == "/etc/hostname" else name
@@ -93,7 +93,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(name, command):
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -103,7 +103,7 @@ class Trap:
 
 
 def build_arrays(case: Case) -> dict[str, bytes]:
-    """Build whole `.npy` files of what no shard is."""
+    """Return valid `.npy` files that are not valid shards."""
     arrays = {
         "float": np.ones(400),
         "bytes": np.ones(400, np.uint8),
@@ -148,7 +148,7 @@ def test_shards(data, command, has_manifest, name):
             (case.given / "data" / "manifest.json").unlink()
         action = data.draw(st.sampled_from(["damage", "damage", "array", "no file"]))
         if action == "no file":
-            put_in_place(path, data.draw(st.sampled_from([*NO_FILES, "pipe"])), case.outside)
+            replace_file(path, data.draw(st.sampled_from([*NO_FILES, "pipe"])), case.outside)
         elif action == "array":
             path.write_bytes(data.draw(st.sampled_from(sorted(build_arrays(case).items())))[1])
         else:
@@ -172,7 +172,7 @@ def test_shards_of_llmc(data, command):
         path = folder / "x_train_000001.bin"
         path.write_bytes(content)
         if data.draw(st.integers(0, 9)) == 0:
-            put_in_place(path, data.draw(st.sampled_from([*NO_FILES, "pipe"])), case.outside)
+            replace_file(path, data.draw(st.sampled_from([*NO_FILES, "pipe"])), case.outside)
         call(command, case)
 
 
@@ -201,7 +201,7 @@ def test_baselines(content):
 
 @pytest.mark.parametrize("number", ["3.2", float("nan"), float("inf"), 10**400, None, True, [1]], ids=str)
 @pytest.mark.parametrize("part", [{"validation": "val/loss"}, {"hellaswag": "acc_norm"}], ids=str)
-def test_what_baselines_compare_with_is_a_number(part, number):
+def test_non_numeric_baselines_are_rejected(part, number):
     ((name, key),) = part.items()
     with open_case("data", "model") as case:
         content = [BASELINE | {name: BASELINE[name] | {key: number}}]

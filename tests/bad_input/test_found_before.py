@@ -1,4 +1,4 @@
-"""Input that once ended in a traceback, a hang, a crash or a lost file, and the answers that it gets now."""
+"""Regressions: input that once ended in a traceback, a hang, a crash or a lost file."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ PLAN = TINY | {"plan": True}
 LONG_NAME = "a" * 300
 
 FLAGS = [
-    # Loops and allocations as long as the number.
+    # Loops and allocations proportional to the number.
     (train, PLAN | {"n_layer": 2**31}, "--n_layer must be 1,000 or less"),
     (
         train,
@@ -28,7 +28,7 @@ FLAGS = [
     (train, PLAN | {"sequence_length": 2**40, "eval_every": 0}, "--sequence_length must be 16,777,216 or less"),
     (train, TINY | {"n_embd": 2**17, "n_layer": 1000}, "GB, and this machine has"),
     (prepare_data, PREPARE | {"num_workers": 10**6}, "--num_workers must be 1,024 or less"),
-    # Numbers that no float, or no int64, can hold.
+    # Numbers too large for a float or an int64.
     (train, {**PLAN, "max_steps": 1, "epochs": 1e308}, "--epochs must be 1,000,000 or less"),
     (train, PLAN | {"max_steps": 10**40}, "invalid int value"),
     (train, PLAN | {"eval_tokens": "9" * 4000}, "invalid int value"),
@@ -41,10 +41,10 @@ FLAGS = [
     (train, TINY | {"seed": 2**63 - 1, "max_steps": 1}, None),
     (eval_hellaswag, EVALUATE | {"batch_tokens": 0}, "--batch_tokens must be 1 or more, not 0"),
     (eval_hellaswag, EVALUATE | {"limit": 0}, "--limit must be 1 or more, not 0"),
-    # A run that ends in weights that are no numbers, or in no update at all.
+    # A run whose weights become NaN, or that makes no update at all.
     (train, TINY | {"learning_rate": 1e308, "max_steps": 1}, "not finite|non-finite"),
     (train, TINY | {"skip_steps": "1:2"}, "--skip_steps skips every update from 1 to 2"),
-    # Names.
+    # File names.
     (train, PLAN | {"data_dir": LONG_NAME}, "File name too long"),
     (train, TINY | {"run_name": LONG_NAME}, "File name too long"),
     (eval_hellaswag, EVALUATE | {"output": LONG_NAME}, "File name too long"),
@@ -54,7 +54,7 @@ FLAGS = [
     (eval_hellaswag, EVALUATE | {"output": "--"}, "--output: expected one value"),
     (eval_hellaswag, EVALUATE | {"output": "../given/items.jsonl"}, "must be different files"),
     (eval_hellaswag, EVALUATE | {"output": "x", "per_example": "x"}, "must be different files"),
-    # What works, and was refused: a size that some of the example numbers of processes do not divide.
+    # Valid, but once rejected: a size that does not divide evenly among some of the plan's process counts.
     (train, PLAN | {"micro_batch_size": 2}, None),
 ]
 
@@ -128,7 +128,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize(("name", "content"), RECORDS, ids=lambda value: value[:40])
-def test_records_of_a_run_that_goes_on(name, content):
+def test_records_of_a_resumed_run(name, content):
     with open_case("data", "run") as case:
         run = case.folder / "cwd" / "runs" / "run"
         shutil.copytree(case.given / "run", run)
@@ -137,7 +137,7 @@ def test_records_of_a_run_that_goes_on(name, content):
         assert answer(train.main, to_flags(TINY | LONGER), case).code == 0
         assert (run / "final" / "README.md").exists()
         answer(run_command, ["summary", "runs/run"], case)
-        answer(draw, ["runs/run"], case)  # nothing is left to draw where no line was a record
+        answer(draw, ["runs/run"], case)  # there is nothing to draw if no line is valid
 
 
 @pytest.mark.parametrize("settings", [{"n_samples": 0}, {"n_samples": -1}, {"top_k": 0}, {"n_tokens": 0}], ids=str)
@@ -157,13 +157,13 @@ def test_damaged_models(file):
         answer(prepare_data.main, to_flags(PREPARE | {"tokenizer": "../given/model"}), case)
 
 
-def test_an_error_is_one_line_that_a_terminal_only_shows():
+def test_an_error_is_one_line_without_control_characters():
     assert format_line("a\n b\x1b[31m \udcff") == "a b\\x1b[31m \\udcff"
     assert len(format_line("x" * 10**6)) < 2000
     assert format_line("caf\u00e9 \u65e5") == "caf\u00e9 \u65e5"
 
 
-def test_the_originals_outlive_all_this():
+def test_the_originals_survive_these_tests():
     assert json.loads((build_originals() / "run" / "status.json").read_text())["status"] == "finished"
 
 

@@ -6,7 +6,7 @@ import pytest
 from cases import answer, build_originals, cases, open_case
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, put_in_place
+from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, replace_file
 
 import eval_hellaswag
 
@@ -58,7 +58,7 @@ def test_bytes(data):
 
 
 @pytest.mark.parametrize("field", ["activity_label", "ctx_a", "ctx_b", "ctx", "endings"])
-def test_half_a_surrogate_pair_is_no_character(field):
+def test_a_lone_surrogate_is_rejected(field):
     item = read_items()[0]
     value = [*item["endings"][:3], "x \ud83d"] if field == "endings" else "x \ud83d"
     assert evaluate(write([item | {field: value}])) == 2
@@ -70,9 +70,9 @@ def test_odd_files(content):
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file(kind):
+def test_paths_that_are_not_files(kind):
     with open_case("model", "items.jsonl") as case:
-        put_in_place(case.given / "items.jsonl", kind, case.outside)
+        replace_file(case.given / "items.jsonl", kind, case.outside)
         assert answer(eval_hellaswag.main, COMMAND, case).code == 2
 
 
@@ -83,6 +83,6 @@ def test_what_is_no_file(kind):
 @given(
     st.sampled_from(["ind", "label"]), st.sampled_from([0.5, float("nan"), float("inf"), "1.0", None, [], {}, False])
 )
-def test_numbers_that_are_not_whole(field, value):
+def test_numbers_that_are_not_integers(field, value):
     items = read_items()
     assert evaluate(write([items[0] | {field: value}])) == (0 if value == 10**400 else 2)

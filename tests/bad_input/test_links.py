@@ -1,4 +1,4 @@
-"""Symbolic links anywhere in a run or a data folder: they stay, and what they lead to is written and replaced."""
+"""Symbolic links in a run or data folder are kept; their targets are written and replaced."""
 
 import atexit
 import contextlib
@@ -22,7 +22,7 @@ from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.training.metrics import read_metrics
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
-# A constant rate, so that a run may be prolonged; and all that a run can write, so that every place is written to.
+# A constant learning rate, so the run can be extended, and all outputs of a run, so each of them is tested.
 BEFORE = TINY | {"lr_schedule": "constant", "save_best": True, "report_to": "tensorboard"}
 RUNS = {
     "new": BEFORE,
@@ -30,16 +30,16 @@ RUNS = {
     "never": BEFORE | {"max_steps": 1, "seed": 7, "resume_from_checkpoint": "never"},
 }
 RUN = RunFolder("run")
-# Where the links lie that a case has at once, in the folder of the runs.
+# The places of the links in one case, relative to the folder of the runs.
 PLACES = {
-    # A picture is not drawn here.
-    "what is in the run folder": [str(path) for path in (*RUN.files, *RUN.replaced_folders) if path != RUN.curves],
+    # The curves are not drawn here.
+    "files of the run folder": [str(path) for path in (*RUN.files, *RUN.replaced_folders) if path != RUN.curves],
     "the run folder": ["run"],
     "the folder of the runs": ["."],
     "checkpoints": ["run/checkpoints/step_0000001", "run/checkpoints/step_0000002"],
-    "what is in checkpoints": [f"run/checkpoints/step_0000002/{name}" for name in ("training_state", "config.json")],
+    "files of checkpoints": [f"run/checkpoints/step_0000002/{name}" for name in ("training_state", "config.json")],
 }
-KINDS = ("another disk", "nowhere", "relative", "nowhere far")
+KINDS = ("another disk", "dangling", "relative", "dangling far")
 EACH_KIND = pytest.mark.parametrize(
     "kind", [*KINDS[:2], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[2:])]
 )
@@ -51,7 +51,7 @@ PREPARE = {
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A folder on another disk, where this machine has one."""
+    """A folder on another disk, if this machine has one."""
     memory = Path("/dev/shm")
     has_other = memory.is_dir() and memory.stat().st_dev != tmp_path.stat().st_dev
     with tempfile.TemporaryDirectory(dir=memory if has_other else tmp_path) as name:
@@ -63,28 +63,28 @@ def remove(path: Path) -> None:
 
 
 def put_link(path: Path, kind: str, case: Case, disk: Path) -> Path:
-    """Put a link of one of `KINDS` in the place of a file or folder, and return where it leads."""
+    """Replace a file or folder with a link of one of `KINDS`; return the link's target."""
     folder = disk if kind == "another disk" else case.folder / "cwd" / "elsewhere"
-    target = folder / path.name / ("far/away" if kind == "nowhere far" else "") / "there"
+    target = folder / path.name / ("far/away" if kind == "dangling far" else "") / "there"
     leads_to = target.with_name("link") if kind == "relative" else target
     path.parent.mkdir(parents=True, exist_ok=True)
-    if kind != "nowhere far":
+    if kind != "dangling far":
         target.parent.mkdir(parents=True)
         (target.parent / "neighbour").write_text("somebody else's")
-    if kind.startswith("nowhere"):
+    if kind.startswith("dangling"):
         remove(path)
     elif path.exists():
         shutil.move(path, target)
     else:
         target.mkdir() if path.suffix in ("", ".partial") else target.touch()
-    if kind == "relative":  # and by way of another one
+    if kind == "relative":  # through a second link
         leads_to.symlink_to("there")
     path.symlink_to(os.path.relpath(leads_to, path.parent) if kind == "relative" else leads_to)
     return target
 
 
 def check_links(links: dict[Path, Path]) -> None:
-    """Check that links lead where they led, and that nothing is gone there but what they lead to."""
+    """Check that links have kept their targets, and that nothing else at the target was removed."""
     for path, target in links.items():
         assert path.is_symlink() and Path(os.path.realpath(path)) == target
         assert "far" in target.parts or (target.parent / "neighbour").read_text() == "somebody else's"
@@ -97,7 +97,7 @@ def run(case: Case, operation: str) -> None:
 
 
 def describe_run(folder: Path) -> dict:
-    """Return what a run folder holds that neither the clock nor a tracker's names decide."""
+    """Return the contents of a run folder that do not depend on the clock or a tracker's names."""
     found = {}
     for parent, folders, files in os.walk(folder, followlinks=True):
         for path in (Path(parent, name) for name in (*folders, *files) if "events.out" not in name):
@@ -123,7 +123,7 @@ def build_finished_run() -> Path:
 
 @functools.cache
 def expect(operation: str, places: str, lacks: bool) -> dict:
-    """What a run folder without links holds after an operation, before which the places may be lost."""
+    """Return the contents of a run folder without links after an operation; `lacks` first removes the places."""
     with open_case("data") as case:
         runs = case.folder / "cwd" / "runs"
         if operation != "new":
@@ -139,25 +139,25 @@ def expect(operation: str, places: str, lacks: bool) -> dict:
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("operation", RUNS)
 def test_a_run(operation, places, kind, disk):
-    if "checkpoints" in places and (operation == "new" or (operation == "resume" and kind.startswith("nowhere"))):
+    if "checkpoints" in places and (operation == "new" or (operation == "resume" and kind.startswith("dangling"))):
         pytest.skip("there are no checkpoints, or not whole ones")
     with open_case("data") as case:
         runs = case.folder / "cwd" / "runs"
         if operation != "new":
             shutil.copytree(build_finished_run(), runs)
-        lost = kind.startswith("nowhere") and operation == "resume"
+        lost = kind.startswith("dangling") and operation == "resume"
         links = {}
         for place in PLACES[places]:
             if not (lost and place == "run/checkpoints"):
                 links[runs / place] = put_link(runs / place, kind, case, disk)
         run(case, operation)
-        if places != "what is in checkpoints":  # it goes when its checkpoint does
+        if places != "files of checkpoints":  # these are removed with their checkpoint
             check_links(links)
         have, want = describe_run(runs / "run"), expect(operation, places, lost)
         assert have == want
 
 
-def test_a_linked_training_state_goes_and_its_model_stays(disk):
+def test_a_linked_training_state_is_removed_and_its_model_kept(disk):
     with open_case("data") as case:
         runs = case.folder / "cwd" / "runs"
         shutil.copytree(build_finished_run(), runs)
@@ -168,7 +168,7 @@ def test_a_linked_training_state_goes_and_its_model_stays(disk):
         assert (state.parent / "model.safetensors").exists() and not target.exists()
 
 
-def test_a_checkpoint_behind_a_link_is_the_runs_own(disk):
+def test_a_linked_checkpoint_belongs_to_the_run(disk):
     with open_case("data") as case:
         runs = case.folder / "cwd" / "runs"
         shutil.copytree(build_finished_run(), runs)
@@ -198,7 +198,7 @@ def test_a_checkpoint_behind_a_link_is_the_runs_own(disk):
         ("run/tensorboard", "/dev/null/there", "is not a folder"),
     ],
 )
-def test_a_link_that_no_run_can_use(name, leads_to, said):
+def test_unusable_links_are_reported(name, leads_to, said):
     with open_case("data", "corpus") as case:
         runs = case.folder / "cwd" / "runs"
         shutil.copytree(build_finished_run(), runs)
@@ -211,7 +211,7 @@ def test_a_link_that_no_run_can_use(name, leads_to, said):
 
 @functools.cache
 def build_shards() -> dict[str, bytes]:
-    """Return what a folder of shards without links holds."""
+    """Return the contents of a data folder without links."""
     with open_case("corpus", "tokenizer") as case:
         assert answer(prepare_data.main, to_flags(PREPARE), case).code == 0
         return read_shards(case.folder / "cwd" / "data")
@@ -232,7 +232,7 @@ def read_shards(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_data_folder(place, operation, kind, disk):
-    if kind.startswith("nowhere") and "/" in place and place != "data.partial/lock":
+    if kind.startswith("dangling") and "/" in place and place != "data.partial/lock":
         pytest.skip("what is lost makes the folder one of something else")
     with open_case("corpus", "tokenizer") as case, contextlib.chdir(case.folder / "cwd"):
         if operation == "go on":
@@ -270,7 +270,7 @@ def test_a_result(main, flag, given, disk):
             path = case.folder / "cwd" / f"result{number}{'' if is_folder else '.json'}"
             target = put_link(path, kind, case, disk)
             if main is convert and target.exists():
-                target.rmdir()  # it must be new
+                target.rmdir()  # the output must not exist yet
             ended = answer(main, to_flags(given | {flag: path}), case)
             assert ended.code == 0, ended.err
             check_links({path: target})
@@ -282,7 +282,7 @@ def test_a_result(main, flag, given, disk):
             assert ended.code == 2 and str(path) in ended.err
 
 
-def test_no_command_makes_a_folder_called_tilde(monkeypatch):
+def test_no_command_creates_a_folder_named_tilde(monkeypatch):
     with open_case("corpus", "tokenizer", "model", "items.jsonl") as case:
         monkeypatch.setenv("HOME", str(case.folder / "cwd"))
         for name in ("corpus", "tokenizer", "model", "items.jsonl"):

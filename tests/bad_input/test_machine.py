@@ -1,6 +1,6 @@
-"""What the machine refuses, and settings that are not ours, end in one true line, or in what does without.
+"""Failures of the machine and foreign settings: one accurate error line, or a fallback.
 
-Each hindrance is a real one, in a fork of a process that has imported the scripts.
+Each failure is a real one, in a fork of a process that has imported the scripts.
 """
 
 import os
@@ -20,7 +20,7 @@ PATH = os.pathsep.join([str(REPOSITORY), *(str(REPOSITORY / "tests" / name) for 
 COMMANDS = "modeling_gpt2_repro.__main__"
 MODULES = ("train", "prepare_data", "eval_hellaswag", COMMANDS)
 HELPFUL = {module: (module, []) for module in MODULES} | {name: (COMMANDS, [name]) for name in commands.COMMANDS}
-# Then a file that its owner may not read is refused to root as well: linux/capability.h, without the first three.
+# Without root's first three capabilities (linux/capability.h), root cannot read unreadable files either.
 NO_PRIVILEGES = """
 import ctypes
 header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
@@ -41,9 +41,9 @@ os._exit(code)
 """
 
 
-def run(forks, case, program: str, settings: dict, hindrance: str = NO_PRIVILEGES) -> SimpleNamespace:
-    """Run a script, or a command of the package, in a case's `cwd`, and check that it ends in one line at most."""
-    script = f"os.chdir({str(case.folder / 'cwd')!r})\n{hindrance}\n{RUN}"
+def run(forks, case, program: str, settings: dict, setup: str = NO_PRIVILEGES) -> SimpleNamespace:
+    """Run a script or command in a case's `cwd`, and check that it succeeds or prints a one-line error."""
+    script = f"os.chdir({str(case.folder / 'cwd')!r})\n{setup}\n{RUN}"
     module, argv = HELPFUL.get(program, (program, []))
     given = forks.run(module, [*argv, *to_flags(settings)], case.folder, script=script)
     assert "Traceback" not in given.err, given.err
@@ -57,7 +57,7 @@ def run(forks, case, program: str, settings: dict, hindrance: str = NO_PRIVILEGE
 
 
 VERIFY = {"output_dir": "../given/data", "verify": True}
-# What is read: by whom, and which of the given files.
+# What is read: by which script, with which settings, from which file.
 READ = {
     "a shard": ("train", TINY, "data/a_train_000001.npy"),
     "a manifest": ("train", TINY, "data/manifest.json"),
@@ -80,7 +80,7 @@ READ = {
 
 
 @pytest.mark.parametrize("what", READ)
-def test_what_may_not_be_read_is_not_called_damaged(forks, what):
+def test_an_unreadable_file_is_not_reported_as_damaged(forks, what):
     module, settings, name = READ[what]
     with open_case("data", "model", "tokenizer", "corpus", "items.jsonl") as case:
         (case.given / name).chmod(0)
@@ -89,7 +89,7 @@ def test_what_may_not_be_read_is_not_called_damaged(forks, what):
 
 
 @pytest.mark.parametrize("name", ["", "step_0000002", "step_0000002/model.safetensors", "step_0000002/training_state"])
-def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(forks, name):
+def test_an_unreadable_checkpoint_is_not_skipped(forks, name):
     with open_case("data", "items.jsonl") as case:
         assert run(forks, case, "train", TINY | {"keep_checkpoints": 0}, "").code == 0
         folder = case.folder / "cwd" / "runs" / "run"
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(forks, name):
         assert run(forks, case, "train", TINY).code == 0
 
 
-def test_shards_may_be_more_than_open_files(forks):
+def test_more_shards_than_open_files_are_read(forks):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))"
     with open_case("corpus", "tokenizer") as case:
         assert run(forks, case, "prepare_data", PREPARE | {"output_dir": "data", "shard_size": 3}, limit).code == 0
@@ -113,8 +113,8 @@ def test_shards_may_be_more_than_open_files(forks):
 
 
 @pytest.mark.parametrize("program", HELPFUL)
-def test_help_does_without_docstrings(forks, tmp_path, program):
-    """As under `python -OO`, which removes them."""
+def test_help_works_without_docstrings(forks, tmp_path, program):
+    """As with `python -OO`, which removes them."""
     script = f"module.__doc__ = module.main.__doc__ = None\n{RUN}"
     module, argv = HELPFUL[program]
     given = forks.run(module, [*argv, "--help"], tmp_path, script=script)
@@ -131,7 +131,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("command", FAILING)
-def test_what_libraries_do_not_take_of_the_environment_is_named(command):
+def test_environment_variables_that_libraries_reject_are_reported(command):
     environment = os.environ | {"PYTHONPATH": PATH} | FAILING[command]
     process = subprocess.run(
         [sys.executable, command, "--help"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
@@ -142,7 +142,7 @@ def test_what_libraries_do_not_take_of_the_environment_is_named(command):
     assert f"unset {name}={value}" in process.stderr
 
 
-def test_pictures_are_the_same_whatever_matplotlib_is_told(tmp_path):
+def test_figures_do_not_depend_on_matplotlibs_configuration(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: None Such\naxes.facecolor: black\n")
     command = [
         sys.executable,
@@ -158,14 +158,14 @@ def test_pictures_are_the_same_whatever_matplotlib_is_told(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (build_originals() / "run" / "curves.png").read_bytes()
 
 
-def test_without_shared_memory_one_process_does_the_work(forks):
+def test_without_shared_memory_a_single_process_is_used(forks):
     no_shared_memory = "import multiprocessing.heap as heap; heap.Arena._dir_candidates = ['/nonexistent']"
     with open_case("corpus", "tokenizer") as case:
         given = run(forks, case, "prepare_data", PREPARE | {"num_workers": 2}, no_shared_memory)
     assert given.code == 0 and "falling back to a single process" in given.out
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no other names")
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems allow only UTF-8 names")
 def test_names_that_are_not_utf8(forks):
     with open_case("data", "corpus", "tokenizer") as case:
         odd = os.fsencode(case.folder) + b"/cwd/\xff.jsonl"
@@ -179,7 +179,7 @@ def test_names_that_are_not_utf8(forks):
         assert given.code == 2 and "not UTF-8" in given.err
 
 
-def test_a_cache_that_cannot_be_made_is_named(forks):
+def test_a_cache_folder_that_cannot_be_created_is_reported(forks):
     with open_case("run", "items.jsonl") as case:
         settings = EVALUATE | {"model": "../given/run/final", "trust_remote_code": True}
         nowhere = "import transformers.dynamic_module_utils as d, modeling_gpt2_repro.model.loading as m\n"
@@ -189,7 +189,7 @@ def test_a_cache_that_cannot_be_made_is_named(forks):
 
 
 @pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
-def test_a_working_folder_that_is_gone(tmp_path, script):
+def test_a_deleted_working_folder_is_reported(tmp_path, script):
     command = f"cd {tmp_path} && rmdir {tmp_path} && exec {sys.executable} {REPOSITORY / script} --help"
     process = subprocess.run(
         ["sh", "-c", command], env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True

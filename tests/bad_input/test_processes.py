@@ -1,6 +1,6 @@
-"""The same promise of real processes: calls from the same strategies, with all that a process adds.
+"""The same contract for whole processes: calls from the same strategies, in real interpreters.
 
-In a process exit code, streams and interpreter are the real ones, and so are the messages that libraries write.
+Exit codes, streams and interpreter are real there, and so is the output of libraries.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def replace(name: str, content: bytes) -> Callable[[Case], None]:
 
 
 def list_calls() -> Iterator[tuple[str, list[str], Callable[[Case], object]]]:
-    """Yield twenty calls: script, arguments, and what is done to the given files before."""
+    """Yield twenty calls: the script, its arguments, and the damage to the given files."""
     originals = build_originals()
     leave = replace("unused", b"")
     yield from (("train", argv, leave) for argv in draw(draw_train_arguments(plan=True), PLAN_SEED, 4))
@@ -69,7 +69,7 @@ def run(script: str, arguments: list[str], damage: Callable[[Case], object]) -> 
         damage(case)
         before = hash_tree(case.folder)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        # What no command line can hold.
+        # Longer arguments do not fit a command line.
         arguments = [argument[:100_000] for argument in arguments]
         process = subprocess.run(
             [sys.executable, REPOSITORY / f"{script}.py", *(os.fsencode(argument) for argument in arguments)],
@@ -85,12 +85,12 @@ def run(script: str, arguments: list[str], damage: Callable[[Case], object]) -> 
         return given.code
 
 
-def test_every_sixth_process_keeps_the_promise():
+def test_every_sixth_process_keeps_the_contract():
     assert {run(*call) for call in itertools.islice(list_calls(), 0, None, 6)} == {0, 2}
 
 
 @pytest.mark.slow
-def test_twenty_processes_keep_the_promise():
+def test_twenty_processes_keep_the_contract():
     calls = list(list_calls())
     assert len(calls) == 20
     with ThreadPoolExecutor(2) as pool:

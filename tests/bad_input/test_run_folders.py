@@ -1,4 +1,4 @@
-"""Any run folder, for the reports on it and for a run that goes on in it."""
+"""Any run folder, for the commands that report on it and for a run that resumes in it."""
 
 import json
 import shutil
@@ -9,13 +9,13 @@ import pytest
 from cases import TINY, answer, build_originals, cases, draw, open_case, to_flags
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, put_in_place
+from strategies import NO_FILES, ODD_JSON_FILES, damage_bytes, damage_json, replace_file
 
 import train
 from modeling_gpt2_repro.__main__ import main as run_command
 from modeling_gpt2_repro.core.files import compute_checksum
 
-# With which the original run was made.
+# The settings of the original run.
 LONGER = {"sequence_length": 64, "tokens_per_step": 128, "eval_tokens": 64, "warmup_tokens": 128}
 CURVES = ("given/run/curves.png",)
 CHECKPOINT_FILES = [
@@ -45,7 +45,7 @@ def report(case, draws: bool) -> None:
         answer(run_command, ["summary", "../given/run"], case)
 
 
-def test_a_whole_run_is_reported():
+def test_an_intact_run_is_reported():
     with open_case("run") as case:
         assert answer(run_command, ["summary", "../given/run"], case).code == 0
         assert answer(draw, ["../given/run"], case, CURVES).code == 0
@@ -61,7 +61,7 @@ def test_lines(data, name, die):
 
 @cases(30)
 @given(st.data(), st.sampled_from(["metrics.jsonl", "samples.jsonl", "config.yaml", "status.json", "log.txt"]))
-def test_a_run_goes_on_whatever_its_record_says(data, name):
+def test_a_run_resumes_with_any_record(data, name):
     with open_case("data", "run") as case:
         run = case.folder / "cwd" / "runs" / "run"
         shutil.copytree(case.given / "run", run)
@@ -94,9 +94,9 @@ def test_scores(content):
 
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml"])
-def test_what_is_no_file(kind, name):
+def test_paths_that_are_not_files(kind, name):
     with open_case("run") as case:
-        put_in_place(case.given / "run" / name, kind, case.outside)
+        replace_file(case.given / "run" / name, kind, case.outside)
         report(case, draws=name == "config.yaml")
 
 
@@ -111,7 +111,7 @@ def test_checkpoints(data):
             path.write_text(json.dumps(data.draw(damage_json(json.loads(path.read_text())))))
         else:
             path.write_bytes(data.draw(damage_bytes(path.read_bytes())))
-        # As damage that was there before the checkpoint was saved would look.
+        # Looks like damage from before the checkpoint was saved.
         if path.suffix == ".json" and path != checksums and data.draw(st.booleans()):
             known = json.loads(checksums.read_text())
             known[str(path.relative_to(checkpoint))] = compute_checksum(path)
@@ -120,7 +120,7 @@ def test_checkpoints(data):
         answer(train.main, to_flags(TINY | LONGER | changes), case)
 
 
-def test_a_trial_and_a_new_run_leave_alone_what_is_no_run_of_theirs():
+def test_trial_and_new_runs_keep_folders_that_are_not_runs():
     with open_case("data", "run") as case:
         theirs = [
             case.folder / "cwd" / "runs" / name for name in ("notes-smoke/checkpoints", "models/final", "m/best")
@@ -130,7 +130,7 @@ def test_a_trial_and_a_new_run_leave_alone_what_is_no_run_of_theirs():
             (folder / "mine.txt").write_text("mine")
         trial = answer(train.main, [*to_flags(TINY | {"run_name": "notes"}), "--smoke"], case)
         assert trial.code == 0
-        # Nor does one that goes on from the checkpoint of another run.
+        # Nor does a run that starts from another run's checkpoint.
         checkpoint = "../given/run/checkpoints/step_0000001"
         for name in ("models", "m"):
             for resume in ("auto", "never", checkpoint):

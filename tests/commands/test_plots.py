@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn by the command."""
+"""The command that draws runs."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def test_the_command_draws_one_run_into_its_folder(tmp_path, capsys):
     assert "run: step 50, 26.21M tokens, 50 min: train 4.5110, validation 4.6110" in capsys.readouterr().out
 
 
-def test_the_command_compares_runs_with_logs_in_a_process_of_its_own(tmp_path):
+def test_the_command_compares_runs_with_logs_in_a_new_process(tmp_path):
     run, again = write_run(tmp_path / "run", build_lines(50)), tmp_path / "again" / "run"
     shutil.copytree(run, again)
     (tmp_path / "log.txt").write_text("0 train 10.9\n0 val 10.9\n0 hella 0.25\n1 train 10.8\n")
@@ -35,12 +35,12 @@ def test_the_command_compares_runs_with_logs_in_a_process_of_its_own(tmp_path):
     assert (process.returncode, process.stderr) == (0, "")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     first, second, *_, last = process.stdout.splitlines()
-    assert first.startswith("run: ") and second.startswith("again/run: ")  # one name, and so by where they lie
+    assert first.startswith("run: ") and second.startswith("again/run: ")  # equal names, so the path is added
     assert last == "figure saved as comparison.png"
 
 
 @pytest.mark.parametrize("kind, head", [("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_outputs_name_decides_its_format(tmp_path, kind, head):
+def test_the_suffix_of_the_output_selects_its_format(tmp_path, kind, head):
     run = write_run(tmp_path / "run", build_lines(5))
     assert main(["plots", str(run), "--output", str(tmp_path / f"picture.{kind}")]) == 0
     assert (tmp_path / f"picture.{kind}").read_bytes().startswith(head)
@@ -62,7 +62,7 @@ def test_the_outputs_name_decides_its_format(tmp_path, kind, head):
         (["run", "--hour"], "unknown setting --hour: did you mean --hours?"),
     ],
 )
-def test_mistakes_are_answered_in_a_line(tmp_path, monkeypatch, capsys, argv, message):
+def test_mistakes_give_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", build_lines(5))
     (tmp_path / "empty").mkdir()
@@ -72,8 +72,8 @@ def test_mistakes_are_answered_in_a_line(tmp_path, monkeypatch, capsys, argv, me
     assert message in error and error.count("\n") == 1
 
 
-def test_a_folder_that_may_not_be_written_to_is_named(capsys):
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own lie where only their owner may look
+def test_a_read_only_folder_is_reported(capsys):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are readable only by their owner
         os.chmod(folder, 0o755)
         run = write_run(Path(folder) / "run", build_lines(5))
         run.chmod(0o555)
@@ -85,7 +85,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(capsys):
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """Be nobody in particular, where the tests are run by the superuser, who may write anywhere."""
+    """Drop root's privileges, with which every folder is writable."""
     was = os.geteuid()
     if was == 0:
         os.seteuid(65534)
@@ -96,7 +96,7 @@ def without_privileges() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not REFERENCE_LOG.exists(), reason="needs ../shared/data/reference_runs, a log of a public run")
-def test_the_command_draws_the_spectrum_and_names_the_periods(tmp_path, capsys):
+def test_the_command_draws_the_spectrum_and_reports_the_periods(tmp_path, capsys):
     assert main(["plots", str(REFERENCE_LOG), "--spectrum", f"--output={tmp_path / 'spectrum.png'}"]) == 0
     assert "the train loss has periods of 46.5 steps" in capsys.readouterr().out
     assert (tmp_path / "spectrum.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Samples of a model, printed by the command."""
+"""The command that prints samples of a model."""
 
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.__main__ import main
@@ -18,7 +18,7 @@ def test_samples_of_a_folder_are_printed(tokenizer, tmp_path, capsys):
     assert capsys.readouterr().out.count(f"> {PROMPT}") == 2
 
 
-def test_models_that_cannot_be_sampled_are_refused(tokenizer, tmp_path, capsys):
+def test_models_that_cannot_be_sampled_are_rejected(tokenizer, tmp_path, capsys):
     assert main(["sample"]) == 2
     assert main(["sample", "--model=missing/model"]) == 2
     assert "--model missing/model" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a run reached, in a block that fits the terminal."""
+"""The summary of a run, in a block that fits the terminal."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
 LONG_TEXT = "They said: " + "the function returns 小さな船 \n\x1b[31m" * 20
-# Of the 124M model: see train.py --plan.
+# FLOPs per token of the 124M model, as printed by train.py --plan.
 FULL_FLOPS = 855_166_464
 
 
@@ -50,7 +50,7 @@ def write_lines(path, lines):
 
 
 def read_rows(folder):
-    """Return the summary's texts by their labels, unwrapped."""
+    """Return the summary's values by label, unwrapped."""
     lines, rows = summarize(RunFolder(folder), 10_000), {}
     for line in lines[1:]:
         rows[line[:18].strip()] = line[18:]
@@ -109,7 +109,7 @@ def test_the_full_run_is_projected_from_the_measured_arithmetic(run_folder):
     assert "2.8 h" in rows["full run"] and "do not record" in rows["full run"] and "GPU" not in rows["full run"]
 
 
-def test_the_full_run_is_that_of_its_configuration():
+def test_the_full_run_matches_its_configuration():
     config = parse_arguments(TrainingConfig, [f"--config={REPOSITORY}/configs/gpt2_124M.yaml"], description="")
     assert config.max_steps * config.tokens_per_step == pytest.approx(FULL_RUN_TOKENS, rel=1e-3)
 
@@ -130,7 +130,7 @@ def test_scores_of_the_finished_model_replace_those_in_training(run_folder, caps
     assert "0.2604" not in text
 
 
-def test_places_of_files_are_on_lines_of_their_own(run_folder):
+def test_paths_are_on_separate_lines(run_folder):
     rows = read_rows(run_folder)
     assert rows["numbers"] == str(run_folder / "metrics.jsonl") and "model" not in rows
 
@@ -150,7 +150,7 @@ def test_a_loss_of_an_earlier_model_is_shown_with_its_step(run_folder):
     assert read_rows(run_folder)["validation loss"].endswith("3.5000 bits per byte, at step 2")
 
 
-def test_folders_without_metrics_are_refused(tmp_path, capsys):
+def test_folders_without_metrics_are_rejected(tmp_path, capsys):
     assert main(["summary", str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
     assert main(["summary"]) == 2

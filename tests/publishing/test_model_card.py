@@ -1,4 +1,4 @@
-"""The model card: what it tells, to whom, and what it keeps to itself."""
+"""The model card: what it reports, for whom, and what it must not reveal."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def data_folder(tmp_path_factory):
 
 @pytest.fixture
 def run_folder(tmp_path, data_folder):
-    """A run with two evaluations, of which the first was at step 2."""
+    """A run with two evaluations, the first of them at step 2."""
     folder = tmp_path / "run"
     folder.mkdir()
     config = TrainingConfig(
@@ -80,7 +80,7 @@ def read_table(text: str) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
-def test_card_tells_data_model_training_and_results(run_folder):
+def test_the_card_reports_data_model_training_and_results(run_folder):
     write_scores(run_folder)
     write_model_card(run_folder / "final", RunFolder(run_folder))
     assert (run_folder / "final" / "curves.png").read_bytes() == b"a picture"
@@ -113,8 +113,8 @@ def test_a_constant_learning_rate_has_no_end_on_the_card(run_folder):
     assert read_table(render_card(run_folder / "final", run_folder))["learning rate"].endswith("tokens, then constant")
 
 
-def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
-    """Their flags, read back, give the settings; where the run lay and to whom it told is left out."""
+def test_commands_on_the_card_reproduce_the_run(run_folder, data_folder):
+    """Their flags, parsed, give the settings, except for the run's folder and its trackers."""
     text = render_card(run_folder / "final", run_folder)
     prepare, training = text.split("```bash\n")[1].split("\n```")[0].splitlines()
     assert prepare.startswith("python prepare_data.py ") and training.startswith("python train.py ")
@@ -128,7 +128,7 @@ def test_commands_on_the_card_make_the_run_again(run_folder, data_folder):
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 
 
-def test_only_paths_out_of_the_working_folder_are_shortened(run_folder):
+def test_only_paths_outside_the_working_folder_are_shortened(run_folder):
     changes = {
         "sample_prompt": "/imagine a cat/dog",
         "hellaswag_file": "../mine/items.jsonl",
@@ -144,12 +144,12 @@ def test_only_paths_out_of_the_working_folder_are_shortened(run_folder):
     assert "mine" not in text and "~/me" not in text
 
 
-def test_versions_are_those_that_the_run_ended_with(run_folder):
+def test_versions_are_those_at_the_end_of_the_run(run_folder):
     (run_folder / "status.json").write_text(json.dumps({"status": "finished", "versions": {"torch": "1.0"}}))
     assert ": torch 1.0. " in render_card(run_folder / "final", run_folder)
 
 
-def test_metadata_are_what_the_hub_reads(run_folder):
+def test_the_hub_parses_the_metadata(run_folder):
     text = render_card(run_folder / "final", run_folder, repo_id="me/gpt2")
     card = ModelCard(text)
     assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "transformers")
@@ -159,20 +159,20 @@ def test_metadata_are_what_the_hub_reads(run_folder):
     metrics = {metric["type"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
     assert metrics == {"loss": 5.25, "bits_per_byte": 2.5}
     assert card.data.eval_results and "from_pretrained(folder)" in text and 'folder = "me/gpt2"' in text
-    assert card.data.datasets is None  # local files are no dataset of the Hub
-    # No results, no index: the tools refuse an empty one.
+    assert card.data.datasets is None  # local files are not a dataset on the Hub
+    # Without results there is no index, as tools reject an empty one.
     (run_folder / "metrics.jsonl").unlink()
     assert "model-index" not in render_card(run_folder / "final", run_folder)
 
 
 def read_index(text: str) -> dict[str, float]:
-    """Return the scores of a card's `model-index` by protocol and metric."""
+    """Return the scores in a card's `model-index`, by protocol and metric."""
     results = ModelCard(text).data.eval_results
     return {(r.metric_args["protocol"], r.metric_type): r.metric_value for r in results if r.metric_args}
 
 
-def test_scores_on_the_whole_validation_set_are_hellaswags(run_folder):
-    """In the index and in files of their own; of other items, the table alone speaks."""
+def test_scores_on_the_full_validation_set_are_reported_as_hellaswag(run_folder):
+    """These are in the index and in separate files; scores on other items are only in the table."""
     write_scores(run_folder)
     write_model_card(run_folder / "final", RunFolder(run_folder))
     assert read_index((run_folder / "final" / "README.md").read_text()) == {}
@@ -188,7 +188,7 @@ def test_scores_on_the_whole_validation_set_are_hellaswags(run_folder):
         assert (entry["dataset"]["id"], entry["value"]) == ("Rowan/hellaswag", 0.5)
 
 
-def test_a_run_that_was_scored_on_the_whole_set_says_so(run_folder):
+def test_a_run_scored_on_the_full_set_reports_it(run_folder):
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"hellaswag_file": None}))
     scores = {
@@ -203,7 +203,7 @@ def test_a_run_that_was_scored_on_the_whole_set_says_so(run_folder):
     assert read_index(text) == {("original", "acc_norm"): 0.3, ("original", "acc"): 0.28}
 
 
-def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tmp_path):
+def test_a_hub_dataset_is_cited_with_its_commit(run_folder, data_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     manifest = json.loads((data_folder / "manifest.json").read_text())
@@ -229,7 +229,7 @@ def test_dataset_of_the_hub_is_named_with_its_commit(run_folder, data_folder, tm
         ("/home/me/toks/mine", "saved with the model, from `PATH/TO/mine`, 50,257 ids", "PATH/TO/mine"),
     ],
 )
-def test_a_local_tokenizer_is_not_taken_for_one_of_the_hub(run_folder, data_folder, tmp_path, name, row, flag):
+def test_a_local_tokenizer_is_not_mistaken_for_one_on_the_hub(run_folder, data_folder, tmp_path, name, row, flag):
     data = tmp_path / "data"
     data.mkdir()
     manifest = json.loads((data_folder / "manifest.json").read_text()) | {"tokenizer": name}
@@ -242,7 +242,7 @@ def test_a_local_tokenizer_is_not_taken_for_one_of_the_hub(run_folder, data_fold
 
 
 @pytest.mark.parametrize("init_from, base", [("gpt2", "gpt2"), ("/home/me/x", None), ("scratch", None), (".", None)])
-def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
+def test_the_base_model_is_cited_only_if_it_is_on_the_hub(run_folder, init_from, base):
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"init_from": init_from}))
     text = render_card(run_folder / "final", run_folder)
@@ -250,17 +250,17 @@ def test_base_model_is_one_of_the_hub(run_folder, init_from, base):
     assert "/home" not in text
 
 
-def test_card_of_a_checkpoint_tells_nothing_later(run_folder):
+def test_a_checkpoints_card_contains_nothing_later(run_folder):
     write_scores(run_folder)
     text = render_card(run_folder / "final", run_folder, step=2)
     assert "checkpoint after 2 updates" in text and "early words" in text
     assert "7.2500 nats" in text and "5.2500" not in text and "last " not in text.split("## Samples")[1].split("##")[0]
-    assert "in training | 0.2604 (chance 0.25) |" in text and "lm_eval" not in text  # what the finished model scored
+    assert "in training | 0.2604 (chance 0.25) |" in text and "lm_eval" not in text  # scores of the finished model
 
 
 @pytest.mark.parametrize("step", [3, None])
-def test_numbers_of_an_earlier_model_are_not_the_models(run_folder, step):
-    """A checkpoint between two evaluations has none of its own; neither has a run that went on without any."""
+def test_metrics_of_an_earlier_model_are_labeled(run_folder, step):
+    """Neither a checkpoint between two evaluations nor a run resumed without any has a loss of its own."""
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config | {"hellaswag_file": None}))
     lines = [
@@ -277,7 +277,7 @@ def test_numbers_of_an_earlier_model_are_not_the_models(run_folder, step):
     assert table["updates"] == "3, each of 524,288 tokens"
 
 
-def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
+def test_scores_of_other_or_older_models_are_ignored(run_folder, capsys):
     write_scores(run_folder, "hellaswag_gpt2.json", model="openai-community/gpt2")
     (run_folder / "hellaswag_damaged.json").write_text('{"model": "run/final", "original"')
     write_scores(run_folder, "hellaswag_odd.json", original={"acc": "x"}, lm_eval=None)
@@ -296,8 +296,8 @@ def test_scores_of_other_or_older_models_are_not_the_models(run_folder, capsys):
     assert not lines
 
 
-def test_scores_are_known_by_the_weights_wherever_the_run_lies(run_folder, tmp_path, capsys):
-    """Not by the model's name, nor by when the files were copied."""
+def test_scores_are_matched_by_weights_wherever_the_run_is(run_folder, tmp_path, capsys):
+    """Neither the model's name nor the files' modification times matter."""
     (run_folder / "final" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
     weights = identify_weights(run_folder / "final")
     write_scores(run_folder, weights=weights)
@@ -311,7 +311,7 @@ def test_scores_are_known_by_the_weights_wherever_the_run_lies(run_folder, tmp_p
     assert "hellaswag.json: it was measured with other (or earlier) weights" in capsys.readouterr().err
 
 
-def test_scores_in_float32_come_before_those_in_less(run_folder):
+def test_scores_in_float32_are_preferred(run_folder):
     scores = {"acc": 0.25, "acc_norm": 0.5, "n": 10042}
     write_scores(run_folder, "hellaswag_a.json", dtype="float32", is_validation_split=True, lm_eval=scores)
     scores = {"acc": 0.26, "acc_norm": 0.51, "n": 10042}
@@ -329,13 +329,13 @@ def test_scores_in_float32_come_before_those_in_less(run_folder):
     assert entry["value"] == 0.5 and entry["notes"].endswith(", in float32")
 
 
-def test_samples_show_as_they_are(run_folder):
+def test_samples_are_escaped(run_folder):
     text = render_card(run_folder / "final", run_folder)
     assert r"> last &lt;b&gt;words&lt;/b&gt; \| \`x\` \[y\](z)" in text
     assert quote_text("a\n# b\n---") == r"a \# b ---"
 
 
-def test_card_says_less_where_records_and_data_are_gone(run_folder, data_folder, tmp_path):
+def test_a_card_is_written_without_records_and_data(run_folder, data_folder, tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl", "curves.png"):
         (run_folder / name).unlink()
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
@@ -347,7 +347,7 @@ def test_card_says_less_where_records_and_data_are_gone(run_folder, data_folder,
     ModelCard(text)
 
 
-def test_a_card_that_cannot_be_written_anew_stays_and_is_told_of(run_folder, tmp_path, capsys):
+def test_a_card_that_cannot_be_rebuilt_is_kept_and_reported(run_folder, tmp_path, capsys):
     config = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64}
     (run_folder / "final" / "config.json").write_text(json.dumps(config))
     (run_folder / "final" / CARD).write_text("as it was")

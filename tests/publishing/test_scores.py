@@ -14,7 +14,7 @@ SUMMARIES = {
 }
 
 
-def test_a_model_card_carries_every_score_with_its_protocol():
+def test_a_model_card_contains_every_score_with_its_protocol():
     data = ModelCardData(model_name="gpt2", eval_results=build_eval_results(SUMMARIES))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n# GPT-2\n")
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
@@ -34,7 +34,7 @@ def test_a_model_card_carries_every_score_with_its_protocol():
         assert (result.dataset_revision, result.dataset_args) == (DATASET_REVISION, {"num_few_shot": 0})
 
 
-def test_the_hub_s_files_say_one_score_each():
+def test_the_hubs_result_files_contain_one_score_each():
     texts = render_eval_results(SUMMARIES)
     assert list(texts) == [
         ".eval_results/hellaswag_original.yaml",
