@@ -605,7 +605,7 @@ BAD_INPUTS = {
     "missing file": (lambda folder: ["--files", folder / "none.jsonl"], "no such file"),
     "missing column": (make_bad("a.jsonl", b'{"body": "a"}\n'), "--text_column one of body"),
     "corrupt line": (make_bad("a.jsonl", b'{"text": "a"}\n{"text": \n'), "line 2"),
-    "corrupt parquet": (make_bad("a.parquet", b"PAR1"), "not a whole parquet"),
+    "corrupt parquet": (make_bad("a.parquet", b"PAR1"), "not a complete parquet"),
     "corrupt gzip": (make_bad("a.txt.gz", b"\x1f\x8b\x08\x00"), "a.txt.gz is damaged"),
     "invalid UTF-8": (make_bad("a.txt", b"\xff" * 99), "a.txt is not valid UTF-8"),
     "empty corpus": (make_bad("a.txt", b""), "the corpus is empty"),

@@ -1,4 +1,4 @@
-"""The settings that name a corpus; without what it takes to read one, which loads slowly."""
+"""The settings that select a corpus, separate from the readers, which import slowly."""
 
 from dataclasses import dataclass
 
@@ -13,34 +13,34 @@ DOCSTRINGS = "docstrings"
 
 @dataclass
 class SourceConfig(Config):
-    """Where documents come from, which is recorded beside the shards. `build_corpus` opens it."""
+    """The source of the documents, recorded beside the shards. `build_corpus` opens it."""
 
     dataset_name: str = experiment(
         FINEWEB_EDU,
-        f"a dataset on the Hub, a folder that `datasets` can load, or {DOCSTRINGS}: the built-in offline corpus, the "
-        "documentation of the Python packages installed here",
+        f"Hub dataset, local folder that `datasets` can load, or {DOCSTRINGS} for the built-in offline corpus: the "
+        "documentation of the installed Python packages",
         heading="source",
         aliases=["--dataset"],
         path=True,
     )
     dataset_config_name: str | None = experiment(
-        None, f"the dataset's configuration; none means {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
+        None, f"dataset configuration; default: {DEFAULT_CONFIGS[FINEWEB_EDU]} for {FINEWEB_EDU}"
     )
-    split: str = experiment("train", "the dataset's split")
-    revision: str | None = experiment(None, "the dataset's branch, tag or commit; none means main")
+    split: str = experiment("train", "dataset split")
+    revision: str | None = experiment(None, "dataset branch, tag or commit; default: main")
     files: list[str] = experiment(
         [],
-        "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document a "
-        "file, or see --document_separator)",
+        "local files, globs or folders instead of a dataset: .parquet, .jsonl[.gz|.zst], .txt[.gz] (one document per "
+        "file, unless --document_separator is given)",
         path=True,
     )
     document_separator: str | None = experiment(
         None,
-        "cut .txt files into documents at this text (\\n is a line end of any system, \\t a tab, \\f a form feed)",
+        "text at which to split .txt files into documents (\\n matches any line ending, \\t a tab, \\f a form feed)",
     )
-    text_column: str = experiment("text", "the column, or JSON key, that holds a document's text")
+    text_column: str = experiment("text", "column, or JSON key, of the documents' text")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.document_separator == "":
-            raise UserError("--document_separator is empty: leave it out to take each file as one document")
+            raise UserError("--document_separator is empty: omit it to read each file as one document")

@@ -1,7 +1,7 @@
-"""Corpora: where documents come from, as independent tasks in source order.
+"""Corpora: documents from any source, as independent tasks in source order.
 
-Another source would be a field of `SourceConfig`, whose default names none, and a branch in `build_corpus`, with a
-module that lists its tasks. `model_card.describe_source` tells a model's readers of it.
+To add a source, add a field to `SourceConfig` whose default disables it, a branch to `build_corpus`, and a module that
+lists the tasks. `model_card.describe_source` describes the source on model cards.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from .docstrings import describe_packages, list_docstring_tasks
 from .hub_datasets import list_hub_tasks
 from .local_files import find_files, list_file_tasks
 
-# How a shell can be given what separates documents.
+# Escapes in `--document_separator`, which are easier to type in a shell than the characters.
 SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
 
 
 class Task(Protocol):
-    """A part of a corpus that a worker process reads on its own; it travels there by pickle."""
+    """A part of a corpus that a worker process can read independently. Tasks must be picklable."""
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The task's name for messages."""
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield documents in source order, with empty ones and nulls, which the caller skips."""
+        """Yield documents in source order, including empty and null ones, which the caller skips."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Corpus:
     """A source of documents.
 
     Attributes:
-        source: what the manifest records of it: `id`, and `config`, `split`, `revision` or `files`.
-        state: a digest that shows a resumed run whether the documents are still the same. It depends on when files
-            were copied, so the manifest omits it.
-        prefix: how the names of its shards begin.
-        tasks: in source order, listed lazily.
+        source: its entry in the manifest: `id`, and `config`, `split`, `revision` or `files`.
+        state: a digest by which a resumed run detects changed documents. The manifest omits it, because it depends on
+            the files' modification times.
+        prefix: the beginning of its shards' names.
+        tasks: the tasks in source order, listed lazily.
     """
 
     source: dict[str, Any]
@@ -56,13 +56,13 @@ class Corpus:
 
 
 def build_corpus(config: SourceConfig, revision: str | None = None) -> Corpus:
-    """Build the corpus that `config` names.
+    """Build the corpus selected by `config`.
 
     Args:
-        revision: the commit of a dataset that an unfinished run began with: its branch may have moved since.
+        revision: the dataset commit that an unfinished run started with; the branch may have moved since.
 
     Raises:
-        UserError: as the builders below.
+        UserError: as `build_file_corpus` and `build_hub_corpus`.
     """
     if config.files:
         return build_file_corpus(config.files, config.text_column, config.document_separator)
@@ -75,7 +75,7 @@ def build_corpus(config: SourceConfig, revision: str | None = None) -> Corpus:
 
 
 def build_file_corpus(patterns: list[str], text_column: str, document_separator: str | None) -> Corpus:
-    """Build the corpus of local files in the order of their sorted paths.
+    """Build a corpus of local files, in the order of their sorted paths.
 
     Raises:
         UserError: as `find_files`; reading the tasks raises those of `list_file_tasks`.
@@ -89,20 +89,20 @@ def build_file_corpus(patterns: list[str], text_column: str, document_separator:
 
 
 def build_docstring_corpus() -> Corpus:
-    """Build the built-in offline corpus (see `docstrings.py`)."""
+    """Build the built-in offline corpus (`docstrings.py`)."""
     return Corpus({"id": DOCSTRINGS}, describe_packages(), DOCSTRINGS, list_docstring_tasks())
 
 
 def build_hub_corpus(name: str, config: str | None, split: str, revision: str | None, text_column: str) -> Corpus:
-    """Build the corpus of a dataset on the Hub, or in a local folder that `datasets` can load, by streaming it.
+    """Build a corpus that streams a dataset from the Hub, or from a local folder that `datasets` can load.
 
-    The revision is resolved to a commit, so that the manifest identifies the data.
+    The revision is resolved to a commit, which lets the manifest identify the data.
 
     Raises:
-        UserError: an unknown dataset, config, split or column, or an unreachable Hub.
+        UserError: the dataset, config, split or column does not exist, or the Hub is unreachable.
     """
     config = config or DEFAULT_CONFIGS.get(name)
-    state = ""  # the revision suffices
+    state = ""  # the commit suffices
     if Path(name).is_dir():
         state = _describe_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
     else:
@@ -123,12 +123,12 @@ def _resolve_revision(name: str, revision: str | None) -> str:
     what = f"dataset {name!r}"
     try:
         info = ask_hub(lambda: api.dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS), what)
-        if info.gated:  # visible to everybody, but not readable
+        if info.gated:  # anybody can see it, but not read it
             ask_hub(lambda: api.auth_check(name, repo_type="dataset"), what)
     except HubUnreachableError as error:
         raise UserError(
-            f"cannot reach the Hub for the dataset {name!r} ({error}): check the connection, give --files, or use "
-            f"the built-in corpus with --dataset_name {DOCSTRINGS}"
+            f"cannot reach the Hub for the dataset {name!r} ({error}): check the connection, pass --files, or use the "
+            f"built-in corpus with --dataset_name {DOCSTRINGS}"
         ) from error
     return info.sha
 

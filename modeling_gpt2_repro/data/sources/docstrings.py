@@ -1,7 +1,7 @@
-"""The built-in corpus: the documentation of the Python packages installed here.
+"""The built-in corpus: documentation of the installed Python packages.
 
 It needs no network, is tens of megabytes of English, and exists on every machine that can run this package: enough to
-see every part of the reproduction work. Its content depends on what is installed.
+exercise every part of the reproduction. Its content depends on the installed packages.
 """
 
 import ast
@@ -21,28 +21,28 @@ import pyarrow as pa
 
 FILES_PER_TASK = 64
 
-# Shorter "documents" are stubs such as "Package init.", which teach a model little but where documents end.
+# Shorter documents are stubs such as "Package init.", which teach a model little more than document boundaries.
 MIN_DOCUMENT_CHARACTERS = 200
 
-# A larger text file is a table or a word list, not documentation.
+# Larger text files are tables or word lists, not documentation.
 MAX_TEXT_FILE_BYTES = 2**20
 
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
-# English text is nearly all letters and blanks, and above four fifths even with identifiers in it; code examples,
-# tables and paths are not.
+# Fraction of letters and spaces in a paragraph: over four fifths in English text, even with identifiers, and less in
+# code examples, tables and paths.
 MIN_LETTERS = 0.8
 MIN_PARAGRAPH_WORDS = 5
 
 PROSE_SUFFIXES = (".md", ".rst", ".txt")
-# Tests are a fifth of all code and have hardly a docstring; parsing takes most of the time.
+# Tests are a fifth of all code, which is slow to parse, and have hardly any docstrings.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "test", "tests", "licenses", "node_modules"}
-# A hundred packages have the same licence, in a hundred slightly different copies.
+# Hundreds of packages contain slightly different copies of the same license.
 SKIPPED_STEMS = {"license", "licence", "copying", "notice", "authors", "third_party_notices"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DocstringTask:
-    """Some source and documentation files of the environment, each one document."""
+    """A group of source and documentation files, one document each."""
 
     paths: tuple[str, ...]
 
@@ -51,15 +51,15 @@ class DocstringTask:
         return self.paths[0]
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the documents of these files; a file without documentation worth reading yields none."""
+        """Yield the files' documents; files with too little documentation have none."""
         documents = (read_documentation(Path(path)) for path in self.paths)
         yield pa.array([text for text in documents if len(text) >= MIN_DOCUMENT_CHARACTERS], pa.large_string())
 
 
 def list_docstring_tasks() -> Iterator[DocstringTask]:
-    """Yield the corpus in its order: by path relative to site-packages or the standard library.
+    """Yield the corpus's tasks, ordered by path relative to site-packages or the standard library.
 
-    A file whose bytes were seen before (vendored copies, mostly) is left out.
+    Files identical to an earlier one, mostly vendored copies, are skipped.
     """
     paths = _list_different_files()
     while group := tuple(itertools.islice(paths, FILES_PER_TASK)):
@@ -74,8 +74,7 @@ def describe_packages() -> str:
 
 
 def read_documentation(path: Path) -> str:
-    """Return the prose of one file, "" where it has none: of a `.py`'s docstrings, of the body of a package's
-    `METADATA`, or of a text file."""
+    """Return the prose of one file, or "": from a `.py` file's docstrings, the body of `METADATA`, or a text file."""
     content = path.read_bytes()
     if path.suffix == ".py":
         return keep_prose(extract_docstrings(content))
@@ -86,13 +85,13 @@ def read_documentation(path: Path) -> str:
 
 
 def extract_docstrings(source: bytes) -> str:
-    """Return the docstrings of a module and of the classes and functions in it, in their order, blank lines between.
+    """Return the docstrings of a module, its classes and its functions, in source order, separated by blank lines.
 
-    Source that Python cannot parse (templates, code for Python 2) has none.
+    Source that Python cannot parse (templates, Python 2 code) yields "".
     """
     if b'"""' not in source and b"'''" not in source:
         return ""
-    # Otherwise the collector walks the growing tree again and again, for a third of the time.
+    # Garbage collection would traverse the growing tree repeatedly, which takes a third of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -110,27 +109,27 @@ def extract_docstrings(source: bytes) -> str:
         node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found.append(ast.get_docstring(node) or "")
-        # Definitions are in statement lists only: descending into expressions would double the time.
+        # Definitions occur in statement lists only; descending into expressions would double the time.
         for block in ("finalbody", "orelse", "handlers", "body"):
             statements = getattr(node, block, ())
             if isinstance(statements, list):
                 nodes.extend(reversed(statements))
     text = "\n\n".join(docstring for docstring in found if docstring)
-    return text.encode("utf-8", errors="ignore").decode()  # an escape such as "\ud800" is no text
+    return text.encode("utf-8", errors="ignore").decode()  # drops lone surrogates such as "\ud800"
 
 
 def keep_prose(text: str) -> str:
     """Return the paragraphs of a text that are prose, each on one line.
 
-    Code examples, tables, parameter lists and signatures are dropped; so are hard line ends and indentation, on which
-    GPT-2's tokenizer spends a token a blank.
+    Code examples, tables, parameter lists and signatures are dropped. So are hard line breaks and indentation, for
+    which GPT-2's tokenizer uses one token per space.
     """
     paragraphs = (" ".join(paragraph.split()) for paragraph in PARAGRAPH_BREAK.split(text))
     return "\n\n".join(paragraph for paragraph in paragraphs if is_prose(paragraph))
 
 
 def is_prose(paragraph: str) -> bool:
-    """Return whether a paragraph is sentences and not code or a table: mostly letters, and several words."""
+    """Return whether a paragraph is prose rather than code or a table: mostly letters, and several words."""
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     return (
         letters >= MIN_LETTERS * len(paragraph)
@@ -160,7 +159,7 @@ def _walk(root: str) -> Iterator[str]:
             stem, suffix = os.path.splitext(name)
             path = os.path.join(folder, name)
             is_text = (suffix in PROSE_SUFFIXES and stem.lower() not in SKIPPED_STEMS) or name == "METADATA"
-            # An installed tree may hold dangling links and files of other users.
+            # The tree may contain dangling links and unreadable files.
             is_readable = os.path.isfile(path) and os.access(path, os.R_OK)
             if is_readable and (suffix == ".py" or (is_text and os.path.getsize(path) <= MAX_TEXT_FILE_BYTES)):
                 yield path

@@ -1,6 +1,6 @@
-"""Datasets on the Hub, or in a local folder that `datasets` can load, read as streams: a task is one file.
+"""Streaming datasets from the Hub, or from a local folder that `datasets` can load. A task is one file.
 
-Of a parquet file only the text column is fetched. Nothing but the dataset's card is copied to disk.
+Only the text column of a parquet file is fetched. Nothing but the dataset card is written to disk.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from ...core.errors import UserError
 from ...core.hub_client import describe_hub_failure
 from .local_files import BATCH_ROWS, as_texts
 
-# `huggingface_hub` retries a request for some 25 seconds before it gives up, and `datasets` retries that, by default
-# 20 times: an outage would be noticed after ten minutes, while a hiccup of the Hub is over in one.
+# `huggingface_hub` retries a request for about 25 seconds, and `datasets` retries that 20 times by default. An outage
+# would be reported after ten minutes, although a hiccup of the Hub is over in one.
 READ_TRIES = 2
 SECONDS_BETWEEN_TRIES = 5
-# How far a request to a parquet file reads ahead: past the gap between the texts of one row group and the next in a
-# text corpus, so that one request serves both, and little if other columns are large.
+# Read-ahead of a request to a parquet file. It spans the gap between the texts of consecutive row groups in a text
+# corpus, which one request then serves, and wastes little if other columns are large.
 READ_AHEAD_BYTES = 2**20
 
 
@@ -30,7 +30,7 @@ class HubTask:
     """One file of a dataset.
 
     Attributes:
-        name: what to call it in a message.
+        name: the task's name for messages.
         rows: the file's rows, a `datasets.IterableDataset`.
     """
 
@@ -39,10 +39,10 @@ class HubTask:
     text_column: str
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the texts of the file's rows, in order.
+        """Yield the texts of the file's rows in order.
 
         Raises:
-            UserError: the Hub failed through all retries, or the file cannot be read.
+            UserError: all retries failed, or the file cannot be read.
         """
         _prepare_datasets()
         with _explained(self.name):
@@ -54,34 +54,34 @@ class HubTask:
 def list_hub_tasks(
     name: str, config: str | None, split: str, revision: str | None, text_column: str
 ) -> Iterator[HubTask]:
-    """Open a dataset and return its tasks, in the order of its files.
+    """Open a dataset and return its tasks in the order of its files.
 
     Args:
-        revision: the commit; None for a local folder.
+        revision: the commit; `None` for a local folder.
 
     Raises:
-        UserError: a missing or private dataset, config, split or column, or a Hub that fails.
+        UserError: the dataset, config, split or column is missing or private, or the Hub failed.
     """
     datasets = _prepare_datasets()
     what = f"the dataset {name!r}"
     with _explained(what, hint="--dataset_config_name"):
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         if builder.name == "cache":
-            # When the Hub fails, `datasets` uses its cache, even of another revision.
-            raise ConnectionError("only the cache of `datasets` has a copy")
+            # If the Hub fails, `datasets` silently uses its cache, even of another revision.
+            raise ConnectionError("only a copy in the cache of `datasets` is available")
     with _explained(what, hint="--split"):
         dataset = builder.as_streaming_dataset(split=split)
         columns = dataset.column_names or list(next(iter(dataset), {}))
         if text_column not in columns:
             raise UserError(f"{what} has no column {text_column!r}: give --text_column one of {', '.join(columns)}")
         if builder.name == "parquet":
-            # `select_columns` drops the other columns only after fetching whole row groups of them.
+            # `select_columns` drops the other columns only after fetching them.
             builder.config.columns = [text_column]
             builder.config.batch_size = BATCH_ROWS
-            # Arrow's own read-ahead keeps its buffers until the file ends: a worker would hold a whole file.
+            # Arrow's own read-ahead keeps its buffers until the file ends: a worker would have all of it in memory.
             builder.config.fragment_scan_options = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False)
             builder.storage_options = {"hf": {"block_size": READ_AHEAD_BYTES}}
-            datasets.streaming.extend_dataset_builder_for_streaming(builder)  # or the options are ignored
+            datasets.streaming.extend_dataset_builder_for_streaming(builder)  # otherwise the options are ignored
             dataset = builder.as_streaming_dataset(split=split)
         else:
             dataset = dataset.select_columns([text_column])
@@ -98,8 +98,8 @@ def _cut_into_files(dataset: Any, what: str, files: list[str], text_column: str)
 
 
 def _prepare_datasets() -> Any:
-    """Import `datasets` with few retries and without its log: our errors include what it would log."""
-    import datasets  # here: half a second that local files need not wait for
+    """Import `datasets`, with fewer retries and without logging: our errors include what it would log."""
+    import datasets  # here, because it takes half a second that local files need not wait for
 
     config = datasets.config
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = READ_TRIES
@@ -111,13 +111,13 @@ def _prepare_datasets() -> Any:
 
 @contextlib.contextmanager
 def _explained(what: str, hint: str = "") -> Generator[None]:
-    """Turn errors of the body into a `UserError` that names `what`.
+    """Convert errors in the context to a `UserError` about `what`.
 
-    Readers of a dozen formats and an HTTP library raise errors of their own there; all are converted but those that a
-    bug would raise.
+    Readers of a dozen formats and an HTTP library raise their own exceptions; all are converted except types that
+    indicate a bug.
 
     Args:
-        hint: the flag to check after a plain ValueError, which `datasets` raises for invalid arguments.
+        hint: the flag to mention for a plain ValueError, which `datasets` raises for invalid arguments.
     """
     try:
         yield

@@ -1,10 +1,10 @@
 """Documents in local `.parquet`, `.jsonl` and `.txt` files.
 
-A task is a part of one file that can be read on its own: some row groups of a parquet file, a range of bytes of a
-JSON Lines file, one whole compressed file, or some text files. Tasks follow each other in the order of the documents.
+A task can be read independently: row groups of a parquet file, a byte range of a JSON Lines file, a whole compressed
+file, or a group of text files. Tasks are in the order of their documents.
 
-Another kind of file would have its suffix in `SUFFIXES`, a branch in `list_file_tasks` (what is neither text nor
-parquet is read as JSON Lines), and a class that is a `corpus.Task`; `config.py` names the kinds to users.
+To support another file type, add its suffix to `SUFFIXES`, a branch to `list_file_tasks` (which reads everything but
+text and parquet as JSON Lines), and a class that implements `corpus.Task`; `config.py` lists the types in `--help`.
 """
 
 import codecs
@@ -32,37 +32,37 @@ from ...core.files import is_utf8
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TEXT_SUFFIXES)
-# A Windows line end is never taken for two.
+# A Windows line ending is never matched as two.
 LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
-# A column of nulls alone has no other type.
+# Includes null, the type of a column that contains only nulls.
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.null())
-NOT_UTF8 = "not valid UTF-8: convert it first (text of Windows's: iconv -f CP1252 -t UTF-8)"
+NOT_UTF8 = "not valid UTF-8: convert it first (for Windows text: iconv -f CP1252 -t UTF-8)"
 
-# Text per task: enough that starting one costs nothing, little enough that two cores share a small corpus.
+# Bytes of text per task: enough to make the overhead negligible, few enough to let two cores share a small corpus.
 TASK_BYTES = 2**25
-# Text per batch, which is decoded and encoded at once.
+# Bytes and rows of text per batch, the unit of decoding and encoding.
 BATCH_BYTES = 4 * 2**20
 BATCH_ROWS = 1024
-# How much of a file is read at once.
+# Size of the read buffer.
 READ_BYTES = 2**20
 
 Item = TypeVar("Item")
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that `patterns` (paths, globs or folders) name, sorted, each once.
+    """Return the files that match `patterns` (paths, globs or folders), sorted and without duplicates.
 
     Raises:
-        UserError: a pattern without a match, or a file of a kind that is not read here.
+        UserError: a pattern has no match, or a file has an unsupported type.
     """
     found: set[Path] = set()
     for pattern in patterns:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-        if not matches and Path(pattern).exists():  # a name with brackets in it
+        if not matches and Path(pattern).exists():  # a name that contains brackets
             matches = [Path(pattern)]
         files = {path for path in matches if path.is_file()}
         for folder in set(matches) - files:
-            # `**` follows links to folders, and passes over hidden files such as macOS leaves beside others.
+            # `**` follows links to folders and skips hidden files, which macOS for example leaves beside others.
             inside = map(Path, glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
             files.update(path for path in inside if path.is_file() and _has_known_suffix(path))
         if not files:
@@ -70,20 +70,20 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         found |= files
     for path in found:
         if not is_utf8(path):
-            raise UserError(f"--files {path}: its name is not UTF-8, and no manifest could say it: rename it")
+            raise UserError(f"--files {path}: the name is not UTF-8 and cannot be stored in a manifest: rename it")
         if not _has_known_suffix(path):
-            raise UserError(f"--files {path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}")
-    # Two paths may lead to one file.
+            raise UserError(f"--files {path}: unsupported file type: use one of {', '.join(SUFFIXES)}")
+    # Several paths may refer to the same file.
     return sorted({os.path.realpath(path): path for path in sorted(found, reverse=True)}.values())
 
 
 def list_file_tasks(
     paths: Iterable[Path], text_column: str, document_separator: str | None
 ) -> Iterator["FileTask | TextTask"]:
-    """Yield the tasks of some files, in the order of their documents.
+    """Yield the files' tasks in the order of their documents.
 
     Raises:
-        UserError: a file that cannot be opened, or one without the column `text_column`.
+        UserError: a file cannot be opened, or has no column `text_column`.
     """
     for is_text, files in itertools.groupby(paths, lambda path: path.name.lower().endswith(TEXT_SUFFIXES)):
         if is_text:
@@ -100,7 +100,7 @@ def _has_known_suffix(path: Path) -> bool:
 
 
 def _list_parquet_tasks(path: str, text_column: str) -> Iterator["ParquetTask"]:
-    with _explained_errors(path, "is not a whole parquet file"):
+    with _explained_errors(path, "is not a complete parquet file"):
         metadata = pa.parquet.read_metadata(path)
     names = metadata.schema.to_arrow_schema().names
     if text_column not in names:
@@ -111,7 +111,7 @@ def _list_parquet_tasks(path: str, text_column: str) -> Iterator["ParquetTask"]:
     sizes = [row_group.column(leaf).total_uncompressed_size for row_group in row_groups]
     for group in _group_by_size(range(len(row_groups)), sizes.__getitem__, TASK_BYTES):
         rows, size = sum(row_groups[i].num_rows for i in group), sum(sizes[i] for i in group)
-        # Books come a few at a time.
+        # Fewer rows per batch if documents are long, such as books.
         rows_per_batch = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
         yield ParquetTask(path, text_column, tuple(group), rows_per_batch)
 
@@ -127,19 +127,23 @@ def _list_jsonl_tasks(path: str, text_column: str) -> Iterator["JsonlTask"]:
 
 
 def _check_first_line(path: str, text_column: str) -> None:
-    """Raise a `UserError` if the first line lacks the text column: other lines may, but not all of them."""
+    """Check that the first line has the text column. Other lines may lack it.
+
+    Raises:
+        UserError: the first line is a JSON object without the column.
+    """
     with _open(path) as stream:
         first = next((line for line in stream if line.strip()), b"")
     try:
         row = json.loads(first.strip().splitlines()[0]) if first else None
     except (ValueError, RecursionError):
-        return  # reported with its line number when it is read
+        return  # reported with its line number when the file is read
     if isinstance(row, dict) and text_column not in row:
         raise UserError(_describe_missing_column(path, text_column, list(row)))
 
 
 def _group_by_size(items: Iterable[Item], size_of: Callable[[Item], int], min_size: int) -> Iterator[list[Item]]:
-    """Group consecutive items; each group but the last ends with the item that brings it to `min_size`."""
+    """Group consecutive items; each group except the last ends with the item that brings it to `min_size`."""
     group: list[Item] = []
     size = 0
     for item in items:
@@ -154,7 +158,7 @@ def _group_by_size(items: Iterable[Item], size_of: Callable[[Item], int], min_si
 
 @dataclasses.dataclass(frozen=True)
 class FileTask:
-    """A part of the file `path`."""
+    """A task that reads part of the file `path`."""
 
     path: str
 
@@ -165,17 +169,17 @@ class FileTask:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetTask(FileTask):
-    """Some row groups of a parquet file; only the text column is read."""
+    """Row groups of a parquet file; only the text column is read."""
 
     text_column: str
     row_groups: tuple[int, ...]
     rows_per_batch: int
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the rows' texts; a null stays null."""
+        """Yield the rows' texts; nulls are kept."""
         with (
-            _explained_errors(self.path, "is not a whole parquet file"),
-            # A buffer of its own, or whole row groups are read ahead: gigabytes, of files that have few of them.
+            _explained_errors(self.path, "is not a complete parquet file"),
+            # Buffered, because otherwise whole row groups are read ahead: gigabytes in files that have few of them.
             pa.parquet.ParquetFile(self.path, buffer_size=READ_BYTES, pre_buffer=False) as file,
         ):
             for batch in file.iter_batches(
@@ -186,14 +190,14 @@ class ParquetTask(FileTask):
 
 @dataclasses.dataclass(frozen=True)
 class JsonlTask(FileTask):
-    """The lines of a JSON Lines file that begin in the bytes `[start, end)`; `end=None` is the whole file."""
+    """The lines of a JSON Lines file that start in bytes `[start, end)`; `end=None` means the end of the file."""
 
     text_column: str
     start: int = 0
     end: int | None = None
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the lines' texts; a line without the column, or with `null` in it, gives a null."""
+        """Yield the lines' texts; a missing column or a `null` in it yields a null."""
         n_lines = 0
         for lines in _group_by_size(self._read_lines(), len, BATCH_BYTES):
             yield self._parse(b"".join(lines), n_lines)
@@ -203,7 +207,7 @@ class JsonlTask(FileTask):
         with _open(self.path) as stream:
             if self.start > 0:
                 stream.seek(self.start - 1)
-                stream.readline()  # the end of a line of the task before
+                stream.readline()  # the rest of a line that belongs to the previous task
             while (self.end is None or stream.tell() < self.end) and (line := stream.readline()):
                 yield line
 
@@ -224,7 +228,11 @@ class JsonlTask(FileTask):
         return texts
 
     def _parse_line_by_line(self, lines: bytes, n_lines_before: int) -> pa.LargeStringArray:
-        """Find the line that Arrow cannot read: read it with Python's parser, or raise an error that names it."""
+        """Parse lines that Arrow rejects with Python's parser.
+
+        Raises:
+            UserError: a line is invalid; the message has its number.
+        """
         texts = []
         for number, line in enumerate(lines.splitlines()):
             if not line.strip():
@@ -239,18 +247,18 @@ class JsonlTask(FileTask):
                 reason = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else reason
                 line_number = self._count_lines_before_start() + n_lines_before + number + 1
                 raise UserError(f"{self.path}, line {line_number}: {reason}") from error
-            # Half of a surrogate pair, which texts that were cut by length end with, has no UTF-8.
+            # Lone surrogates, left by truncating texts to a length, cannot be encoded as UTF-8.
             texts.append(text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return pa.array(texts, pa.large_string())
 
     def _count_lines_before_start(self) -> int:
         before = dataclasses.replace(self, start=0, end=self.start)
-        return sum(1 for _ in before._read_lines()) if self.start else 0  # a compressed file has no positions
+        return sum(1 for _ in before._read_lines()) if self.start else 0  # compressed files are not seekable
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """Some text files: one document each, or the pieces between the occurrences of `document_separator`."""
+    """Text files, each one document or split into documents at `document_separator`."""
 
     paths: tuple[str, ...]
     document_separator: str | None = None
@@ -261,9 +269,9 @@ class TextTask:
         return f"{self.paths[0]}{more}"
 
     def read_batches(self) -> Iterator[pa.LargeStringArray]:
-        """Yield the files' documents unchanged: no line end is converted, no space stripped.
+        """Yield the files' documents unchanged: line endings are not converted, and spaces are not stripped.
 
-        A byte order mark is not text, and line ends in the separator match those of any system.
+        A byte order mark is dropped, and line endings in the separator match those of any system.
         """
         texts = (
             as_texts(pa.array(documents, pa.large_binary()), path)
@@ -281,24 +289,24 @@ class TextTask:
             parts = re.split(LINE_END, self.document_separator.encode())
             plain, separator = b"\n".join(parts), re.compile(LINE_END.join(map(re.escape, parts)))
             rest = b""
-            # At least as much again as is left over, or a text without a separator would be split over and over.
+            # Read at least as much as is left over: otherwise the time for text without a separator is quadratic.
             while lines := stream.readlines(max(BATCH_BYTES, len(rest))):
                 text = rest + b"".join(lines)
-                # Splitting at bytes is five times as fast as at a pattern.
+                # Splitting at bytes is five times as fast as at a regular expression.
                 *documents, rest = separator.split(text) if b"\r" in text else text.split(plain)
                 yield documents
             yield [rest]
 
 
 def as_texts(column: pa.Array, source: str) -> pa.LargeStringArray:
-    """Return a column as valid UTF-8 strings, nulls kept.
+    """Return a column as valid UTF-8 strings, keeping nulls.
 
     Raises:
-        UserError: a column of another type, or bytes that are not UTF-8; the message names `source`.
+        UserError: the column has another type, or is not valid UTF-8; the message starts with `source`.
     """
     kind = column.type.value_type if isinstance(column, pa.DictionaryArray) else column.type
     if kind not in TEXT_TYPES:
-        raise UserError(f"{source}: the text column holds {kind}, not strings (see --text_column)")
+        raise UserError(f"{source}: the text column contains {kind}, not strings (see --text_column)")
     try:
         texts = column.cast(pa.large_string())
         texts.validate(full=True)
@@ -317,14 +325,14 @@ def _get_compression(path: str) -> str | None:
 
 @contextlib.contextmanager
 def _open(path: str) -> Generator[io.BufferedReader]:
-    """Open a file of text, uncompressed, after its byte order mark.
+    """Open a text file, decompressing it and skipping a byte order mark.
 
     Raises:
-        UserError: it cannot be read, or its front shows that it is not UTF-8.
+        UserError: the file cannot be read, or its first bytes are not UTF-8.
     """
     compression = _get_compression(path)
     with (
-        _explained_errors(path, "is damaged, or cannot be read"),
+        _explained_errors(path, "is damaged or cannot be read"),
         pa.input_stream(path, compression=compression) if compression else open(path, "rb", 0) as raw,
         io.BufferedReader(raw, READ_BYTES) as stream,
     ):

@@ -241,7 +241,7 @@ def test_a_finished_folder_is_recognized_without_the_hub(run, hub, tmp_path):
 MISTAKES = {
     "column": (["--text_column", "story"], "--text_column one of id, image, text, score"),
     "column of lines": (["--dataset=org/edufineweb", "--text_column=story"], "--text_column one of url, text"),
-    "kind of column": (["--text_column", "score"], "holds double, not strings"),
+    "kind of column": (["--text_column", "score"], "contains double, not strings"),
     "dataset": (["--dataset", "org/none"], "the Hub has no dataset 'org/none'"),
     "name": (
         ["--dataset", "org/none/at/all"],

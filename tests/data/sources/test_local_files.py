@@ -281,7 +281,7 @@ def test_a_pattern_without_match_is_rejected(tmp_path, pattern):
 
 def test_an_unknown_file_type_is_rejected(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(UserError, match="this kind of file"):
+    with pytest.raises(UserError, match="unsupported file type"):
         find_files([str(tmp_path / "a.csv")])
 
 
