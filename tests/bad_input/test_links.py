@@ -185,7 +185,7 @@ def test_a_linked_checkpoint_belongs_to_the_run(disk):
         ("run", "run", "points to itself"),
         ("run", "../../given/corpus/a.jsonl/runs", "is not a folder"),
         ("run/checkpoints", "../../../given/corpus/a.jsonl/there", "is not a folder"),
-        ("run/checkpoints", "../../gone", "bring it back"),
+        ("run/checkpoints", "../../gone", "restore it to resume"),
         ("run/checkpoints", "final", "replaced with it"),
         ("run/checkpoints/step_0000009", "step_0000009", "points to itself"),
         ("run/metrics.jsonl", "metrics.jsonl", "points to itself"),
