@@ -118,11 +118,12 @@ def describe_speed(metrics: Sequence[Metrics]) -> Iterator[Row]:
     flops = last.get("train/flops", 0) / tokens if (tokens := last.get("train/tokens", 0)) > 0 else 0
     seconds = FULL_RUN_TOKENS * (full_flops / flops if flops > 0 else 1) / rate
     if flops > 0:
-        model = f"the 124M model ({full_flops / 1e6:,.0f} M FLOPs per token, {flops / 1e6:,.0f} M here)"
+        cost = f"{full_flops / 1e6:,.0f} M FLOPs per token with the 124M model, {flops / 1e6:,.0f} M here"
     else:
-        model = "this model (the metrics do not record FLOPs; the 124M model may need more)"
+        cost = "if the 124M model cost no more per token than this one, whose FLOPs the metrics do not record"
     advice = "; it is made for GPUs" if seconds > LONG_SECONDS else ""
-    yield "full run", f"10 B tokens at this rate would take {format_duration(seconds)} with {model}{advice}"
+    duration = format_duration(seconds)
+    yield "full run", f"at this rate of arithmetic, 10 B tokens would take {duration} ({cost}){advice}"
 
 
 def describe_scores(folder: RunFolder, last: Metrics) -> Iterator[Row]:

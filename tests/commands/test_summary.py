@@ -102,7 +102,11 @@ def test_the_full_run_is_projected_from_the_measured_arithmetic(run_folder):
     rows = read_rows(run_folder)
     assert rows["speed"].startswith("1,000 tokens/s")
     years = FULL_RUN_TOKENS * FULL_FLOPS / 1e6 / 1000 / (365.25 * 86400)
-    assert f"{years:.1f} years" in rows["full run"] and "855 M FLOPs per token, 1 M here" in rows["full run"]
+    assert (
+        f"{years:.1f} years" in rows["full run"]
+        and "855 M FLOPs per token" in rows["full run"]
+        and "1 M here" in rows["full run"]
+    )
     # Without FLOPs the rate itself is extrapolated, and the summary admits it.
     write_lines(run_folder / "metrics.jsonl", [{"step": 1, "train/tokens_per_second": 1e6}])
     rows = read_rows(run_folder)
