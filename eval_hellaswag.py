@@ -19,7 +19,7 @@ import torch
 from modeling_gpt2_repro.core.arguments import Config, parse_arguments, setting
 from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
-from modeling_gpt2_repro.core.files import check_place, follow_links, make_folder, open_atomically, write_json
+from modeling_gpt2_repro.core.files import check_writable, follow_links, make_folder, open_atomically, write_json
 from modeling_gpt2_repro.core.launch import start_accelerator
 from modeling_gpt2_repro.core.streams import silence_libraries
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult, evaluate_hellaswag
@@ -89,7 +89,7 @@ def check_outputs(config: HellaSwagConfig) -> None:
     for path in outputs:
         if Path(path).is_dir():
             raise UserError(f"cannot write {path}: it is a folder; pass the name of a file")
-        check_place(path)
+        check_writable(path)
         make_folder(follow_links(path).parent)
     files = [follow_links(path) for path in (config.data_file, *outputs) if path is not None]
     if len(set(files)) < len(files):

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from modeling_gpt2_repro.core.arguments import parse_arguments
-from modeling_gpt2_repro.core.errors import SYSTEM_REFUSALS, UserError, reports_user_errors
-from modeling_gpt2_repro.core.files import check_place, follow_links
-from modeling_gpt2_repro.core.refusals import describe_refusal, find_refusal
+from modeling_gpt2_repro.core.errors import SYSTEM_ERRORS, UserError, reports_user_errors
+from modeling_gpt2_repro.core.files import check_writable, follow_links
 from modeling_gpt2_repro.core.stop_signals import handled_stop_signals, raise_terminated
+from modeling_gpt2_repro.core.system_errors import describe_system_error, find_system_error
 from modeling_gpt2_repro.core.terminal import fit_lines
 from modeling_gpt2_repro.data.inspection import inspect_folder
 from modeling_gpt2_repro.data.prepare.config import FOREIGN_FLAGS, PrepareConfig
@@ -95,14 +95,14 @@ def explained_errors(folder: Path) -> Generator[None]:
 
 def describe_machine_error(error: BaseException, folder: Path) -> str | None:
     """Describe an error of the system or of the output disk; return `None` for a bug."""
-    refusal = find_refusal(error)
-    if refusal is None:
+    system_error = find_system_error(error)
+    if system_error is None:
         return None
     output = get_work_path(folder).parent
-    is_of_output = refusal.filename is None or follow_links(refusal.filename).is_relative_to(output)
-    if refusal.errno in SYSTEM_REFUSALS and is_of_output:
-        return f"cannot write {folder}: {refusal.strerror} (preparation needs about 4 bytes per token)"
-    return describe_refusal(refusal)
+    is_of_output = system_error.filename is None or follow_links(system_error.filename).is_relative_to(output)
+    if system_error.errno in SYSTEM_ERRORS and is_of_output:
+        return f"cannot write {folder}: {system_error.strerror} (preparation needs about 4 bytes per token)"
+    return describe_system_error(system_error)
 
 
 def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -111,7 +111,7 @@ def is_already_there(folder: Path, config: PrepareConfig, tokenizer: PreTrainedT
     Raises:
         UserError: the folder was built with different settings and `--overwrite` is not set, or is not a data folder.
     """
-    check_place(folder, is_folder=True)
+    check_writable(folder, is_folder=True)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not folder.is_dir():

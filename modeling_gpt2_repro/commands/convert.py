@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..core.arguments import Config, setting
 from ..core.errors import UserError
-from ..core.files import TEMPORARY_SUFFIX, check_place, create_folder_atomically, follow_links
+from ..core.files import TEMPORARY_SUFFIX, check_writable, create_folder_atomically, follow_links
 from ..core.locks import FolderLock
 from ..core.streams import silence_libraries
 from ..data.tokenizer import GPT2_TOKENIZER, load_tokenizer
@@ -35,7 +35,7 @@ class ConvertConfig(Config):
 def run(config: ConvertConfig) -> None:
     """Convert a checkpoint and print its shape."""
     silence_libraries()
-    check_place(config.output_dir, is_folder=True)
+    check_writable(config.output_dir, is_folder=True)
     output = follow_links(config.output_dir)
     check_is_free(output)
     tokenizer = None if config.tokenizer == "none" else load_tokenizer(config.tokenizer)

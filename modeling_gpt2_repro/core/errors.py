@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .environment import name_command
-from .refusals import DISK_REFUSALS, describe_refusal, find_refusal, find_unreadable
 from .streams import discard_unwritten, prepare_streams, write_line
+from .system_errors import DISK_ERRORS, describe_system_error, find_system_error, find_unreadable
 
 USER_ERROR_EXIT_CODE = 2
 # Operating-system errors that are not bugs, including overlong names and a file where a folder should be.
-SYSTEM_REFUSALS = DISK_REFUSALS | {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+SYSTEM_ERRORS = DISK_ERRORS | {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 # Longest message, because one may quote a value of any length.
 LINE_CHARACTERS = 1500
 
@@ -23,24 +23,24 @@ class UserError(ValueError):
     """An error that the user can fix: the message states what is wrong, where, and what to do about it."""
 
 
-class RefusedError(UserError):
+class UnreadableError(UserError):
     """A file that could not be read because of permissions or resource limits; whether it is damaged is unknown."""
 
 
-def raise_if_refused(error: Exception | None, path: str | Path) -> None:
-    """Raise a `RefusedError` if reading a file or folder failed because of the system rather than its content.
+def raise_if_unreadable(error: Exception | None, path: str | Path) -> None:
+    """Raise a `UnreadableError` if reading a file or folder failed because of the system rather than its content.
 
     Args:
         error: the exception of the read; `None` if a file was reported missing.
 
     Raises:
-        RefusedError: a permission, a resource limit or the disk prevented the read.
+        UnreadableError: a permission, a resource limit or the disk prevented the read.
     """
-    refusal = find_refusal(error) or find_refusal(find_unreadable(path))
-    if refusal is not None:
-        raise RefusedError(
-            f"{path} could not be read, and may be intact ({describe_refusal(refusal)}): fix this and run the same "
-            "command again"
+    system_error = find_system_error(error) or find_system_error(find_unreadable(path))
+    if system_error is not None:
+        raise UnreadableError(
+            f"{path} could not be read, and may be intact ({describe_system_error(system_error)}): fix this and run "
+            "the same command again"
         ) from error
 
 
@@ -65,7 +65,7 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
         except BrokenPipeError:  # the reader, such as `head`, closed the pipe
             return 128 + signal.SIGPIPE
         except BaseException as error:
-            if (explanation := _explain_refusal(error)) is None:
+            if (explanation := _explain_system_error(error)) is None:
                 raise
             return _report(explanation)
         finally:
@@ -74,15 +74,15 @@ def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable
     return wrapper
 
 
-def _explain_refusal(error: BaseException) -> str | None:
+def _explain_system_error(error: BaseException) -> str | None:
     """Return a message for a system error; `None` for any other error."""
     is_rust_panic = type(error).__module__ == "pyo3_runtime"  # not an `Exception`
     if not isinstance(error, OSError | MemoryError | RuntimeError) and not is_rust_panic:
         return None
-    refusal = find_refusal(error)
-    if refusal is not None and refusal.errno not in SYSTEM_REFUSALS:
-        return f"{describe_refusal(refusal)}: fix this and run the same command again"
-    if isinstance(error, OSError) and error.errno in SYSTEM_REFUSALS:
+    system_error = find_system_error(error)
+    if system_error is not None and system_error.errno not in SYSTEM_ERRORS:
+        return f"{describe_system_error(system_error)}: fix this and run the same command again"
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         return f"{error.strerror}: {error.filename or 'the disk'}: fix this or choose another path"
     return None
 

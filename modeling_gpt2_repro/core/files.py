@@ -41,7 +41,7 @@ def follow_links(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_place(path: str | Path, is_folder: bool = False) -> None:
+def check_writable(path: str | Path, is_folder: bool = False) -> None:
     """Check, before the work starts, that its result can be written to `path`, following links.
 
     Args:
@@ -65,7 +65,7 @@ def check_place(path: str | Path, is_folder: bool = False) -> None:
         raise UserError(f"cannot replace {named}: it is a mount point; choose a folder below it")
 
 
-def make_way(path: str | Path) -> Path:
+def resolve_target(path: str | Path) -> Path:
     """Return `path` with links resolved; if it is a link, create its target's parent folder.
 
     Raises:
@@ -91,7 +91,7 @@ def open_atomically(path: str | Path, mode: str = "w") -> Generator[IO]:
     On an exception the temporary file is removed and `path` stays unchanged. Devices and pipes, such as `/dev/null`,
     are written to directly.
     """
-    path, encoding = make_way(path), None if "b" in mode else "utf-8"
+    path, encoding = resolve_target(path), None if "b" in mode else "utf-8"
     if path.exists() and not path.is_file():
         with open(path, mode, encoding=encoding) as stream:
             yield stream
@@ -151,7 +151,7 @@ def create_folder_atomically(path: str | Path) -> Generator[Path]:
 
     On an exception the temporary folder is removed and `path` stays unchanged.
     """
-    path = make_way(path)  # a link is kept, and its target is replaced
+    path = resolve_target(path)  # a link is kept, and its target is replaced
     temporary = _get_temporary(path)
     clear_leftovers(path)
     make_folder(path.parent)
@@ -159,7 +159,7 @@ def create_folder_atomically(path: str | Path) -> Generator[Path]:
     try:
         yield temporary
         sync_tree(temporary)
-        old = take_name(temporary, path)
+        old = rename_over(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -168,7 +168,7 @@ def create_folder_atomically(path: str | Path) -> Generator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def take_name(new: Path, path: Path) -> Path | None:
+def rename_over(new: Path, path: Path) -> Path | None:
     """Rename `new` to `path`, and return the new name of the folder that was there, if any.
 
     On an exception both folders have their original names.

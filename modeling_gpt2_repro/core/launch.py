@@ -24,7 +24,7 @@ REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 # Set by `accelerate launch` to start processes, or by users to choose a device and to debug. The launcher's precision
 # is kept only as a sign of the launcher: the experiment's is passed to accelerate and overrides it.
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH")
-HEEDED = (*FLAGS, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_LOG_LEVEL")
+KEPT_VARIABLES = (*FLAGS, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_LOG_LEVEL")
 # Other ways to train, which a user's accelerate configuration may request and must not be ignored silently.
 REFUSED_VARIABLES = (
     "ACCELERATE_USE_DEEPSPEED",
@@ -52,7 +52,7 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
         UserError: the launcher started more processes than there are devices, the processes cannot connect, or the
             environment requests an unsupported way to train.
     """
-    settle_environment()
+    sanitize_environment()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     compute_deterministically(deterministic)
     device = start_processes().device
@@ -65,7 +65,7 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
     return Accelerator(mixed_precision=mixed_precision)
 
 
-def settle_environment() -> None:
+def sanitize_environment() -> None:
     """Remove accelerate variables that could change the experiment, before accelerate reads them.
 
     Settings alone define an experiment: `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` must not divide gradients, nor
@@ -83,7 +83,7 @@ def settle_environment() -> None:
                 f"the environment has {name}={os.environ[name]}, which is not supported: unset it, or launch with "
                 "--config_file accelerate_config.yaml (CUDA_VISIBLE_DEVICES selects devices)"
             )
-        if name not in HEEDED:
+        if name not in KEPT_VARIABLES:
             del os.environ[name]
 
 

@@ -27,14 +27,14 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def outliving_readers() -> contextlib.AbstractContextManager[None]:
+def ignoring_stream_errors() -> contextlib.AbstractContextManager[None]:
     """Ignore errors of writing to a stream: a closed terminal, a pipe without a reader, a log on a full disk."""
     return contextlib.suppress(OSError, ValueError)  # ValueError: the stream is closed
 
 
 def write_line(text: str, stream: TextIO) -> None:
     """Print a line and flush it, ignoring a stream that cannot be written to."""
-    with outliving_readers():
+    with ignoring_stream_errors():
         print(text, file=stream, flush=True)
 
 
@@ -44,7 +44,7 @@ def discard_unwritten() -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            with outliving_readers():
+            with ignoring_stream_errors():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

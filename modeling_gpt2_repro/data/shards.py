@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ..core.errors import UserError, raise_if_refused
+from ..core.errors import UserError, raise_if_unreadable
 from ..core.file_kinds import NUMPY, describe_content
 from ..core.files import TEMPORARY_SUFFIX, compute_checksum, sync_folder, write_json
 from .foreign_shards import describe_other_data, is_question_file, locate_tokens
@@ -222,7 +222,7 @@ def load_manifest(folder: str | Path) -> Manifest | None:
                 content[name] = Totals(**content[name])
             manifest = Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         raise UserError(f"{path} is damaged ({error}): rebuild the folder with --overwrite") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, but this version reads only {FORMAT_VERSION}")
@@ -280,7 +280,7 @@ def map_shard(path: Path) -> np.ndarray:
     """Memory-map one shard, uint16 of shape `(tokens,)`.
 
     Raises:
-        RefusedError: a permission, a resource limit or the disk prevented the read.
+        UnreadableError: a permission, a resource limit or the disk prevented the read.
         UserError: the file is missing, or is not a complete shard.
     """
     if not path.is_file():  # opening a pipe would block forever
@@ -295,7 +295,7 @@ def map_shard(path: Path) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # numpy's header parser raises errors of any type
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         reason = f"it is {content}" if (content := describe_content(path)) not in (None, NUMPY) else error
         raise UserError(f"{path} is not a complete .npy file ({reason}): rebuild the folder") from error
     if not isinstance(tokens, np.ndarray):

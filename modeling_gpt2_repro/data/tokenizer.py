@@ -15,7 +15,7 @@ from tokenizers import decoders, processors
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..core.errors import UserError, raise_if_refused
+from ..core.errors import UserError, raise_if_unreadable
 from ..core.hub_client import HUB_TIMEOUT_SECONDS, ask_hub
 from .shards import TOKENIZER_FOLDER, load_manifest
 
@@ -194,7 +194,7 @@ def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of any type for a damaged file
         if Path(name_or_path).is_dir():  # if a cache entry is unreadable, the Hub may still have it
-            raise_if_refused(error, name_or_path)
+            raise_if_unreadable(error, name_or_path)
         return None
     # If the cache has only a model's configuration, transformers builds a tokenizer of special tokens alone.
     return tokenizer if tokenizer("text")["input_ids"] else None
@@ -209,7 +209,7 @@ def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
             raise
         if name in GPT2_NAMES:
             return _load_gpt2_from_package()
-        raise_if_refused(error, name)
+        raise_if_unreadable(error, name)
         raise UserError(
             f"cannot load the tokenizer {name!r}: it is neither a local folder nor in the cache, and the Hub did not "
             "provide it: check the name and the connection"

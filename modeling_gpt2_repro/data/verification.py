@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import RefusedError, UserError
+from ..core.errors import UnreadableError, UserError
 from ..core.files import compute_checksum
 from .foreign_shards import SHARD_SUFFIXES
 from .shards import (
@@ -82,7 +82,7 @@ def _check_split(folder: Path, split: Split, manifest: Manifest) -> list[str]:
         path = folder / shard.file
         try:
             tokens = map_shard(path)
-        except RefusedError:
+        except UnreadableError:
             raise
         except UserError as error:
             if path.exists():  # `_check_names` reports missing files

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError, raise_if_refused
+from ..core.errors import UserError, raise_if_unreadable
 from ..core.files import follow_links, write_json
 from .hellaswag import HellaSwagResult
 from .hellaswag_data import identify_items, name_items
@@ -90,7 +90,7 @@ def read_baselines(path: Path) -> list[Baseline]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete it and measure again with train.py "
             "--eval_only"

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import HF_MODULES_CACHE
 
-from ..core.errors import UserError, raise_if_refused
+from ..core.errors import UserError, raise_if_unreadable
 from .causality import check_causal
 from .folder import check_model_folder
 
@@ -104,7 +104,7 @@ def explained_loading(name: str, flag: str = "") -> Generator[str]:
         check_model_folder(name)
         yield subject
     except Exception as error:  # for a damaged folder, transformers can raise any type
-        raise_if_refused(error, name)
+        raise_if_unreadable(error, name)
         raise UserError(f"cannot load a model from {subject}: {_explain(error)}") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ..core.errors import UserError, raise_if_refused
+from ..core.errors import UserError, raise_if_unreadable
 from ..core.file_kinds import LLMC_MODEL, SAFETENSORS, ZIP, describe_content
 from .convert_llmc import read_llmc_model
 
@@ -61,7 +61,7 @@ def read_checkpoint_file(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         # Keep the reason from torch's message, but drop its advice to disable weights_only.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not a complete torch.save file: {reason}") from error

@@ -23,7 +23,7 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.errors import RefusedError, UserError, raise_if_refused
+from ..core.errors import UnreadableError, UserError, raise_if_unreadable
 from ..core.files import (
     TEMPORARY_SUFFIX,
     clear_leftovers,
@@ -175,12 +175,12 @@ def _find_newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     try:
         found = list_checkpoints(folder)
     except OSError as error:
-        raise_if_refused(error, folder)
+        raise_if_unreadable(error, folder)
         raise
     for checkpoint in reversed(found):
         try:
             check_whole(checkpoint)
-        except RefusedError:  # it may be intact, and an older one would repeat the steps since
+        except UnreadableError:  # it may be intact, and an older one would repeat the steps since
             raise
         except UserError as error:
             say(f"skipped a checkpoint: {error}")
@@ -198,12 +198,12 @@ def check_whole(checkpoint: Path) -> None:
     """Check a checkpoint's files against their checksums.
 
     Raises:
-        RefusedError: the operating system refuses to read them.
+        UnreadableError: the operating system refuses to read them.
         UserError: not a checkpoint, or a file is missing, changed or extra.
     """
     state_folder = checkpoint / TRAINING_STATE
     for folder in (checkpoint, state_folder):  # otherwise an unreadable folder would look like a missing one
-        raise_if_refused(None, folder)
+        raise_if_unreadable(None, folder)
     if not state_folder.is_dir():
         raise UserError(
             f"{checkpoint} is not a checkpoint to resume from: use a folder like runs/NAME/checkpoints/step_0001000, "
@@ -212,12 +212,12 @@ def check_whole(checkpoint: Path) -> None:
     try:
         saved = dict(json.loads((state_folder / CHECKSUMS_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise_if_refused(error, checkpoint)
+        raise_if_unreadable(error, checkpoint)
         raise UserError(f"{checkpoint} is damaged: {CHECKSUMS_NAME} cannot be read ({error})") from error
     try:
         found = _compute_checksums(checkpoint)  # opens only files inside the checkpoint, whatever the list names
     except OSError as error:
-        raise_if_refused(error, checkpoint)
+        raise_if_unreadable(error, checkpoint)
         raise
     for name in sorted(saved.keys() | found.keys()):
         if name not in found:
@@ -250,7 +250,7 @@ def load_state(checkpoint: Path) -> TrainingState:
             hardware=content.get("hardware"),
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         raise UserError(
             f"{checkpoint} is not a checkpoint of this version: cannot read {path.name}: {error}"
         ) from error
@@ -287,7 +287,7 @@ def load_optimizer_state(
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
     except Exception as error:  # a foreign pickle can raise anything
-        raise_if_refused(error, checkpoint)
+        raise_if_unreadable(error, checkpoint)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{checkpoint} is damaged: {OPTIMIZER_NAME} cannot be read ({reason})") from error
 

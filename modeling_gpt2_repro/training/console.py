@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from ..core.streams import outliving_readers
+from ..core.streams import ignoring_stream_errors
 from ..core.terminal import fit_lines, get_columns
 
 SECONDS_BETWEEN_LINES = 15
@@ -28,7 +28,7 @@ class Console:
     def say(self, *lines: str) -> None:
         """Print lines, above the progress bar if there is one; a terminal gets them wrapped below their labels."""
         if self.enabled:
-            with outliving_readers():
+            with ignoring_stream_errors():
                 tqdm.write("\n".join(fit_lines(lines, LABEL_INDENT)))
                 sys.stdout.flush()
 
@@ -36,7 +36,7 @@ class Console:
         """Start showing progress, from `step` on."""
         self.max_steps = max_steps
         is_hidden = not (self.enabled and sys.stderr.isatty())
-        with outliving_readers():
+        with ignoring_stream_errors():
             self.bar = tqdm(
                 initial=step, total=max_steps, bar_format=BAR_FORMAT, dynamic_ncols=True, disable=is_hidden
             )
@@ -48,7 +48,7 @@ class Console:
         numbers = f"{loss}  lr {metrics['train/lr']:.1e}  grad norm {metrics['train/grad_norm']:.2f}  {rate}"
         if not self.bar.disable:
             is_wide = get_columns() >= WIDE_COLUMNS
-            with outliving_readers():
+            with ignoring_stream_errors():
                 self.bar.set_postfix_str(numbers if is_wide else f"{loss}  {rate}", refresh=False)
                 self.bar.update()
         elif self.first_line is None or now - self.last_line >= SECONDS_BETWEEN_LINES or step == self.max_steps:
@@ -63,7 +63,7 @@ class Console:
 
     def close(self) -> None:
         """Remove the progress bar."""
-        with outliving_readers():
+        with ignoring_stream_errors():
             self.bar.close()
 
 

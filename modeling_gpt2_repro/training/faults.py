@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..core.devices import is_out_of_memory
-from ..core.errors import SYSTEM_REFUSALS, UserError
-from ..core.refusals import describe_refusal, find_refusal
+from ..core.errors import SYSTEM_ERRORS, UserError
+from ..core.system_errors import describe_system_error, find_system_error
 
 # From "PytorchStreamWriter failed writing file", "basic_ios::clear: iostream error", "unexpected pos 704 vs 598"
 # (torch), and "I/O error: No space left on device (os error 28)" (safetensors and tokenizers).
@@ -67,7 +67,7 @@ def is_write_failure(error: Exception) -> bool:
     torch, safetensors and tokenizers raise their own types, which also mean other things: the message decides.
     """
     if isinstance(error, OSError):
-        return error.errno in SYSTEM_REFUSALS
+        return error.errno in SYSTEM_ERRORS
     is_library_error = isinstance(error, RuntimeError | SafetensorError) or type(error) is Exception
     return is_library_error and any(sign in str(error) for sign in WRITE_SIGNS)
 
@@ -133,6 +133,6 @@ def explained_write_failures(folder: Path, resume_hint: Callable[[], str]) -> Ge
     except Exception as error:
         if isinstance(error, UserError) or not is_write_failure(error):
             raise
-        refusal = find_refusal(error)
-        reason = describe_refusal(refusal) if refusal else error
+        system_error = find_system_error(error)
+        reason = describe_system_error(system_error) if system_error else error
         raise UserError(f"cannot write to {folder}: {reason}. Free some space: {resume_hint()}") from error

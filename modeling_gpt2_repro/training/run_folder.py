@@ -13,13 +13,13 @@ from typing import Any
 from ..core.arguments import parse_arguments
 from ..core.errors import UserError
 from ..core.files import (
-    check_place,
+    check_writable,
     clear_leftovers,
     follow_links,
     make_folder,
-    make_way,
     open_atomically,
     remove_folder,
+    resolve_target,
     restore_folder,
     sync_file,
 )
@@ -115,7 +115,7 @@ class RunFolder:
     def prepare(self) -> None:
         """Create the folders that links in the run folder point into."""
         for path in self.files:
-            make_way(path)
+            resolve_target(path)
         if self.checkpoints.is_symlink():  # a dangling link would later look like lost checkpoints
             make_folder(self.checkpoints)
 
@@ -175,7 +175,7 @@ class RunFolder:
         whole_folders = [path for path in self.replaced_folders if path != self.checkpoints]
         paths = [*self.files, *whole_folders, *sorted(self.checkpoints.glob("step_*"))]
         for path in (self.path, self.checkpoints, *paths):
-            check_place(path, is_folder=path in whole_folders)
+            check_writable(path, is_folder=path in whole_folders)
         for path in paths:
             for other in (self.path, self.checkpoints, *paths):
                 if other != path and follow_links(other).is_relative_to(follow_links(path)):

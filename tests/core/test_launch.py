@@ -17,7 +17,7 @@ import eval_hellaswag
 import train
 from modeling_gpt2_repro.core import devices, launch
 from modeling_gpt2_repro.core.errors import UserError
-from modeling_gpt2_repro.core.launch import FLAGS, HEEDED, REFUSED_VARIABLES
+from modeling_gpt2_repro.core.launch import FLAGS, KEPT_VARIABLES, REFUSED_VARIABLES
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 
 # Variables that launchers set to start processes, and facts about the machine; accelerate reads them too.
@@ -92,7 +92,7 @@ def test_the_scan_finds_known_variables_of_accelerate():
 
 @pytest.mark.parametrize("value", ["4", "true", "inductor"])
 def test_no_variable_changes_a_run(shards, tmp_path, expected, monkeypatch, value):
-    for name in set(VARIABLES) - set(HEEDED) - set(REFUSED_VARIABLES):
+    for name in set(VARIABLES) - set(KEPT_VARIABLES) - set(REFUSED_VARIABLES):
         monkeypatch.setenv(name, value)
     assert read_numbers(run_training(shards, tmp_path, **SETTINGS)) == expected
 

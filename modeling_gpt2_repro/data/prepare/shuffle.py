@@ -60,7 +60,7 @@ def divide_key_space(buckets: int) -> list[tuple[int, int]]:
     return [(low, high - 1) for low, high in itertools.pairwise(bounds)]
 
 
-def count_repeated(sorted_keys: np.ndarray) -> int:
+def count_duplicates(sorted_keys: np.ndarray) -> int:
     """Return the number of keys equal to their predecessor."""
     return int(np.count_nonzero(sorted_keys[1:] == sorted_keys[:-1]))
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from ...core.errors import raise_if_refused
+from ...core.errors import raise_if_unreadable
 from ...core.files import sync_file, sync_folder
 from ..sources.corpus import Task
 from .config import PrepareConfig
@@ -158,7 +158,7 @@ def load_summary(folder: Path, number: int, *, check: bool) -> TaskSummary | Non
             digest = hashlib.file_digest(stream, xxhash.xxh3_128)
         digest.update(np.load(_get_path(folder, number, "documents.npy")).tobytes())
     except (OSError, ValueError, EOFError) as error:
-        raise_if_refused(error, _get_path(folder, number, "json"))
+        raise_if_unreadable(error, _get_path(folder, number, "json"))
         return None
     return summary if digest.hexdigest() == summary.digest else None
 

@@ -20,16 +20,16 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
-from ...core.errors import UserError, raise_if_refused
+from ...core.errors import UserError, raise_if_unreadable
 from ...core.files import (
     TEMPORARY_SUFFIX,
     follow_links,
     make_folder,
+    rename_over,
     restore_folder,
     set_aside,
     sync_folder,
     sync_tree,
-    take_name,
     write_json,
 )
 from ...core.locks import FolderLock
@@ -75,7 +75,7 @@ class WorkFolder:
             has_changed = begun.pop("corpus_state", None) != plan["corpus_state"]
             changes += [name for name, value in begun.items() if value != plan[name]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise_if_refused(error, path)
+            raise_if_unreadable(error, path)
             raise UserError(f"{path} is damaged ({error}): start over with --overwrite") from error
         if changes:
             raise UserError(
@@ -108,7 +108,7 @@ class WorkFolder:
         """
         _remove(self.pieces)
         sync_tree(self.path)
-        old = take_name(self.path, self.final)
+        old = rename_over(self.path, self.final)
         if old is not None and self.final.is_symlink():  # the work folder was a link too: no later run looks here
             shutil.rmtree(old)
         finish_publishing(self.final)
@@ -247,10 +247,10 @@ def load_record(path: Path, kind: type) -> Any:
     """Load a dataclass of type `kind` written by `save_record`; return `None` if the file is missing or damaged.
 
     Raises:
-        RefusedError: a permission, a resource limit or the disk prevented the read.
+        UnreadableError: a permission, a resource limit or the disk prevented the read.
     """
     try:
         return kind(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         return None

@@ -16,7 +16,7 @@ from .config import PrepareConfig
 from .shuffle import (
     Selection,
     choose_validation_end,
-    count_repeated,
+    count_duplicates,
     divide_key_space,
     order_by_key,
     select_training,
@@ -125,7 +125,7 @@ def plan_shards(
     if config.no_shuffle:
         parts += _plan_source_order(train_writer, chunks, [totals.tokens for totals in trains])
         keys = [select_training(chunk.read_documents(), selection)[0]["key"] for chunk in chunks]
-        duplicates = count_repeated(np.sort(np.concatenate(keys)))
+        duplicates = count_duplicates(np.sort(np.concatenate(keys)))
     else:
         starts = _list_starts(sum(bucket_tokens)).tolist()
         parts += [Part(train_writer, chunks, bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
@@ -159,7 +159,7 @@ def write_part(context: WorkerContext, number: int, part: Part, selection: Selec
     if selection.cut_tokens and part.writer.split == "train":  # the remainder of the cut document is not a start
         begins = begins[documents["position"] != selection.validation_documents]
     by_shard = np.bincount(begins // part.writer.shard_size, minlength=len(part.writer.names))
-    outcome = PartOutcome(by_shard.tolist(), count_repeated(documents["key"][order]) if is_bucket else 0)
+    outcome = PartOutcome(by_shard.tolist(), count_duplicates(documents["key"][order]) if is_bucket else 0)
     save_record(outcome_path, outcome)
     return outcome
 

@@ -23,7 +23,7 @@ from .hub_datasets import list_hub_tasks
 from .local_files import find_files, list_file_tasks
 
 # Escapes in `--document_separator`, which are easier to type in a shell than the characters.
-SPELLED = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
+ESCAPES = {"\\r": "\r", "\\n": "\n", "\\t": "\t", "\\f": "\f"}
 
 
 class Task(Protocol):
@@ -80,7 +80,7 @@ def build_file_corpus(patterns: list[str], text_column: str, document_separator:
     Raises:
         UserError: as `find_files`; reading the tasks raises those of `list_file_tasks`.
     """
-    for spelled, meant in SPELLED.items() if document_separator else ():
+    for spelled, meant in ESCAPES.items() if document_separator else ():
         document_separator = document_separator.replace(spelled, meant)
     files = find_files(patterns)
     source = {"id": "files", "files": [{"path": str(path), "bytes": path.stat().st_size} for path in files]}

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet
 
-from ...core.errors import UserError, raise_if_refused
+from ...core.errors import UserError, raise_if_unreadable
 from ...core.file_kinds import check_encoding
 from ...core.files import is_utf8
 
@@ -348,5 +348,5 @@ def _explained_errors(path: str, problem: str) -> Generator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise_if_refused(error, path)
+        raise_if_unreadable(error, path)
         raise UserError(f"{path} {problem}: {error}") from error

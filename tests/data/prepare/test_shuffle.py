@@ -7,7 +7,7 @@ import pytest
 
 from modeling_gpt2_repro.data.prepare.shuffle import (
     choose_validation_end,
-    count_repeated,
+    count_duplicates,
     divide_key_space,
     hash_documents,
 )
@@ -41,8 +41,8 @@ def test_buckets_cover_the_key_space(buckets):
 
 
 def test_counts_all_but_the_first_of_each():
-    assert count_repeated(np.array([1, 2, 2, 2, 5, 5])) == 3
-    assert count_repeated(np.array([], dtype=np.uint64)) == 0
+    assert count_duplicates(np.array([1, 2, 2, 2, 5, 5])) == 3
+    assert count_duplicates(np.array([], dtype=np.uint64)) == 0
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_more_sorted_chunks_than_open_files_are_merged(flags, expected, tmp_path
 def test_a_run_killed_while_publishing_finishes_on_the_next_run(run, flags, expected, tmp_path, moment):  # noqa: F811
     folder = tmp_path / "out"
     flags = [*flags, f"--output_dir={folder}"]
-    calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (work_folder, "take_name")}
+    calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (work_folder, "rename_over")}
 
     def die_there():
         owner, name = calls[moment]

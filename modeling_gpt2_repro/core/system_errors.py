@@ -6,16 +6,16 @@ import resource
 from pathlib import Path
 
 # No permission, no space, or a failing disk.
-DISK_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # Out of memory, file descriptors, processes or threads; or a file system or device that disappeared.
 LIMITS = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ESTALE, errno.ENOLCK, errno.ENODEV}
 # Error numbers by a phrase in the message; the last is a RuntimeError of CPython.
-SIGNS = {os.strerror(number): number for number in DISK_REFUSALS | LIMITS} | {"can't start new thread": errno.EAGAIN}
+SIGNS = {os.strerror(number): number for number in DISK_ERRORS | LIMITS} | {"can't start new thread": errno.EAGAIN}
 # More than any command opens at once.
 ENOUGH_OPEN_FILES = 1024
 
 
-def find_refusal(error: BaseException | None) -> OSError | None:
+def find_system_error(error: BaseException | None) -> OSError | None:
     """Return the system error that caused an exception; `None` if there is none.
 
     Arrow, safetensors, tokenizers and torch raise their own exceptions, with the system's message only in the text;
@@ -51,9 +51,9 @@ def find_unreadable(path: str | Path) -> OSError | None:
     return None
 
 
-def describe_refusal(refusal: OSError) -> str:
+def describe_system_error(system_error: OSError) -> str:
     """Describe a system error, with the limit to raise, if any."""
-    what = refusal.strerror + (f", {refusal.filename}" if refusal.filename else "")
+    what = system_error.strerror + (f", {system_error.filename}" if system_error.filename else "")
     limits = {
         errno.EMFILE: f"the limit is {get_limit('NOFILE')} per process (ulimit -n); {ENOUGH_OPEN_FILES} are enough",
         errno.ENFILE: "the limit is the machine's (sysctl fs.file-max)",
@@ -61,7 +61,7 @@ def describe_refusal(refusal: OSError) -> str:
         errno.ENOMEM: f"the limit is {get_limit('AS', 1024)} kB per process (ulimit -v), possibly less in a container",
         errno.EFBIG: f"the limit is {get_limit('FSIZE', 1024)} kB per file (ulimit -f)",
     }
-    return f"{what}: {limits[refusal.errno]}" if refusal.errno in limits else what
+    return f"{what}: {limits[system_error.errno]}" if system_error.errno in limits else what
 
 
 def get_limit(name: str, unit: int = 1) -> str:
