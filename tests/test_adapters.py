@@ -1,4 +1,4 @@
-"""LoRA by `peft`, which wraps modules in place: whatever computes the loss has to go through the wrapped ones."""
+"""LoRA with `peft`, which wraps modules in place; the loss must be computed by the wrapped modules."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-# Name -> what is adapted, whether it is a Conv1D (stored as in x out), and whether head and embedding are one tensor.
-# An adapter on one use of a shared tensor cannot be merged into it, here as in transformers' own GPT-2.
+# Name -> the adapted modules, whether they are Conv1D (weights stored as in x out), and whether the head is tied.
+# An adapter on one use of a tied weight cannot be merged into it, here as in transformers' own GPT-2.
 TARGETS = {
     "projections": (["c_attn", "c_proj", "c_fc"], True, True),
     "head": (["lm_head"], False, False),
@@ -28,7 +28,7 @@ def adapt(model, target_modules, is_conv1d, **options) -> peft.PeftModel:
         lora_alpha=8,
         target_modules=target_modules,
         fan_in_fan_out=is_conv1d,
-        init_lora_weights=False,  # as after some training: both factors are random, none is zero
+        init_lora_weights=False,  # random factors, as after some training; none is zero
         task_type="CAUSAL_LM",
         **options,
     )
@@ -76,7 +76,7 @@ def test_adapters_save_load_and_merge(adapted, tmp_path):
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         model.save_pretrained(tmp_path / "adapter")
-        for fresh in build_base(tied):  # trained on ours, it works on stock GPT-2 too
+        for fresh in build_base(tied):  # trained on our model, it works on stock GPT-2 too
             loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
             assert_close(loaded(input_ids=ids).logits, expected)
 
@@ -90,7 +90,7 @@ def test_adapters_save_load_and_merge(adapted, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["labels", "shift_labels"])
-def test_a_head_that_is_trained_whole_is_the_head_of_the_loss(targets):
+def test_a_fully_trained_head_computes_the_loss(targets):
     model, ids = adapt(build_base(tied=False)[0], ["c_attn"], True, modules_to_save=["lm_head"]), draw_ids()
     head = model.base_model.model.lm_head.modules_to_save["default"]
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_head_that_is_trained_whole_is_the_head_of_the_loss(targets):
 
 
 def test_hooks_on_the_head_run_in_training():
-    """Offloading, pruning and ZeRO 3 prepare a module's weights in hooks, which reading the weight would miss."""
+    """Offloading, pruning and ZeRO 3 prepare a module's weights in hooks, which reading the weight would bypass."""
     model, ids = build_model(), draw_ids()
     model.lm_head.register_forward_pre_hook(lambda _, arguments: (2.0 * arguments[0],))
     expected = compute_loss_from_logits(model, ids)

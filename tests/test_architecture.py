@@ -1,4 +1,4 @@
-"""The house: an ordered list of floors, imports that go down or stay on one, and no circle."""
+"""The package's layers: imports go down or stay within a layer, without cycles."""
 
 import ast
 import collections
@@ -11,11 +11,11 @@ from conftest import REPOSITORY
 
 PACKAGE = "modeling_gpt2_repro"
 SCRIPTS = ("train", "prepare_data", "eval_hellaswag")
-# What README and model cards called commands before they had one entry.
+# Former names of commands, printed by older READMEs and model cards.
 FORWARDS = ("reporting", "evaluation.sampling", "nanogpt")
-# From the ground up. A floor is its modules, or the folders of them.
-FLOORS = (
-    # The two files that travel with every checkpoint import nothing of ours but each other.
+# From the bottom up. A layer is a tuple of modules or folders.
+LAYERS = (
+    # The two files that travel with every checkpoint import only each other.
     ("configuration_gpt2_repro",),
     (PACKAGE,),
     ("core",),
@@ -37,13 +37,13 @@ MODULES = sorted([*(REPOSITORY / PACKAGE).rglob("*.py"), *(REPOSITORY / f"{name}
 
 
 def name_module(path: Path) -> str:
-    """Return what a module of ours is called here, as `data.shards` or `train`."""
+    """Return a module's name in the layers, such as `data.shards` or `train`."""
     root = REPOSITORY / PACKAGE if path.is_relative_to(REPOSITORY / PACKAGE) else REPOSITORY
     return ".".join(path.relative_to(root).with_suffix("").parts)
 
 
 def list_imports(path: Path) -> set[str]:
-    """Return the modules of ours that a file imports anywhere in it."""
+    """Return the project's modules that a file imports, anywhere in it."""
     imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,24 +56,24 @@ def list_imports(path: Path) -> set[str]:
     return known & {name.removeprefix(f"{PACKAGE}.") if name != PACKAGE else "__init__" for name in imported}
 
 
-def find_floor(module: str) -> int:
-    """Return on which floor a module is: where its own name stands, else its folder's."""
-    floors = {name: number for number, names in enumerate(FLOORS) for name in names}
+def find_layer(module: str) -> int:
+    """Return the index of a module's layer: by the module's own name if it is listed, else by its folder's."""
+    layers = {name: number for number, names in enumerate(LAYERS) for name in names}
     names = list(itertools.accumulate(module.split("."), "{}.{}".format))
-    known = [name for name in names if name in floors]
-    assert known, f"{module} is on no floor"
-    return floors[known[-1]]
+    known = [name for name in names if name in layers]
+    assert known, f"{module} is in no layer"
+    return layers[known[-1]]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_module)
 def test_imports_go_down(path):
     importer = name_module(path)
-    wrong = [imported for imported in list_imports(path) if find_floor(imported) > find_floor(importer)]
+    wrong = [imported for imported in list_imports(path) if find_layer(imported) > find_layer(importer)]
     assert not wrong, f"{importer} may not import {wrong}"
 
 
-def test_the_two_files_that_travel_need_nothing_of_ours():
-    imported = {name: list_imports(REPOSITORY / PACKAGE / f"{name}.py") for (name,) in FLOORS[:2]}
+def test_the_two_files_that_travel_import_only_each_other():
+    imported = {name: list_imports(REPOSITORY / PACKAGE / f"{name}.py") for (name,) in LAYERS[:2]}
     assert imported == {"configuration_gpt2_repro": set(), PACKAGE: {"configuration_gpt2_repro"}}
 
 
@@ -81,16 +81,16 @@ def test_scripts_do_not_import_scripts():
     assert not any(list_imports(path) & set(SCRIPTS) for path in MODULES)
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_imports_have_no_cycles():
     graphlib.TopologicalSorter({name_module(path): list_imports(path) for path in MODULES}).prepare()
 
 
-# What every command has.
+# Defined by every command.
 SHARED_NAMES = {"main", "run", "__all__", "FOREIGN_FLAGS"}
 
 
 def list_names(path: Path) -> list[str]:
-    """Return the names of the functions, classes and constants at the top level of a file."""
+    """Return the names of a file's top-level functions, classes and constants."""
     names: list[str] = []
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -100,7 +100,7 @@ def list_names(path: Path) -> list[str]:
     return names
 
 
-def test_no_two_things_have_one_name():
+def test_no_two_definitions_share_a_name():
     homes = collections.defaultdict(list)
     for path in MODULES:
         for name in list_names(path):
@@ -110,10 +110,10 @@ def test_no_two_things_have_one_name():
     assert not {name: found for name, found in homes.items() if len(found) > 1}
 
 
-def test_the_walk_sees_imports():
+def test_the_scan_finds_imports():
     assert {"__init__", "data.dataset", "training.run", "publishing.model_card"} <= list_imports(
         REPOSITORY / "train.py"
     )
     known = ("core.files", "data.sources.corpus", "data.shards", "data.prepare.pipeline", "model.folder", "train")
-    floors = [find_floor(module) for module in known]
-    assert floors == sorted(set(floors))
+    layers = [find_layer(module) for module in known]
+    assert layers == sorted(set(layers))

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: every command runs, every link has a target, every table says what the code does."""
+"""README, CONTRIBUTING and docs/: commands run, links have targets, and tables match the code."""
 
 import ast
 import itertools
@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from printed_commands import list_blocks, read_commands
 from small_runs import SMALL
-from test_architecture import FLOORS, PACKAGE
+from test_architecture import LAYERS, PACKAGE
 
 import eval_hellaswag
 import prepare_data
@@ -20,9 +20,9 @@ from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
 
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 NAMES = [str(path.relative_to(REPOSITORY)) for path in DOCUMENTS]
-# A script that begins with it is read by test_printed_commands and not run; what follows says why.
+# A script that begins with this, followed by a reason, is parsed by test_printed_commands but not run.
 NOT_RUN = "# Not run by the tests: "
-# Flags added to a command so that it takes a second.
+# Flags that shorten a command to a second.
 TWO_STEPS = {"max_steps": 2, "eval_every": 1, "hellaswag_limit": 2, "save_every": 1, "micro_batch_size": 8}
 QUICK = {
     "train.py": SMALL | TWO_STEPS,
@@ -31,14 +31,14 @@ QUICK = {
     "sample": {"n_samples": 1, "n_tokens": 16},
 }
 MAINS = {"train.py": train.main, "prepare_data.py": prepare_data.main, "eval_hellaswag.py": eval_hellaswag.main}
-LOCAL_SOURCE = "--files=books/*.txt"  # in place of a dataset on the Hub
-# Programs that only make sense in a checkout; the tests of benchmarks/ run its scripts.
-NOT_OURS = {"make", "source"}
+LOCAL_SOURCE = "--files=books/*.txt"  # instead of a dataset on the Hub
+# Programs that only make sense in a checkout; the benchmarks' own tests run their scripts.
+SKIPPED_PROGRAMS = {"make", "source"}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, shards) -> Path:
-    """A checkout in which the README's commands were given, with what they take for granted: books, runs, a log."""
+    """A checkout with what the README's commands presuppose: books, finished runs and a log."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in (*MAINS, "configs", PACKAGE, "accelerate_config.yaml"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -58,16 +58,16 @@ def workspace(tmp_path_factory, shards) -> Path:
 
 
 def run_commands(name: str) -> None:
-    """Run the commands of a document, but those that it says are not run."""
+    """Run a document's commands, except those marked as not run."""
     for block in list_blocks((REPOSITORY / name).read_text()):
         commands = [] if block.startswith(NOT_RUN) else read_commands(block)
         for command in commands:
-            if command[0] not in NOT_OURS and not command[1].startswith("benchmarks/"):
+            if command[0] not in SKIPPED_PROGRAMS and not command[1].startswith("benchmarks/"):
                 run(*find_program(command))
 
 
 def run(program: str, argv: list[str]) -> None:
-    """Run a command of ours in this process, quickly."""
+    """Run one of the project's commands in this process, with flags that shorten it."""
     quick = [f"--{name}={value}" for name, value in QUICK.get(program, {}).items()]
     if program == "prepare_data.py":
         if {"--verify", "--inspect"} & set(argv):
@@ -81,7 +81,7 @@ def run(program: str, argv: list[str]) -> None:
 
 
 def find_program(command: list[str]) -> tuple[str, list[str]]:
-    """Return the script or the package's command that a shell's command runs, and its arguments."""
+    """Return the script or package command that a shell command runs, and its arguments."""
     if command[:3] == ["python", "-m", PACKAGE]:
         return command[3], command[4:]
     script = next(number for number, each in enumerate(command) if each in MAINS)
@@ -95,13 +95,13 @@ def test_the_commands_of_a_document_run(name, workspace, monkeypatch):
     run_commands(name)
 
 
-def test_the_commands_of_the_readme_made_what_it_says(workspace):
+def test_the_commands_of_the_readme_have_their_documented_outputs(workspace):
     assert (workspace / "data" / "edu_fineweb10B" / "manifest.json").is_file()
     for name in ("gpt2_124M", "gpt2_124M_one_gpu", "books"):
         assert (workspace / "runs" / name / "final" / "model.safetensors").is_file()
 
 
-def test_commands_that_fail_are_found(workspace, monkeypatch):
+def test_failing_commands_are_detected(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     for script in ("python train.py --data_dir nowhere", "python -m modeling_gpt2_repro summary runs/nowhere"):
         with pytest.raises(AssertionError):
@@ -109,13 +109,13 @@ def test_commands_that_fail_are_found(workspace, monkeypatch):
 
 
 def list_anchors(text: str) -> set[str]:
-    """Return the anchors that GitHub gives the headings of a text in Markdown."""
+    """Return the anchors that GitHub gives to the headings of a Markdown text."""
     headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_links_of_a_document_lead_somewhere(name):
+def test_the_links_of_a_document_have_targets(name):
     path = REPOSITORY / name
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
     for link in links:
@@ -132,19 +132,19 @@ def test_every_page_is_linked_from_the_readme():
     assert all(f"({name})" in readme for name in NAMES if name != "README.md")
 
 
-def test_the_table_of_layers_is_the_list_of_floors():
+def test_the_table_of_layers_matches_the_tests():
     text = (REPOSITORY / "docs" / "architecture.md").read_text()
     table = text.split("## The layers")[1].split("\n## ")[0]
     rows = [re.findall(r"`([\w/.]+)`", row.split("|")[1]) for row in re.findall(r"^\| `.*", table, re.MULTILINE)]
     layers = [{name.removesuffix(".py").strip("/").replace("/", ".") for name in row} for row in rows]
-    # Modules that only export what is below them, or start the commands, have no row.
-    floors = [set(names) - {"__init__", "__main__"} for names in FLOORS]
-    assert layers == [names for names in floors if names]
+    # Modules that only re-export, or that start the commands, have no row.
+    expected = [set(names) - {"__init__", "__main__"} for names in LAYERS]
+    assert layers == [names for names in expected if names]
     assert all(first.isdisjoint(second) for first, second in itertools.combinations(layers, 2))
 
 
 def list_messages() -> str:
-    """Return every text in the code, a line each, with `…` for what is filled in."""
+    """Return every string in the code, one per line, with `…` for interpolated values."""
 
     def read(node: ast.AST) -> str:
         if isinstance(node, ast.JoinedStr):
@@ -156,7 +156,7 @@ def list_messages() -> str:
     return "\n".join(read(node) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr))
 
 
-def test_messages_that_are_explained_exist():
+def test_documented_messages_exist():
     text = (REPOSITORY / "docs" / "troubleshooting.md").read_text().split("## By message")[1]
     messages, known = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE), list_messages()
     assert len(messages) > 20

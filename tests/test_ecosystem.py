@@ -1,4 +1,4 @@
-"""Tools that take a causal language model take ours: compilers, loaders, offloading, pipelines and Trainer."""
+"""The model in the tools of the ecosystem: compilers, loaders, offloading, pipelines and Trainer."""
 
 import shutil
 
@@ -57,7 +57,7 @@ def test_compiled_forward_equals_eager_at_every_length():
     with torch.no_grad():
         for length in (9, 17, 48):
             assert_close(compiled(draw_ids(2, length)).logits, model(draw_ids(2, length)).logits)
-        # fullgraph turns every exception into its own, and the message of ours stays in it.
+        # fullgraph wraps every exception in its own, which contains our message.
         with pytest.raises(Exception, match=r"n_positions \(48\)"):
             compiled(draw_ids(2, 49))
 
@@ -81,7 +81,7 @@ def test_compiled_decoding_is_one_graph(cache):
         DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
     )
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # what matters is that it can be traced
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # only tracing is tested
     with torch.no_grad():
         logits = [model(ids[:, :5], past_key_values=past_key_values).logits]
         for position in range(5, 9):
@@ -113,7 +113,7 @@ def test_exported_program_takes_any_batch_and_length():
 @pytest.mark.parametrize("padding", [None, LEFT_PADDING], ids=["unpadded", "left-padded"])
 def test_attention_implementations_agree_with_sdpa(implementation, padding):
     ids, tokens = draw_ids(2, 9), torch.ones(2, 9).bool() if padding is None else padding.bool()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex compiles itself, which takes a while
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex attention compiles itself, which is slow
         expected = build_model()(ids, attention_mask=padding).logits
         model = GPT2ReproForCausalLM._from_config(build_model().config, attn_implementation=implementation).eval()
         model.load_state_dict(build_model().state_dict())
@@ -134,7 +134,7 @@ def test_compiled_flex_attention_agrees_with_sdpa():
         assert_close(model(ids).logits, expected)
 
 
-def test_bfloat16_is_close_to_float32_and_comes_back_as_it_was_saved(tmp_path):
+def test_bfloat16_is_close_to_float32_and_survives_a_round_trip(tmp_path):
     model, ids = build_model(), draw_ids()
     model.save_pretrained(tmp_path / "float32")
     half = GPT2ReproForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
@@ -167,7 +167,7 @@ def test_training_step_under_autocast(targets):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("targets", ["labels", "shift_labels"])
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(use_reentrant, targets):
+def test_gradient_checkpointing_recomputes_the_same_numbers(use_reentrant, targets):
     model, ids, calls = build_model().train(), draw_ids(), []
     inputs = split_window(ids) if targets == "shift_labels" else {"input_ids": ids, "labels": ids}
     loss, expected = model(**inputs).loss, compute_gradients(model, **inputs)
@@ -192,7 +192,7 @@ def test_resized_vocabulary_stays_tied_trains_and_reloads(vocab_size, tmp_path):
     assert model(ids).logits.shape[-1] == vocab_size
     assert_close(model(ids).logits[..., :n_kept], before[..., :n_kept])
 
-    ids[:, -1] = vocab_size - 1  # the newest row must be a target like any other
+    ids[:, -1] = vocab_size - 1  # rows that were added must be valid targets
     window = split_window(ids)
     expected = cross_entropy(model(window["input_ids"]).logits.flatten(0, 1), window["shift_labels"].flatten())
     loss = model.train()(**window).loss
@@ -210,7 +210,7 @@ def test_resized_vocabulary_stays_tied_trains_and_reloads(vocab_size, tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sharded_files_open_in_both_classes(shape, tmp_path):
+def test_sharded_files_load_in_both_classes(shape, tmp_path):
     (model, stock), ids = build_pair(**SHAPES[shape]), draw_ids()
     with torch.no_grad():
         expected = stock(ids).logits
@@ -224,7 +224,7 @@ def test_sharded_files_open_in_both_classes(shape, tmp_path):
                 assert tied is SHAPES[shape].get("tie_word_embeddings", True)
 
 
-def test_trunks_without_a_head_open_in_both_classes(tmp_path):
+def test_trunks_without_a_head_load_in_both_classes(tmp_path):
     (model, stock), ids = build_pair(), draw_ids()
     model.transformer.save_pretrained(tmp_path / "ours")
     stock.transformer.save_pretrained(tmp_path / "stock")
@@ -236,8 +236,8 @@ def test_trunks_without_a_head_open_in_both_classes(tmp_path):
                 assert_close(hidden_states, stock.transformer(ids).last_hidden_state)
 
 
-def test_files_as_openai_wrote_them_load_without_a_word(tmp_path):
-    """No prefix, no head, and the causal mask as a buffer of every attention module."""
+def test_openais_own_files_load_without_a_warning(tmp_path):
+    """These have no prefix and no head, and each attention module has the causal mask as a buffer."""
     stock, ids = build_stock_model(), draw_ids()
     tensors = {name: tensor.clone() for name, tensor in stock.transformer.state_dict().items()}
     for layer in range(SHAPE["n_layer"]):
@@ -271,7 +271,7 @@ def test_blocks_offloaded_to_disk_compute_the_same(tmp_path):
     model, ids = build_model(), draw_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
     expected = model(ids).logits
-    # Room for the embeddings and one block, so that `auto` has to send the others to the disk, whole.
+    # Room for the embeddings and one block, so `auto` must offload the other blocks to disk.
     automatic = GPT2ReproForCausalLM.from_pretrained(
         tmp_path / "model", device_map="auto", max_memory={"cpu": 300_000}, offload_folder=tmp_path / "offload"
     )
@@ -294,7 +294,7 @@ def test_blocks_offloaded_to_disk_compute_the_same(tmp_path):
 # Pipelines and Trainer
 
 
-def test_text_generation_pipeline_opens_both_forms(tmp_path, tokenizer):
+def test_text_generation_pipeline_loads_both_forms(tmp_path, tokenizer):
     model = build_model(vocab_size=len(tokenizer), n_layer=1, n_embd=16)
     prompt = tokenizer("The old lighthouse", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)
@@ -323,7 +323,7 @@ def build_trainer(folder) -> Trainer:
     return Trainer(build_model(), arguments, train_dataset=examples, eval_dataset=examples)
 
 
-def test_trainer_learns_evaluates_and_resumes_bit_by_bit(tmp_path):
+def test_trainer_learns_evaluates_and_resumes_bit_for_bit(tmp_path):
     whole = build_trainer(tmp_path / "whole")
     loss_before = whole.evaluate()["eval_loss"]
     whole.train()
@@ -331,7 +331,7 @@ def test_trainer_learns_evaluates_and_resumes_bit_by_bit(tmp_path):
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
     assert whole.evaluate()["eval_loss"] < loss_before - 0.5
-    # The cache is no prediction, so the logits come alone.
+    # The cache is not a prediction, so only the logits are returned.
     assert whole.predict(whole.eval_dataset).predictions.shape == (8, 17, SHAPE["vocab_size"])
 
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")

@@ -1,4 +1,4 @@
-"""The script: what it prints and writes, on one process and on two, and how it answers mistakes."""
+"""The script: what it prints and writes, with one process and several, and its errors."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_one_protocol_in_bfloat16(model_folder, tmp_path, capsys):
     assert nll["bfloat16"] == pytest.approx(nll["float32"], rel=0.05)
 
 
-def test_published_figures_stand_beside_the_full_validation_set_only():
+def test_published_scores_are_shown_for_the_full_validation_set_only():
     results = [
         HellaSwagResult(protocol, 10_042, 0.3, 0.0046, 0.31, 0.0046, scored_items=())
         for protocol in ("original", "lm_eval")
@@ -113,7 +113,7 @@ def test_published_figures_stand_beside_the_full_validation_set_only():
 
 @pytest.fixture
 def examples_alone(model_folder, tmp_path) -> bytes:
-    """The file of examples that a single process writes, which is not there any more."""
+    """The examples file of a single process, which is removed again."""
     assert run(*sample_flags(model_folder, tmp_path)) == 0
     path = tmp_path / "new" / "examples.jsonl"
     content = path.read_bytes()
@@ -122,7 +122,7 @@ def examples_alone(model_folder, tmp_path) -> bytes:
 
 
 def test_several_processes_give_the_same_numbers(model_folder, tmp_path, forks, examples_alone):
-    """Byte for byte, as all compute the same batches, each on one thread; six items are two batches and more."""
+    """Byte for byte, as each process computes the same batches on one thread; six items make more than two batches."""
     script = f"import accelerate\nassert accelerate.Accelerator().num_processes == 3\n{CALL_MAIN}"
     result = forks.launch(3, "eval_hellaswag", sample_flags(model_folder, tmp_path), tmp_path, script)
     assert result.code == 0, result.err
@@ -153,7 +153,7 @@ def finished_run(shards, tmp_path_factory):
 
 
 def score(model, tmp_path, *flags):
-    """Return the sums by protocol and item that the script writes for a model."""
+    """Score a model with the script; return the sums by protocol and item."""
     output = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
     data = ("--data_file", SAMPLE_FILE, "--limit", LIMIT, "--per_example", output)
     assert run("--model", model, *data, *flags) == 0
@@ -170,7 +170,7 @@ def test_a_run_s_checkpoint_and_its_published_form_score_the_same(finished_run, 
     checkpoint = score(finished_run / "checkpoints" / "step_0000006", tmp_path)
     assert_same_sums(score(finished_run / "final", tmp_path), checkpoint)
     assert_same_sums(score(finished_run / "final", tmp_path, "--trust_remote_code"), checkpoint)
-    # The run itself scored the same: in both protocols at its end, and in one before.
+    # The run scored itself the same: in both protocols at its end, and in one protocol before.
     last = read_series(finished_run, "hellaswag_lm_eval/acc_norm")
     assert list(last) == [6] and list(read_series(finished_run, "hellaswag/acc_norm")) == [0, 6]
 
@@ -185,7 +185,7 @@ def save_llama(folder, tokenizer):
 
 
 @torch.no_grad()
-def test_another_architecture_is_scored_as_one_would_by_hand(tokenizer, tmp_path, capsys):
+def test_another_architecture_gets_the_scores_of_a_plain_computation(tokenizer, tmp_path, capsys):
     model = save_llama(tmp_path / "llama", tokenizer)
     scores = score(tmp_path / "llama", tmp_path)
     assert "attention mask" not in capsys.readouterr().err
@@ -209,7 +209,7 @@ class SignedModel(GPT2LMHeadModel):
 """
 
 
-def test_code_that_comes_with_a_model_runs_where_it_is_trusted(model_folder, tmp_path, capsys, monkeypatch):
+def test_a_models_own_code_runs_only_if_trusted(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = Path(shutil.copytree(model_folder, tmp_path / "remote"))
     config = json.loads((folder / "config.json").read_text())
@@ -233,7 +233,7 @@ def test_a_mistake_ends_a_process_with_code_2_and_one_line(tmp_path, forks):
 
 
 def complain(capsys, *flags):
-    """Run with a mistake in the flags and return the one line that it is answered with."""
+    """Run with a mistake in the flags; return the one-line error."""
     assert run(*flags) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -247,7 +247,7 @@ def copy_tokenizer(model_folder, folder):
         (folder / file.name).write_bytes(file.read_bytes())
 
 
-def test_a_folder_without_model_or_tokenizer_is_answered(model_folder, tmp_path, capsys):
+def test_a_folder_without_model_or_tokenizer_is_rejected(model_folder, tmp_path, capsys):
     copy_tokenizer(model_folder, tmp_path / "no_model")
     data = ("--data_file", SAMPLE_FILE)
     line = complain(capsys, "--model", tmp_path / "no_model", *data)
@@ -256,17 +256,17 @@ def test_a_folder_without_model_or_tokenizer_is_answered(model_folder, tmp_path,
     assert "has no tokenizer" in complain(capsys, "--model", tmp_path / "no_tokenizer", *data)
 
 
-def test_a_model_that_does_not_belong_to_its_tokenizer_is_answered(model_folder, tmp_path, capsys):
+def test_a_model_that_does_not_match_its_tokenizer_is_rejected(model_folder, tmp_path, capsys):
     copy_tokenizer(model_folder, tmp_path / "small")
     save_model(tmp_path / "small", vocab_size=1000)
     line = complain(capsys, "--model", tmp_path / "small", "--data_file", SAMPLE_FILE)
     assert "embeddings for 1000 token ids, but its tokenizer produces id " in line
-    # As Gemma's, whose tokenizer has one id more than the model has rows; no text makes it.
+    # Gemma's tokenizer likewise has one id more than the model has rows; no text encodes to it.
     save_model(tmp_path / "small", vocab_size=50256)
     assert run("--model", tmp_path / "small", "--data_file", SAMPLE_FILE, "--limit", 1) == 0
 
 
-def test_a_pickle_is_named(model_folder, tmp_path, capsys):
+def test_a_pickle_is_rejected(model_folder, tmp_path, capsys):
     copy_tokenizer(model_folder, tmp_path / "old")
     save_model(tmp_path / "old")
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
@@ -275,7 +275,7 @@ def test_a_pickle_is_named(model_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 2}, {"n_embd": 32}])
-def test_weights_that_do_not_fill_the_model_are_answered(model_folder, tmp_path, capsys, change):
+def test_incomplete_weights_are_rejected(model_folder, tmp_path, capsys, change):
     folder = tmp_path / "changed"
     copy_tokenizer(model_folder, folder)
     save_model(folder)
@@ -285,7 +285,7 @@ def test_weights_that_do_not_fill_the_model_are_answered(model_folder, tmp_path,
     assert "its config.json requires are missing or have another shape, such as transformer.h." in line
 
 
-def test_bad_data_and_outputs_are_answered_before_the_model_loads(tmp_path, capsys):
+def test_bad_data_and_outputs_are_rejected_before_the_model_loads(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"ind": 1}\n')
     line = complain(capsys, "--model", "unused", "--data_file", tmp_path / "bad.jsonl")
     assert "bad.jsonl, line 1: the field `activity_label` is missing" in line
@@ -293,7 +293,7 @@ def test_bad_data_and_outputs_are_answered_before_the_model_loads(tmp_path, caps
     assert "--model" in complain(capsys, "--data_file", SAMPLE_FILE)
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, capsys, monkeypatch):
+def test_unconnected_processes_are_rejected(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Generation, padding, positions and the outputs that a caller may ask for: as transformers' own GPT-2 gives them."""
+"""Generation, padding, positions and optional outputs, against transformers' own GPT-2."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from tiny_models import SHAPE, assert_close, build_model, build_pair, draw_ids
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-# Three tokens of padding in front of the first row. Padding is an id like any other, so only the mask can tell.
+# Three tokens of padding before the first row. Padding is an id like any other, so only the mask marks it.
 LEFT_PADDING = torch.tensor([[0, 0, 0] + [1] * 6, [1] * 9])
 MODES = {
     "greedy": {"do_sample": False},
@@ -31,12 +31,12 @@ def test_generated_ids_equal_stock_gpt2s(pair, mode, padding):
         torch.manual_seed(0)  # `generate` draws from the global generator
         generated.append(model.generate(draw_ids(2, 9), attention_mask=padding, max_new_tokens=20, **MODES[mode]))
     assert generated[0].shape == (2, 29)
-    assert len(generated[0][0, 9:].unique()) > 5, "a model that repeats itself would hide a wrong position"
+    assert len(generated[0][0, 9:].unique()) > 5, "repeated tokens would hide a wrong position"
     assert torch.equal(*generated)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_both_caches_give_the_ids_of_recomputing_every_token(pair, cache):
+def test_both_caches_match_recomputing_every_token(pair, cache):
     model, expected = pair[0], draw_ids(2, 7)
     generated = model.generate(expected, max_new_tokens=15, do_sample=False, cache_implementation=cache)
     for _ in range(15):
@@ -44,7 +44,7 @@ def test_both_caches_give_the_ids_of_recomputing_every_token(pair, cache):
     assert torch.equal(generated, expected)
 
 
-def test_a_left_padded_row_generates_what_it_does_alone(pair):
+def test_a_left_padded_row_generates_the_same_as_alone(pair):
     model, ids = pair[0], draw_ids(2, 9)
     together = model.generate(ids, attention_mask=LEFT_PADDING, max_new_tokens=12, do_sample=False)
     for row, start in enumerate((3, 0)):
@@ -59,7 +59,7 @@ def test_logits_of_left_padded_rows(pair):
     assert_close(logits[:1, 3:], model(ids[:1, 3:]).logits)
     assert_close(logits[1:], model(ids[1:]).logits)
 
-    # Without position_ids, GPT-2 counts the padding: not what the row gives alone, but what GPT-2 does.
+    # Without position_ids, GPT-2 counts the padding: the logits match stock GPT-2, not the row without padding.
     logits = model(ids, attention_mask=LEFT_PADDING).logits
     assert_close(logits[tokens], stock(ids, attention_mask=LEFT_PADDING).logits[tokens])
     assert (logits[0, 3:] - model(ids[:1, 3:]).logits[0]).abs().max() > 0.01
@@ -71,7 +71,7 @@ def test_right_padding_changes_nothing_before_it(pair):
     assert_close(model(ids, attention_mask=mask).logits[0, :6], model(ids[:1, :6]).logits[0])
 
 
-def test_logits_to_keep_are_those_of_the_whole(pair):
+def test_logits_to_keep_selects_from_all_logits(pair):
     model, ids = pair[0], draw_ids(2, 9)
     logits, indices = model(ids).logits, torch.tensor([0, 4, 7])
     assert_close(model(ids, logits_to_keep=1).logits, logits[:, -1:])
@@ -83,7 +83,7 @@ def test_logits_to_keep_are_those_of_the_whole(pair):
     assert model(ids, logits_to_keep=mask).logits.shape == (4, 301)
 
 
-def test_embeddings_take_the_place_of_ids(pair):
+def test_embeddings_can_replace_ids(pair):
     (model, stock), ids = pair, draw_ids(2, 9)
     embeds = model.get_input_embeddings()(ids)
     assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
@@ -101,12 +101,12 @@ def test_a_cache_can_be_continued_by_several_tokens(pair):
     assert model(ids, use_cache=False).past_key_values is None
 
 
-def test_every_position_can_be_used_and_not_one_more(pair):
+def test_every_position_can_be_used_but_no_more(pair):
     model, ids = pair[0], draw_ids(1, SHAPE["n_positions"] + 1)
     past_key_values = model(ids[:, :40], use_cache=True).past_key_values
     last = model(ids[:, 40:48], past_key_values=past_key_values).logits[:, -1]
     assert_close(last, model(ids[:, :48]).logits[:, -1])
-    # The lookup behind it would fail as well, on a GPU by an assertion that ends the process.
+    # The embedding lookup would fail too, but on a GPU with an assertion that ends the process.
     with pytest.raises(ValueError, match=r"n_positions \(48\)"):
         model(ids[:, 48:], past_key_values=past_key_values)
     with pytest.raises(ValueError, match=r"n_positions \(48\)"):
@@ -115,10 +115,10 @@ def test_every_position_can_be_used_and_not_one_more(pair):
         model(ids, past_key_values=DynamicCache(config=model.config))
 
 
-def test_generation_ends_at_n_positions_and_fails_beyond_as_in_stock_gpt2(pair):
+def test_generation_ends_at_n_positions_and_fails_beyond_like_stock_gpt2(pair):
     ids = draw_ids(1, 40)
     for model in pair:
-        # The last new token is not fed back, so that one more than the positions can come out.
+        # The last new token is not fed back, so one token more than n_positions can be generated.
         assert model.generate(ids, max_new_tokens=9, do_sample=False).shape == (1, 49)
         with pytest.raises((IndexError, ValueError)):
             model.generate(ids, max_new_tokens=10, do_sample=False)
@@ -137,7 +137,7 @@ def test_hidden_states_equal_stock_gpt2s(pair):
 
 def test_attention_weights_equal_stock_gpt2s():
     (model, stock), ids = build_pair(), draw_ids(2, 9)
-    # sdpa cannot return them: none come back, and asking for them in the configuration is refused.
+    # sdpa cannot return them: the outputs are empty, and requesting them in the configuration raises an error.
     assert model(ids, output_attentions=True).attentions == stock(ids, output_attentions=True).attentions == ()
     with pytest.raises(ValueError, match="output_attentions"):
         model.config.output_attentions = True
@@ -162,8 +162,8 @@ def test_tuples_instead_of_named_outputs(pair):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_losses_count_what_they_are_told_to_count(training):
-    """Trainer divides by the items of the whole accumulated batch, and -100 marks what is no target."""
+def test_losses_respect_num_items_and_ignored_targets(training):
+    """Trainer divides by the number of items in the whole accumulated batch, and -100 marks ignored targets."""
     model, ids = build_model().train(training), draw_ids()
     labels = ids.clone()
     labels[0, 5:20] = -100

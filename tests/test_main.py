@@ -1,4 +1,4 @@
-"""The commands of the package, and the names that README and model cards gave them before."""
+"""The commands of the package, and their former names in older READMEs and model cards."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ FORWARDS = {
 }
 
 
-# What `python -m MODULE` does with a module.
+# Does what `python -m MODULE` does.
 RUN_MODULE = "import runpy\nsys.argv[1:] = run['argv']\nrunpy.run_module({module!r}, run_name='__main__')"
 
 
@@ -40,7 +40,7 @@ def test_help_lists_the_commands_in_a_line_each(capsys):
         ([], "no command given: choose one of sample, plots, summary, publish, convert "),
     ],
 )
-def test_a_command_that_is_not_there_is_answered_with_the_nearest(capsys, argv, complaint):
+def test_an_unknown_command_suggests_the_nearest_one(capsys, argv, complaint):
     assert main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line and all(name in line for name in COMMANDS)
@@ -57,7 +57,7 @@ def test_the_package_runs_as_a_module(tmp_path):
 
 
 @pytest.mark.parametrize("module", FORWARDS)
-def test_an_earlier_name_does_what_the_command_does(forks, tmp_path, module):
+def test_a_former_name_forwards_to_the_command(forks, tmp_path, module):
     script = RUN_MODULE.format(module=f"{PACKAGE}.{module}")
     forwarded = forks.run(PACKAGE, ["--help"], tmp_path, script=script)
     assert (forwarded.code, forwarded.err) == (0, "")
@@ -69,7 +69,7 @@ def test_an_earlier_name_does_what_the_command_does(forks, tmp_path, module):
     "module, argv",
     [("reporting.summary", ["RUN"]), ("reporting.plots", ["--hours", "RUN", "--tokens_per_step=1000"])],
 )
-def test_an_earlier_name_takes_the_same_arguments(forks, tmp_path, capsys, module, argv):
+def test_a_former_name_takes_the_same_arguments(forks, tmp_path, capsys, module, argv):
     argv = [str(write_run(tmp_path / "run", build_lines(5))) if each == "RUN" else each for each in argv]
     forwarded = forks.run(PACKAGE, argv, tmp_path, script=RUN_MODULE.format(module=f"{PACKAGE}.{module}"))
     assert main([FORWARDS[module], *argv]) == forwarded.code == 0

@@ -1,4 +1,4 @@
-"""The model: GPT-2's architecture exactly, as transformers wants a model to be."""
+"""The model: exactly GPT-2's architecture, with the interface of a transformers model."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from modeling_gpt2_repro import MODEL_SIZES, GPT2ReproConfig, GPT2ReproForCausal
 from modeling_gpt2_repro.model.folder import save_published_model
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
 
-# What a user without this package has: transformers and the folder.
+# A user without this package has only transformers and the folder.
 WITHOUT_PACKAGE = """
 import importlib.util, sys, torch
 assert importlib.util.find_spec("modeling_gpt2_repro") is None
@@ -57,7 +57,7 @@ def compute_plain_loss(model, ids: torch.Tensor, targets: torch.Tensor) -> torch
     return torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten())
 
 
-def test_shifted_labels_give_the_loss_alone_where_logits_are_not_wanted():
+def test_shifted_labels_skip_the_logits_in_training():
     model, ids = build_model(), draw_ids()
     expected = compute_plain_loss(model, ids[:, :-1], ids[:, 1:])
     assert_close(model(ids, labels=ids).loss, expected)
@@ -72,13 +72,13 @@ def test_shifted_labels_give_the_loss_alone_where_logits_are_not_wanted():
         outputs = model.train(is_training)(inputs, shift_labels=targets.contiguous(), skip_logits=skip_logits)
         assert (outputs.logits is not None) == has_logits
         assert_close(outputs.loss, expected)
-    assert model.train()(ids, labels=ids).logits is not None  # as with any other model
+    assert model.train()(ids, labels=ids).logits is not None  # as any other model does
 
 
-# 301 ids are padded to 384; 384 ids are not padded at all. 66 positions in chunks.
+# 301 ids are padded to 384; 384 ids need no padding. 66 positions in chunks.
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 7, 66])
 @pytest.mark.parametrize("vocab_size", [301, 384])
-def test_chunked_loss_and_gradients_are_those_of_all_logits(vocab_size, chunk_tokens):
+def test_chunked_loss_and_gradients_match_all_logits(vocab_size, chunk_tokens):
     model, ids = build_model(vocab_size=vocab_size), draw_ids()
     targets = draw_ids(seed=2)
     targets[0, 3:9] = targets[1, -1] = -100
@@ -88,7 +88,7 @@ def test_chunked_loss_and_gradients_are_those_of_all_logits(vocab_size, chunk_to
     model.loss_chunk_tokens = chunk_tokens
     loss = model.train()(ids, shift_labels=targets).loss
     assert_close(loss, plain_loss)
-    # A loss scale, as float16 has, must reach the gradients; so must a second use of the graph.
+    # A loss scale, as used with float16, must reach the gradients; so must a second use of the graph.
     for scale in (1.0, 1024.0):
         for ours, theirs in zip(
             torch.autograd.grad(scale * loss, model.parameters(), retain_graph=True), expected, strict=True
@@ -96,8 +96,8 @@ def test_chunked_loss_and_gradients_are_those_of_all_logits(vocab_size, chunk_to
             torch.testing.assert_close(ours, scale * theirs, atol=1e-6 * scale, rtol=1e-4)
 
 
-def test_padded_head_computes_nothing_of_other_ids():
-    # Were the padding not masked, its logits of 0 would outweigh real ones of -50.
+def test_padding_of_the_head_does_not_affect_the_loss():
+    # Unmasked, the padding's logits of 0 would outweigh real ones of -50.
     states, weight = torch.ones(4, 16), torch.full((301, 16), -50 / 16)
     loss = HeadCrossEntropy.apply(states, weight, torch.arange(4), 4)
     assert_close(loss, torch.tensor(4 * math.log(301)))
@@ -106,7 +106,7 @@ def test_padded_head_computes_nothing_of_other_ids():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that any float32 tensor has while it is active."""
+    """Records the largest number of elements of any float32 tensor while active."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class LargestTensor(TorchDispatchMode):
         return outputs
 
 
-def test_training_never_holds_all_logits_in_float32():
+def test_training_never_materializes_all_logits_in_float32():
     model, ids = build_model(n_positions=1024, vocab_size=1000), draw_ids(length=1024)
     n_logits = ids.numel() * 1000
     model.loss_chunk_tokens = 256
@@ -129,7 +129,7 @@ def test_training_never_holds_all_logits_in_float32():
     assert 0 < largest.numel < n_logits / 4
     with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16):
         model(ids, labels=ids)
-    assert largest.numel >= n_logits  # or the measurement measures nothing
+    assert largest.numel >= n_logits  # else the mode records nothing
 
 
 def test_validation_computes_no_gradients():
@@ -138,7 +138,7 @@ def test_validation_computes_no_gradients():
         model(ids, shift_labels=ids, skip_logits=True)
         flops = counter.get_total_flops()
         model(ids)
-    # The same products as logits alone, but for the padding of 301 rows to 384.
+    # The same products as for the logits alone, except for padding 301 rows to 384.
     padding = 2 * ids.numel() * SHAPE["n_embd"] * (384 - 301)
     assert flops == counter.get_total_flops() - flops + padding
 
@@ -156,12 +156,12 @@ def test_chunks_under_autocast_are_as_exact_as_all_logits():
         losses = [compute_plain(states, weight), HeadCrossEntropy.apply(states, weight, targets, 10)]
     assert losses[1].dtype == torch.float32
     plain_error, error = ((torch.autograd.grad(loss, weight)[0] - exact).norm() for loss in losses)
-    assert 0 < error < 1.2 * plain_error  # 0 would mean that the products were not in bfloat16
+    assert 0 < error < 1.2 * plain_error  # an error of 0 would mean that nothing ran in bfloat16
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_packed_documents_do_not_see_each_other(implementation):
-    """Positions that begin anew mark the documents of a row, as in transformers' data collators."""
+def test_packed_documents_do_not_attend_to_each_other(implementation):
+    """Positions that restart mark the documents in a row, as in transformers' data collators."""
     model, ids = build_model(), draw_ids(batch=1)
     model.set_attn_implementation(implementation)
     positions = torch.cat([torch.arange(20), torch.arange(13)])[None]
@@ -171,7 +171,7 @@ def test_packed_documents_do_not_see_each_other(implementation):
 
 
 def test_a_compiled_training_step_attends_without_a_mask():
-    """A mask costs its memory, and torch's CPU kernel time: causality alone needs none."""
+    """A mask costs memory, and time in torch's CPU kernel; causal attention needs none."""
     masks = []
 
     def record(graph, example_inputs):
@@ -228,7 +228,7 @@ def build_fresh_model(seed: int) -> GPT2ReproForCausalLM:
     return GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPE, **NO_SPECIAL_TOKENS))
 
 
-def test_saved_weights_come_back_bit_by_bit(tmp_path):
+def test_saved_weights_are_reloaded_bit_for_bit(tmp_path):
     model, ids = build_model(), draw_ids()
     model.save_pretrained(tmp_path)
     for loaded in (GPT2ReproForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
@@ -239,7 +239,7 @@ def test_saved_weights_come_back_bit_by_bit(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["native", "published"])
-def test_folder_opens_where_the_package_cannot_be_imported(form, tmp_path, tokenizer):
+def test_a_folder_loads_without_the_package(form, tmp_path, tokenizer):
     model, ids = build_model(), torch.arange(20)[None]
     folder = tmp_path / "model"
     if form == "native":
@@ -252,8 +252,8 @@ def test_folder_opens_where_the_package_cannot_be_imported(form, tmp_path, token
     expected = {"True": hidden} | ({"False": "GPT2Config GPT2LMHeadModel GPT2Model"} if form == "published" else {})
     for trust, classes in expected.items():
         result = subprocess.run(
-            # -I leaves out PYTHONPATH and the working folder; the tests' own environment has the package installed in
-            # development mode, so its finder is put out of action as well.
+            # -I ignores PYTHONPATH and the working folder; the package may also be installed in editable mode, so its
+            # finder is disabled as well.
             [sys.executable, "-I", "-c", HIDE_PACKAGE + WITHOUT_PACKAGE, str(folder), trust],
             env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
             cwd=tmp_path,
@@ -275,7 +275,7 @@ sys.path = [path for path in sys.path if "site-packages" in path or "lib" in pat
 """
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_explained_by_the_model():
     model, ids = build_model(), draw_ids(length=49)
     with pytest.raises(ValueError, match=r"49 tokens .* n_positions \(48\)"):
         model(ids)
@@ -291,7 +291,7 @@ def test_gpt2_folders_are_read_without_their_dropout_and_without_a_warning(tmp_p
     stock = build_stock_model(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
     stock.config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(written | {"resid_pdrop": 0.1}))  # OpenAI's files spell it out
+    (tmp_path / "config.json").write_text(json.dumps(written | {"resid_pdrop": 0.1}))  # OpenAI's files set it
     with caplog.at_level("WARNING"):
         config = GPT2ReproConfig.from_pretrained(tmp_path)
     assert not caplog.records
@@ -310,13 +310,13 @@ def test_own_dropout_is_kept_and_published_as_zero(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["scale_attn_by_inverse_layer_idx", "add_cross_attention"])
-def test_gpt2s_that_compute_something_else_are_refused(option, tmp_path):
+def test_unsupported_variants_of_gpt2_are_rejected(option, tmp_path):
     GPT2Config(**SHAPE, **NO_SPECIAL_TOKENS, **{option: True}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{option}=True is not supported"):
         GPT2ReproConfig.from_pretrained(tmp_path)
 
 
-def test_other_architectures_and_shapes_are_refused(tmp_path):
+def test_other_architectures_and_shapes_are_rejected(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="is a llama model"):
         GPT2ReproForCausalLM.from_pretrained(tmp_path / "llama")

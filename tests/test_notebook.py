@@ -1,4 +1,4 @@
-"""The notebook in examples/, run as a person would."""
+"""The notebook in examples/, executed from top to bottom."""
 
 import ast
 import importlib
@@ -22,14 +22,14 @@ def list_code() -> list[str]:
     return ["\n".join(line for line in source.splitlines() if not line.startswith("%")) for source in cells]
 
 
-def test_it_is_stored_without_outputs_and_with_its_run_on_top():
+def test_it_is_stored_without_outputs_and_names_its_run_first():
     cells = [cell for cell in read_notebook().cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
     assert cells[0].metadata.tags == ["parameters"]
     assert cells[0].source.startswith('RUN = "runs/demo"')
 
 
-def test_everything_that_it_uses_from_here_is_there():
+def test_its_calls_match_the_package():
     nodes = [node for source in list_code() for node in ast.walk(ast.parse(source))]
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and "gpt2_repro" in node.module]
     used = {
@@ -54,7 +54,7 @@ def test_it_shows_a_run_and_measures_its_model(shards, tmp_path):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 2
-    # Not the progress bars, which end in the middle of a line.
+    # Ignore the progress bars, which end in the middle of a line.
     text = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
     measured, recorded = (
         float(line.split()[n]) for line, n in zip(find_lines(text, "validation:", "in the run:"), (1, 3), strict=True)

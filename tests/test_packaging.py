@@ -18,12 +18,12 @@ METADATA = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PROJECT = METADATA["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = list(map(Requirement, itertools.chain(PROJECT["dependencies"], *EXTRAS.values())))
-# An extra that includes another one requires this package itself.
+# An extra that includes another extra requires this package itself.
 OTHERS = [requirement for requirement in REQUIREMENTS if requirement.name != PROJECT["name"]]
 
 
 def read_pins() -> dict[str, list[Requirement]]:
-    """Return the pins of each distribution in constraints.txt: several where they differ by Python version."""
+    """Return the pins of each distribution in constraints.txt: several if they differ by Python version."""
     pins: dict[str, list[Requirement]] = {}
     for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):

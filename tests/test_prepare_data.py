@@ -1,4 +1,4 @@
-"""prepare_data.py as people run it: corpus in, shards out, and one line for each mistake."""
+"""prepare_data.py from end to end: a corpus in, shards out, and a one-line error for each mistake."""
 
 import collections
 import hashlib
@@ -32,7 +32,7 @@ EOT = 256
 
 @pytest.fixture(scope="module")
 def texts():
-    """300 documents; 3 and 290 copy a validation document, 200 and 210 a training document."""
+    """300 documents; 3 and 290 copy a validation document, 200 and 210 copy a training document."""
     words = np.random.default_rng(0).choice(["sea", "stone", "bread", "<|endoftext|>", "Ärger", "\n\n"], (300, 40))
     texts = [f"{i} " + " ".join(row[: 5 + i % 35]) for i, row in enumerate(words)]
     texts[3] = texts[1]
@@ -43,7 +43,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A byte-level tokenizer without merges: a run with it starts at once."""
+    """A byte-level tokenizer without merges, which loads at once."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<|endoftext|>": EOT}
     tokenizer = GPT2TokenizerFast(vocab=vocabulary, merges=[])
@@ -54,7 +54,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def documents(texts, tokenizer):
-    """The ids that each document must have."""
+    """The expected ids of each document."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     encodings = [[EOT, *backend.encode(text).ids] for text in texts]
@@ -75,7 +75,7 @@ def corpus(tmp_path, texts):
 
 @pytest.fixture
 def run(tmp_path, capsys, tokenizer):
-    """Run the script; return its exit code, stdout and stderr."""
+    """Return a function that runs the script and returns its exit code, stdout and stderr."""
 
     def run(*flags, output_dir=tmp_path / "out", num_workers=1):
         small = ["--tokenizer", tokenizer.name_or_path]
@@ -102,16 +102,16 @@ def hash_shards(folder):
     return {name: digest for name, digest in hash_folder(folder).items() if name.endswith(".npy")}
 
 
-def test_every_document_goes_where_it_belongs(run, corpus, documents, tmp_path):
+def test_every_document_is_in_the_expected_split(run, corpus, documents, tmp_path):
     code, out, _ = run("--files", corpus, "--val_tokens", 600, "--shard_size", 3000)
     assert code == 0
     val = split_documents(tmp_path / "out", "val")
     train = split_documents(tmp_path / "out", "train")
-    # The exact front of the source order, ending with the document that reaches 600 tokens.
+    # Exactly the first documents of the source, up to the one that reaches 600 tokens.
     assert val == documents[: len(val)]
     assert sum(map(len, val[:-1])) < 600 <= sum(map(len, val))
     assert len(val) > 4
-    # Everything else once, but for the copy of a validation document, in another order.
+    # All others once, except for the copy of a validation document, in another order.
     rest = [document for document in documents[len(val) :] if document not in val]
     assert len(rest) == 300 - len(val) - 1
     assert collections.Counter(map(tuple, train)) == collections.Counter(map(tuple, rest))
@@ -147,7 +147,7 @@ def test_no_shuffle_keeps_the_source_order(run, corpus, documents, tmp_path):
 
 
 def write_layout(folder, texts, kind):
-    """The same documents in the same order, in other files."""
+    """Write the same documents in the same order, in other files."""
     folder.mkdir()
     pieces = np.array_split(np.array(texts, dtype=object), 5)
     for i, piece in enumerate(pieces):
@@ -164,7 +164,7 @@ def test_result_depends_on_seed_and_documents_only(run, corpus, texts, tmp_path,
     expected = [np.concatenate(open_split(tmp_path / "out", split)).tolist() for split in ("val", "train")]
     for kind in ("jsonl", "parquet"):
         write_layout(tmp_path / kind, texts, kind)
-    # Small limits make many tasks, runs and buckets out of a small corpus.
+    # Small limits split a small corpus into many tasks, sorted chunks and buckets.
     monkeypatch.setattr(local_files, "TASK_BYTES", 8000)
     monkeypatch.setattr(local_files, "BATCH_BYTES", 3000)
     monkeypatch.setattr(tokenize_stage, "TOKENS_PER_SORTED_CHUNK", 1500)
@@ -176,7 +176,7 @@ def test_result_depends_on_seed_and_documents_only(run, corpus, texts, tmp_path,
         assert load_manifest(folder).duplicates == 2
 
 
-def test_another_seed_gives_another_order_of_the_same(run, corpus, tmp_path):
+def test_another_seed_gives_another_order_of_the_same_documents(run, corpus, tmp_path):
     for seed in (1, 2):
         run("--files", corpus, "--val_tokens", 600, "--seed", seed, output_dir=tmp_path / str(seed))
     first, second = (split_documents(tmp_path / str(seed), "train") for seed in (1, 2))
@@ -186,7 +186,7 @@ def test_another_seed_gives_another_order_of_the_same(run, corpus, tmp_path):
 
 
 def compute_spectral_peak(folder, tokens_per_step):
-    """Return the largest power of the share of `a`s a step, in multiples of the median power."""
+    """Return the largest power of the share of `a`s per step, in multiples of the median power."""
     tokens = np.concatenate(open_split(folder, "train"))
     n_steps = len(tokens) // tokens_per_step
     share = (tokens[: n_steps * tokens_per_step] == ord("a") - ord("!")).reshape(n_steps, -1).mean(axis=1)
@@ -198,8 +198,8 @@ def compute_spectral_peak(folder, tokens_per_step):
 @pytest.mark.parametrize("period", [70, 600])
 def test_shuffle_leaves_no_period_of_the_source_order(run, tmp_path, monkeypatch, period):
     monkeypatch.setattr(local_files, "TASK_BYTES", 8000)  # an eighth of the longer period
-    # Power of noise is exponentially distributed: of 300 frequencies the largest has 23 times the median with a
-    # probability of 4e-5. The text tells each document from the others, so that it has a key of its own.
+    # The power of noise is exponentially distributed: the largest of 300 frequencies exceeds 23 times the median with
+    # a probability of 4e-5. The text makes each document distinct, which gives it its own key.
     phases = 2 * np.pi * np.arange(6000) / period
     letters = np.random.default_rng(0).random((6000, 40)) < 0.5 + 0.3 * np.sin(phases)[:, None]
     lines = [f"{number} " + "".join("ba"[letter] for letter in row) for number, row in enumerate(letters.astype(int))]
@@ -217,7 +217,7 @@ def test_second_run_is_byte_identical(run, corpus, tmp_path):
     assert hash_folder(tmp_path / "out") == before
 
 
-def test_finished_folder_is_kept_or_refused(run, corpus, tmp_path):
+def test_a_finished_folder_is_kept_or_rejected(run, corpus, tmp_path):
     run("--files", corpus)
     before = hash_folder(tmp_path / "out")
     code, out, _ = run("--files", corpus, num_workers=2)
@@ -233,7 +233,7 @@ def test_finished_folder_is_kept_or_refused(run, corpus, tmp_path):
     assert (code, "--files changed" in err) == (2, True)
 
 
-def test_never_replaces_a_folder_of_other_things(run, corpus, tmp_path):
+def test_a_folder_with_other_files_is_never_replaced(run, corpus, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     code, _, err = run("--files", corpus, "--overwrite")
@@ -256,7 +256,7 @@ def test_max_tokens_keeps_the_shortest_prefix_and_reads_no_further(run, texts, d
     assert (code, "4.jsonl, line 1" in err) == (2, True)
 
 
-def test_one_long_document_is_cut(run, tokenizer, tmp_path):
+def test_one_long_document_is_split(run, tokenizer, tmp_path):
     text = "".join(f"Line {i} of the play, naïve and long.\n" for i in range(500))
     (tmp_path / "play.txt").write_text(text)
     code, out, _ = run("--files", tmp_path / "play.txt", "--val_tokens", 501)
@@ -272,7 +272,7 @@ def test_one_long_document_is_cut(run, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["t5", "word_level", "llama", "merged_end"])
-def test_no_document_forges_another_one(run, tmp_path, family):
+def test_no_document_can_forge_a_document_boundary(run, tmp_path, family):
     FAMILIES[family]().save_pretrained(tmp_path / "tokenizer")
     texts = [*(f"the </s> of </s></s> text {i}" for i in range(50)), "</s>", " \n", "</s> "]
     path = tmp_path / "corpus.jsonl"
@@ -296,7 +296,7 @@ def test_empty_documents_are_skipped_and_counted(run, tmp_path):
     assert load_manifest(tmp_path / "out").read.documents == 3
 
 
-def test_separator_cuts_text(run, tmp_path):
+def test_a_separator_splits_text(run, tmp_path):
     (tmp_path / "a.txt").write_text("one\n%\ntwo two\n%\n" + "three " * 50)
     code, _, _ = run("--files", tmp_path / "a.txt", "--document_separator", "\\n%\\n", "--val_tokens", 1)
     assert code == 0
@@ -326,7 +326,7 @@ def test_built_in_corpus(run, tmp_path):
 
 
 def split_shown(out):
-    """What --inspect shows of each document: its split, file, position and tokens, and its text."""
+    """Return what --inspect shows of each document: split, file, position, tokens and text."""
     header = re.compile(r"--- (train|val), (\S+), position ([\d,]+), ([\d,]+) tokens ---\n")
     first, *parts = header.split(out.rpartition("\n\nfigure saved as ")[0] + "\n\n")
     shown = [(*parts[i : i + 4], parts[i + 4].removesuffix("\n\n")) for i in range(0, len(parts), 5)]
@@ -335,7 +335,7 @@ def split_shown(out):
     ]
 
 
-def test_inspect_shows_documents_and_what_was_written(run, corpus, texts, tmp_path):
+def test_inspect_shows_documents_and_the_manifest(run, corpus, texts, tmp_path):
     run("--files", corpus, "--val_tokens", 6000, "--shard_size", 3000)
     manifest, folder = load_manifest(tmp_path / "out"), tmp_path / "out"
     before = hash_folder(folder)
@@ -363,7 +363,7 @@ def test_inspect_shows_documents_and_what_was_written(run, corpus, texts, tmp_pa
     assert hash_folder(folder) == before | {"inspection.png": hash_folder(folder)["inspection.png"]}
 
 
-def test_inspect_repeats_itself_and_another_seed_does_not(run, corpus, tmp_path):
+def test_inspect_is_repeatable_and_depends_on_the_seed(run, corpus, tmp_path):
     run("--files", corpus)
     first = (*run("--inspect", 5), hash_folder(tmp_path / "out"))
     assert (*run("--inspect", 5), hash_folder(tmp_path / "out")) == first
@@ -375,20 +375,20 @@ def test_inspect_repeats_itself_and_another_seed_does_not(run, corpus, tmp_path)
     assert split_shown(first[1])[0].startswith(statistics.rstrip())
 
 
-def test_an_inspected_folder_is_the_same_folder_to_everyone(run, corpus, tmp_path):
+def test_inspecting_does_not_change_the_folder(run, corpus, tmp_path):
     run("--files", corpus)
     code, out, _ = run("--verify", "--inspect", 1)
     assert (code, "match the manifest" in out, len(split_shown(out)[1])) == (0, True, 1)
     assert run("--verify")[0] == 0
     assert "already exists" in run("--files", corpus)[1]
     assert "inspect" not in load_manifest(tmp_path / "out").settings
-    # Also what a drawing that was killed has left.
+    # Including what a killed drawing process left.
     (tmp_path / "out" / "inspection.png.partial").write_bytes(b"half")
     assert run("--files", corpus, "--overwrite", "--seed", 7)[0] == 0
     assert not list((tmp_path / "out").glob("inspection*"))
 
 
-def test_inspect_tells_of_a_validation_split_that_ends_inside_a_document(run, tmp_path):
+def test_inspect_reports_a_validation_split_that_ends_inside_a_document(run, tmp_path):
     (tmp_path / "play.txt").write_text("".join(f"Line {i} of the play, and long.\n" for i in range(500)))
     run("--files", tmp_path / "play.txt", "--val_tokens", 501)
     _, out, _ = run("--inspect", 9)
@@ -423,20 +423,20 @@ def test_inspect_reads_other_programs_shards(run, tmp_path):
 
 
 def make_data(home, name="tok", n_documents=40):
-    """Prepare data with a tokenizer, both named as from `home`."""
+    """Return flags for a corpus and a tokenizer, both with paths relative to `home`."""
     write_tokenizer(home / name)
     flags = ["--files", str(write_corpus(home / "corpus.jsonl", n_documents)), "--val_tokens=300", "--num_workers=1"]
     return [*flags, f"--tokenizer={name}"]
 
 
-def test_a_folder_of_data_can_go_anywhere(tmp_path, monkeypatch, capsys):
+def test_a_data_folder_can_be_moved(tmp_path, monkeypatch, capsys):
     home, away = tmp_path / "home", tmp_path / "away"
     home.mkdir()
     away.mkdir()
     monkeypatch.chdir(home)
     assert prepare_data.main([*make_data(home), "--output_dir=out"]) == 0
     fingerprint = load_manifest("out").tokenizer_fingerprint
-    assert load_manifest("out").tokenizer == "./tok"  # no Hub id
+    assert load_manifest("out").tokenizer == "./tok"  # not a Hub id
     (home / "out").rename(away / "renamed")
     shutil.rmtree(home)
     monkeypatch.chdir(away)
@@ -449,7 +449,7 @@ def test_a_folder_of_data_can_go_anywhere(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_the_same_command_from_elsewhere_finds_the_folder_made(tmp_path, monkeypatch, capsys):
+def test_the_same_command_from_another_folder_finds_the_finished_data(tmp_path, monkeypatch, capsys):
     home, away = tmp_path / "home", tmp_path / "away"
     home.mkdir()
     away.mkdir()
@@ -459,9 +459,9 @@ def test_the_same_command_from_elsewhere_finds_the_folder_made(tmp_path, monkeyp
     before = hash_folder(tmp_path / "out")
     monkeypatch.chdir(away)
     assert prepare_data.main(flags) == 0
-    assert prepare_data.main([*flags, "--tokenizer=../home/tok"]) == 0  # the same one by another name
+    assert prepare_data.main([*flags, "--tokenizer=../home/tok"]) == 0  # the same tokenizer by another path
     assert capsys.readouterr().out.count("already exists") == 2
-    assert prepare_data.main([*flags, "--overwrite"]) == 2  # for which it is needed
+    assert prepare_data.main([*flags, "--overwrite"]) == 2  # needs the tokenizer
     assert prepare_data.main([*flags, "--tokenizer=elsewhere"]) == 2
     other = json.loads((home / "tok" / "tokenizer.json").read_text())
     other["model"]["merges"].pop()
@@ -474,7 +474,7 @@ def test_the_same_command_from_elsewhere_finds_the_folder_made(tmp_path, monkeyp
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_verify_finds_what_befell_the_tokenizer(tmp_path, capsys, file, damage):
+def test_verify_finds_damage_to_the_tokenizer(tmp_path, capsys, file, damage):
     flags = [*make_data(tmp_path, str(tmp_path / "tok")), f"--output_dir={tmp_path / 'out'}"]
     assert prepare_data.main(flags) == 0
     path = tmp_path / "out" / "tokenizer" / file
@@ -490,7 +490,7 @@ def test_verify_finds_what_befell_the_tokenizer(tmp_path, capsys, file, damage):
     assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 0
 
 
-def test_a_folder_of_an_older_version_finds_its_tokenizer_by_name(tmp_path, capsys):
+def test_a_folder_from_an_older_version_loads_its_tokenizer_by_name(tmp_path, capsys):
     flags = [*make_data(tmp_path, str(tmp_path / "tok")), f"--output_dir={tmp_path / 'out'}"]
     assert prepare_data.main(flags) == 0
     shutil.rmtree(tmp_path / "out" / "tokenizer")
@@ -501,14 +501,14 @@ def test_a_folder_of_an_older_version_finds_its_tokenizer_by_name(tmp_path, caps
     assert prepare_data.main(flags) == 0
     assert prepare_data.main(["--verify", f"--output_dir={tmp_path / 'out'}"]) == 0
     assert len(load_data_tokenizer(str(tmp_path / "out"))) == 300
-    (tmp_path / "tok").rename(tmp_path / "out" / "tokenizer")  # what the error of the next line would say
+    (tmp_path / "tok").rename(tmp_path / "out" / "tokenizer")  # as the error for a missing tokenizer suggests
     assert len(load_data_tokenizer(str(tmp_path / "out"))) == 300
     assert prepare_data.main([*flags, "--overwrite", f"--tokenizer={tmp_path / 'out' / 'tokenizer'}"]) == 0
     assert not list(tmp_path.glob("out?*"))
     capsys.readouterr()
 
 
-def test_a_tokenizer_of_ones_own_is_not_overwritten(tmp_path, capsys):
+def test_a_users_tokenizer_is_not_overwritten(tmp_path, capsys):
     flags = make_data(tmp_path, str(tmp_path / "out" / "tokenizer"))
     for overwrite in ([], ["--overwrite"]):
         assert prepare_data.main([*flags, f"--output_dir={tmp_path / 'out'}", *overwrite]) == 2
@@ -570,7 +570,7 @@ def remove_shards(folder, manifest):
         (remove_shards, "has no train shards"),
     ],
 )
-def test_a_folder_that_cannot_be_inspected_is_one_line(run, corpus, tmp_path, damage, reason):
+def test_a_folder_that_cannot_be_inspected_gives_one_line(run, corpus, tmp_path, damage, reason):
     run("--files", corpus)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     damage(tmp_path / "out", manifest)
@@ -582,7 +582,7 @@ def test_a_folder_that_cannot_be_inspected_is_one_line(run, corpus, tmp_path, da
     assert not (tmp_path / "out" / "inspection.png").is_file()
 
 
-def test_inspect_tells_what_the_manifest_counts_otherwise(run, corpus, tmp_path):
+def test_inspect_reports_differences_from_the_manifest(run, corpus, tmp_path):
     run("--files", corpus)
     tokens = np.load(tmp_path / "out" / "corpus_train_000001.npy", mmap_mode="r+")
     tokens[np.flatnonzero(tokens == EOT)[5]] = 3
@@ -627,7 +627,7 @@ BAD_INPUTS = {
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, case, num_workers):
+def test_bad_input_gives_one_line_and_leaves_nothing(run, tmp_path, case, num_workers):
     make, reason = BAD_INPUTS[case]
     (tmp_path / "in").mkdir()
     code, _, err = run(*make(tmp_path / "in"), num_workers=num_workers)
@@ -636,14 +636,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, case, num_worke
     lines = [line for line in err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert "Traceback" not in err
-    # Only what was finished stays: in these three cases it is the corpus as a whole that does not do.
+    # Finished pieces stay; in these three cases only the corpus as a whole is invalid.
     kept = ["out.partial"] if case in ("empty corpus", "too small", "only copies") else []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", *kept]
     assert ("finished pieces are kept" in err) == bool(kept)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_text_of_windows_is_cut_as_it_is_of_unix(run, tmp_path, texts, mark):
+def test_windows_text_is_split_like_unix_text(run, tmp_path, texts, mark):
     texts = [text.replace("\n", " ") for text in texts]
     for name, end in (("unix", "\n"), ("windows", "\r\n")):
         (tmp_path / name).mkdir()
@@ -664,7 +664,7 @@ def test_text_of_windows_is_cut_as_it_is_of_unix(run, tmp_path, texts, mark):
         ({"a.jsonl": '{"text": "a b"}', "b.txt": "a"}, None),
     ],
 )
-def test_a_separator_that_cuts_nothing_is_told(run, tmp_path, files, said):
+def test_a_separator_without_matches_is_reported(run, tmp_path, files, said):
     (tmp_path / "in").mkdir()
     for name, text in files.items():
         (tmp_path / "in" / name).write_text(text)

@@ -1,8 +1,8 @@
-"""Every command that the project prints, or writes down, is one that its programs take.
+"""Every command that the project prints or documents is accepted by its program.
 
-The commands in README.md and docs/ are read as a shell reads them and given to the parsers of their programs, and what
-one of them reads is what an earlier one writes. What only the Hub or other people's programs could run is listed here,
-with the reason. Those of a model card are run.
+The commands in README.md and docs/ are parsed by a shell and then by their programs, and every input of a command must
+be the output of an earlier one. Commands that need the Hub or other programs are listed here with the reason. The
+commands of a model card are run.
 """
 
 import ast
@@ -48,14 +48,14 @@ SETTINGS = {
 for name in COMMANDS:
     module = importlib.import_module(f"modeling_gpt2_repro.commands.{name}")
     SETTINGS[f"modeling_gpt2_repro {name}"] = getattr(module, f"{name.capitalize()}Config")
-# What stands for the reader's own, or is there before the first command.
+# Inputs that the reader has, or that exist before the first command.
 GIVEN = {
     "runs/a", "runs/b",  # any two runs
     "log/log.txt",  # of the original script
     "openai-community/gpt2",  # on the Hub
     "ckpt.pt",  # of nanoGPT
 }  # fmt: skip
-# Programs of other people: not installed here, or they need a login, a batch system or the Hub.
+# Programs that are not installed here, or that need a login, a batch system or the Hub.
 FOREIGN = {
     "source": "the environment that `make install` makes",
     "hf": "a login at the Hub",
@@ -64,7 +64,7 @@ FOREIGN = {
     "head": "part of a batch script",
     "lm_eval": "its data are on the Hub; tests/ecosystem runs the program",
 }
-# Flags in the project's texts that are of other programs: accelerate, pip, pytest, torchrun, Slurm, benchmarks.
+# Flags of other programs in the project's texts: accelerate, pip, pytest, torchrun, Slurm, benchmarks.
 FOREIGN_FLAGS = {
     *("config_file", "num_processes", "nodes", "ntasks_per_node", "nnodes", "nproc_per_node", "rdzv_backend"),
     *("rdzv_endpoint", "standalone", "model_args", "tasks", "batch_size", "logdir", "only", "toy", "hypothesis_seed"),
@@ -73,17 +73,17 @@ FOREIGN_FLAGS = {
 
 
 def parse(program: str, argv: list[str]) -> object:
-    """Parse a program's arguments as it does itself, and do nothing else."""
+    """Parse a program's arguments with its own parser, without running it."""
     return parse_arguments(SETTINGS[program], argv, description="")
 
 
 def find_targets() -> set[str]:
-    """Return the names of what `make` makes."""
+    """Return the targets of the Makefile."""
     return set(re.search(r"^\.PHONY: (.*)", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)[1].split())
 
 
 def follow(command: list[str], made: set[str]) -> None:
-    """Check a command, given what the ones before it made, and add what it makes."""
+    """Check a command against the outputs of the earlier ones, and add its own outputs to `made`."""
     program, *argv = [each for each in command if each != "..."]
     if program in FOREIGN:
         return
@@ -109,7 +109,7 @@ def follow(command: list[str], made: set[str]) -> None:
 
 
 def read_files(name: str, argv: list[str], made: set[str]) -> None:
-    """Parse a program's arguments, check that what it reads was made, and add what it makes."""
+    """Parse a program's arguments, check that its inputs were made, and add its outputs to `made`."""
     read: list[str] = []
     if name == "benchmarks/gpu.py":
         parts = importlib.import_module("benchmarks.gpu").PARTS
@@ -134,7 +134,7 @@ def read_files(name: str, argv: list[str], made: set[str]) -> None:
         else:
             read = [settings.model]
     for path in read:
-        assert path.removesuffix("/final") in made | GIVEN, f"nobody makes the {path} that {name} reads"
+        assert path.removesuffix("/final") in made | GIVEN, f"no earlier command makes {path}, which {name} reads"
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def _in_the_repository(monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of_a_document_fit_each_other(document):
     made: set[str] = set()
-    # A page of docs/ may use what the README's commands made.
+    # A page of docs/ may use outputs of the README's commands.
     for text in (Path(name).read_text() for name in dict.fromkeys(["README.md", document])):
         for block in list_blocks(text):
             commands = read_commands(block)
@@ -154,7 +154,7 @@ def test_commands_of_a_document_fit_each_other(document):
                 follow(command, made)
 
 
-def test_a_wrong_command_is_found():
+def test_wrong_commands_are_detected():
     for script in (
         "python train.py --dat_dir x",
         "python train.py --data_dir nobody/made/it",
@@ -175,17 +175,17 @@ def test_a_wrong_command_is_found():
 
 @functools.cache
 def list_texts() -> dict[str, str]:
-    """Return what the project says of itself anywhere: documents, configurations, strings and comments of its code."""
+    """Return all texts of the project: documents, configurations, strings and comments in its code."""
     names = [*DOCUMENTS, "Makefile", "accelerate_config.yaml", "examples/results.ipynb"]
     paths = [*(REPOSITORY / name for name in names), *(REPOSITORY / "configs").glob("*.yaml")]
     paths += [*REPOSITORY.glob("*.py"), *(REPOSITORY / "modeling_gpt2_repro").rglob("*.py")]
     paths += (REPOSITORY / "benchmarks").glob("*.py")
-    # A line that is broken in a string, or between two, is one.
+    # A line broken inside a string, or between two strings, counts as one.
     return {str(path.relative_to(REPOSITORY)): re.sub(r'"?\n\s*(#\s|f?")?', " ", path.read_text()) for path in paths}
 
 
 @pytest.mark.parametrize("name", sorted(list_texts()))
-def test_what_a_text_calls_a_program_is_there(name):
+def test_programs_in_a_text_exist(name):
     text = list_texts()[name]
     for script in re.findall(r"\bpython3? (?:-\S+ )*([\w/]+\.py)", text):
         assert Path(script).is_file() or script == "x.py"
@@ -208,7 +208,7 @@ def list_flags(program: str) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(name for name in list_texts() if not name.startswith("benchmarks")))
 def test_flags_in_a_text_exist(name):
-    """Behind a script's name they are the script's; elsewhere they are anybody's."""
+    """After a script's name they must be the script's; elsewhere they may belong to any script."""
     text = list_texts()[name]
     for script in ("train.py", "prepare_data.py", "eval_hellaswag.py"):
         for given in re.findall(rf"(?<!bench_){re.escape(script)}((?: +--[a-z_]+(?:[ =][^\s`\"-][^\s`\"]*)?)+)", text):
@@ -219,7 +219,7 @@ def test_flags_in_a_text_exist(name):
         assert found <= known
 
 
-def test_what_examples_stand_at_the_front_of_scripts_is_taken():
+def test_examples_in_docstrings_of_scripts_are_valid():
     for path in REPOSITORY.glob("*.py"):
         lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
         for line in lines:
@@ -237,7 +237,7 @@ def test_every_configuration_is_read_by_its_script(path):
         assert program != "prepare_data.py" or made.output_dir == parse("train.py", [f"--config={path}"]).data_dir
 
 
-# What a run is told, in a folder that has `my books/` and `items.jsonl`.
+# The settings of a run, in a folder with `my books/` and `items.jsonl`.
 ODD = 'it\'s "a"\n```\n~ $HOME `x` \\\\n'
 CARDS = {
     "spaces, quotes and globs": (["my books/*.txt", "it's [1].txt"], "my data/$x", "my runs", ODD),
@@ -247,7 +247,7 @@ CARDS = {
 
 
 @pytest.mark.parametrize("case", CARDS)
-def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
+def test_the_commands_on_a_card_reproduce_its_run(tmp_path, monkeypatch, case):
     files, data_dir, output_dir, prompt = (
         [each.format(here=tmp_path / "first") for each in value] if isinstance(value, list) else value
         for value in CARDS[case]
@@ -266,7 +266,7 @@ def test_the_commands_on_a_card_make_its_run_again(tmp_path, monkeypatch, case):
     assert prepare_data.main([*argv, "--num_workers=1"]) == 0
     monkeypatch.setattr(
         "modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")
-    )  # takes a second
+    )  # saves a second
     monkeypatch.setattr("train.CurveDrawer", mock.MagicMock())
     small = {
         "max_steps": 2,
@@ -309,7 +309,7 @@ def test_the_next_steps_after_the_demo_fit_each_other(tmp_path, monkeypatch, cap
     assert [command[1] for command in commands[1:]] == ["prepare_data.py", "train.py", "-m", "train.py"]
     assert "--plan" in commands[-1] and made >= {"data/books", "runs/books"}
     assert max(map(len, text.splitlines())) <= 80
-    monkeypatch.chdir(tmp_path)  # where there is no data
+    monkeypatch.chdir(tmp_path)  # a folder without data
     assert train.main([each.replace("configs/", f"{REPOSITORY}/configs/") for each in commands[-1][2:]]) == 0
     assert "19,073 steps" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What the program runs, reads and tells: no code but its own, no file but those it is given, no secret to anyone."""
+"""The program runs no foreign code, reads and writes only the files it is given, and reveals no secrets."""
 
 import ast
 import json
@@ -30,14 +30,14 @@ YAML_LOADERS = {"BaseLoader", "SafeLoader", "CBaseLoader", "CSafeLoader"}
 
 
 def find_dangers(source: str) -> list[str]:
-    """Return each call in Python code that could run what lies in a file, as its line number and why."""
+    """Return the line number and reason of each call in Python code that could run code from a file."""
     dangers = []
 
     def note(node: ast.AST, why: str) -> None:
         dangers.append(f"{node.lineno}: {why}")
 
     tree = ast.parse(source)
-    # A loader of one's own that is derived from a safe one builds no more than that.
+    # A class derived only from safe loaders is as safe as they are.
     loaders = YAML_LOADERS | {
         node.name
         for node in ast.walk(tree)
@@ -52,7 +52,7 @@ def find_dangers(source: str) -> list[str]:
                 note(node, "imports an unpickler")
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle", "shell"):
             is_false = isinstance(node.value, ast.Constant) and not node.value.value
-            # Only a setting of the user's, which is off by default, may pass code of others.
+            # Only a user's setting, which is off by default, may enable a model's own code.
             is_passed_on = node.arg == "trust_remote_code" and not isinstance(node.value, ast.Constant)
             if not is_false and not is_passed_on:
                 note(node.value, f"{node.arg} is on")
@@ -71,7 +71,7 @@ def find_dangers(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_sources_run_nothing_that_lies_in_a_file(path):
+def test_sources_run_no_code_from_files(path):
     assert find_dangers(path.read_text(encoding="utf-8")) == []
 
 
@@ -99,18 +99,18 @@ def test_sources_run_nothing_that_lies_in_a_file(path):
         "subprocess.run(x, shell=True)",
     ],
 )
-def test_the_walk_sees_dangers(code):
+def test_the_scan_finds_dangerous_calls(code):
     assert find_dangers(code) != []
 
 
-def test_the_walk_lets_safe_calls_pass():
+def test_the_scan_accepts_safe_calls():
     safe = "torch.load(f, weights_only=True); yaml.safe_load(f); yaml.load(f, Loader=yaml.BaseLoader); model.eval()"
     assert find_dangers(safe + "; load(x, trust_remote_code=settings.trust_remote_code); re.compile('x')") == []
     assert find_dangers("class L(yaml.BaseLoader): pass\nyaml.load(f, Loader=L)") == []
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -121,10 +121,10 @@ class Trap:
 
 @pytest.fixture
 def trap(tmp_path):
-    """A trap, and after the test the proof that nobody stepped into it."""
+    """A trap, with a check after the test that it did not go off."""
     yield Trap(tmp_path / "ran")
     assert not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(Trap(tmp_path / "ran"))).close()  # it would have worked
+    pickle.loads(pickle.dumps(Trap(tmp_path / "ran"))).close()  # the trap does work
     assert (tmp_path / "ran").exists()
 
 
@@ -139,14 +139,14 @@ def flags(**settings) -> list[str]:
     return [f"--{name}={value}" for name, value in {**SMALL, **settings}.items()]
 
 
-def test_a_pickle_as_the_optimizers_state_is_refused_unread(shards, tmp_path, trap, capsys):
+def test_a_pickle_as_the_optimizers_state_is_rejected_unread(shards, tmp_path, trap, capsys):
     argv = flags(data_dir=shards, output_dir=tmp_path, report_to="none")
     assert train.main(argv) == 0
     shutil.rmtree(tmp_path / "run" / "final")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         state = checkpoint / "training_state"
         torch.save({"optimizer": trap, "scaler": trap}, state / "optimizer.pt")
-        # As whoever sets the trap would do it.
+        # An attacker would update the checksums, too.
         checksums = json.loads((state / "checksums.json").read_text())
         checksums["training_state/optimizer.pt"] = compute_checksum(state / "optimizer.pt")
         (state / "checksums.json").write_text(json.dumps(checksums))
@@ -154,7 +154,7 @@ def test_a_pickle_as_the_optimizers_state_is_refused_unread(shards, tmp_path, tr
     assert "optimizer.pt cannot be read" in capsys.readouterr().err
 
 
-def test_a_pickle_as_a_shard_is_refused_unread(gpt2_shards, tmp_path, trap, capsys):
+def test_a_pickle_as_a_shard_is_rejected_unread(gpt2_shards, tmp_path, trap, capsys):
     folder = tmp_path / "data"
     shutil.copytree(gpt2_shards, folder)
     np.save(folder / "story_train_000001.npy", np.array([trap], dtype=object), allow_pickle=True)
@@ -164,7 +164,7 @@ def test_a_pickle_as_a_shard_is_refused_unread(gpt2_shards, tmp_path, trap, caps
     assert capsys.readouterr().err.count("is not a complete .npy file") == 2
 
 
-def test_a_pickle_as_a_checkpoint_of_nanogpt_is_refused_unread(tmp_path, trap, capsys):
+def test_a_pickle_as_a_nanogpt_checkpoint_is_rejected_unread(tmp_path, trap, capsys):
     for content in ({"model": trap}, {"model": {}, "config": trap}, trap):
         torch.save(content, tmp_path / "ckpt.pt")
         argv = ["convert", f"--checkpoint={tmp_path / 'ckpt.pt'}", f"--output_dir={tmp_path / 'out'}"]
@@ -192,7 +192,7 @@ def model_folder(tmp_path, tokenizer) -> Path:
 
 
 def load_both_ways(folder: Path, shards: Path, tmp_path: Path, capsys) -> list[str]:
-    """Give a model folder to both scripts, which have to refuse it, and return their messages."""
+    """Pass a model folder to both scripts, which must reject it; return their messages."""
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8}
     argv = flags(data_dir=shards, output_dir=tmp_path, report_to="none", init_from=folder, **shape)
     messages = []
@@ -223,8 +223,8 @@ def test_an_index_of_weights_cannot_lead_out_of_its_folder(model_folder, gpt2_sh
             assert "which is not a file" in message
 
 
-def test_code_of_a_model_runs_only_when_asked_for(model_folder, gpt2_shards, tmp_path, trap, capsys, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question nobody is there to answer"))
+def test_a_models_code_runs_only_when_allowed(model_folder, gpt2_shards, tmp_path, trap, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question in a non-interactive run"))
     (model_folder / "theirs.py").write_text(f"open({trap.path!r}, 'w')\n")
     for name, entry in (
         (
@@ -239,7 +239,7 @@ def test_code_of_a_model_runs_only_when_asked_for(model_folder, gpt2_shards, tmp
 
 
 def test_names_in_a_manifest_and_in_a_training_state_cannot_leave_their_folder(gpt2_shards, tmp_path, capsys):
-    """A training state names no file; a manifest does, and is also read by every other command (bad_input)."""
+    """A training state contains no file names; a manifest does, and every other command reads it too (bad_input)."""
     secret, data = tmp_path / "secret", tmp_path / "data"
     shutil.copytree(gpt2_shards, data)
     (data / "story_train_000001.npy").rename(secret)
@@ -271,8 +271,8 @@ SECRETS = {
 NETRC_SECRET = "fedcba9876543210fedcba9876543210fedcba98"
 
 
-def test_no_secret_is_told(gpt2_shards, tokenizer, tmp_path):
-    """A whole run with wandb, offline, and a Hub to publish on, in a process whose environment and home hold keys."""
+def test_no_secret_is_revealed(gpt2_shards, tokenizer, tmp_path):
+    """Run offline with wandb, and with a Hub to publish to, in a process whose environment and home contain keys."""
     home, runs = tmp_path / "home", tmp_path / "runs"
     (home / ".cache" / "huggingface").mkdir(parents=True)
     (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {NETRC_SECRET}\n")
@@ -288,7 +288,7 @@ def test_no_secret_is_told(gpt2_shards, tokenizer, tmp_path):
         hub.commit("models/openai-community/gpt2", files)
         environment = {**os.environ, **SECRETS, "HOME": str(home), "WANDB_MODE": "offline"}
         environment |= hub.environment(home / ".cache" / "huggingface")
-        # An upload fails, so that something is told of it.
+        # A failed upload makes the run print an error about it.
         hub.fail("/commit/", "500", times=1)
         process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=180)
         published = hub.repositories["models/me/run"]
@@ -304,7 +304,7 @@ def test_no_secret_is_told(gpt2_shards, tokenizer, tmp_path):
         assert [path for path, content in written.items() if secret.encode() in content] == []
 
 
-def test_a_key_in_the_place_of_a_setting_is_not_repeated(tmp_path, capsys):
+def test_a_key_passed_as_a_setting_is_not_printed(tmp_path, capsys):
     key = SECRETS["HF_TOKEN"]
     (tmp_path / "settings.yaml").write_text(f"hf_token: {key}\n")
     for argv in (["--hf_token", key], [f"--hf_token={key}"], [f"--config={tmp_path / 'settings.yaml'}"]):
