@@ -72,10 +72,10 @@ def show_terminal(argv: Sequence[str], patience_seconds: float) -> int:
         set_stream("stderr")
         end(train.main(argv))
     printed = b""
-    with contextlib.suppress(OSError):  # how Linux says that nobody has the other end open
+    with contextlib.suppress(OSError):  # Linux: the other end is closed
         while select.select([terminal], [], [], patience_seconds)[0]:
             printed += os.read(terminal, 65536)
-    os.close(terminal)  # which hangs up, and so ends a process that still waits
+    os.close(terminal)  # hangs up, which ends a process that still waits
     print(printed.decode(), flush=True)
     return os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
 

@@ -90,7 +90,7 @@ def test_compiled_decoding_is_one_graph(cache):
         assert_close(torch.cat(logits, dim=1), model(ids).logits)
 
 
-def test_exported_program_takes_any_batch_and_length():
+def test_exported_program_accepts_any_batch_and_length():
     model = build_model()
     axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("sequence", max=SHAPE["n_positions"])}
     program = torch.export.export(

@@ -69,7 +69,7 @@ def test_a_former_name_forwards_to_the_command(forks, tmp_path, module):
     "module, argv",
     [("reporting.summary", ["RUN"]), ("reporting.plots", ["--hours", "RUN", "--tokens_per_step=1000"])],
 )
-def test_a_former_name_takes_the_same_arguments(forks, tmp_path, capsys, module, argv):
+def test_a_former_name_accepts_the_same_arguments(forks, tmp_path, capsys, module, argv):
     argv = [str(write_run(tmp_path / "run", build_lines(5))) if each == "RUN" else each for each in argv]
     forwarded = forks.run(PACKAGE, argv, tmp_path, script=RUN_MODULE.format(module=f"{PACKAGE}.{module}"))
     assert main([FORWARDS[module], *argv]) == forwarded.code == 0

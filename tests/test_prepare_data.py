@@ -610,18 +610,18 @@ BAD_INPUTS = {
     "invalid UTF-8": (make_bad("a.txt", b"\xff" * 99), "a.txt is not valid UTF-8"),
     "empty corpus": (make_bad("a.txt", b""), "the corpus is empty"),
     "too small": (make_bad("a.txt", b"word"), "too few"),
-    "only copies": (make_bad("a.jsonl", b'{"text": "a a a a a"}\n' * 20), "no training documents are left"),
+    "only duplicates": (make_bad("a.jsonl", b'{"text": "a a a a a"}\n' * 20), "no training documents are left"),
     "unreachable Hub": (lambda folder: [], "cannot reach the Hub"),
     "unknown tokenizer": (
         lambda folder: [*make_bad("a.txt", b"a b c" * 99)(folder), "--tokenizer", "x/y"],
         "tokenizer 'x/y'",
     ),
-    "other flag": (lambda folder: ["--num_proc", "4"], "--num_workers"),
+    "foreign flag": (lambda folder: ["--num_proc", "4"], "--num_workers"),
     "bad number": (lambda folder: ["--shard_size", "0"], "--shard_size must be 1 or more"),
     "empty separator": (lambda folder: ["--document_separator="], "--document_separator is empty"),
     "nothing to verify": (lambda folder: ["--verify"], "there is no data folder"),
     "nothing to inspect": (lambda folder: ["--inspect", "3"], "there is no data folder"),
-    "documents below zero": (lambda folder: ["--inspect", "-1"], "--inspect must be 0 or more, not -1"),
+    "negative document count": (lambda folder: ["--inspect", "-1"], "--inspect must be 0 or more, not -1"),
 }
 
 
@@ -637,7 +637,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(run, tmp_path, case, num_wo
     assert len(lines) == 1
     assert "Traceback" not in err
     # Finished pieces stay; in these three cases only the corpus as a whole is invalid.
-    kept = ["out.partial"] if case in ("empty corpus", "too small", "only copies") else []
+    kept = ["out.partial"] if case in ("empty corpus", "too small", "only duplicates") else []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", *kept]
     assert ("finished pieces are kept" in err) == bool(kept)
 
@@ -655,7 +655,7 @@ def test_windows_text_is_split_like_unix_text(run, tmp_path, texts, mark):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "complaint"),
     [
         ({"a.txt": "a b\nc", "b.txt": ""}, "was not found"),
         ({"a.txt": "a b\nc", "b.txt": "b\n\nc"}, None),
@@ -664,11 +664,11 @@ def test_windows_text_is_split_like_unix_text(run, tmp_path, texts, mark):
         ({"a.jsonl": '{"text": "a b"}', "b.txt": "a"}, None),
     ],
 )
-def test_a_separator_without_matches_is_reported(run, tmp_path, files, said):
+def test_a_separator_without_matches_is_reported(run, tmp_path, files, complaint):
     (tmp_path / "in").mkdir()
     for name, text in files.items():
         (tmp_path / "in" / name).write_text(text)
     code, out, _ = run("--files", tmp_path / "in", "--document_separator", r"\n\n", "--val_tokens", 1)
     assert code == 0
     lines = [line for line in out.splitlines() if "--document_separator" in line]
-    assert len(lines) == (said is not None) and all(said in line for line in lines)
+    assert len(lines) == (complaint is not None) and all(complaint in line for line in lines)

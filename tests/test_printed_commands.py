@@ -242,7 +242,7 @@ ODD = 'it\'s "a"\n```\n~ $HOME `x` \\\\n'
 CARDS = {
     "spaces, quotes and globs": (["my books/*.txt", "it's [1].txt"], "my data/$x", "my runs", ODD),
     "the default folder": (["my books"], "data/edu_fineweb10B", "runs", "Hello"),
-    "from anywhere": (["{here}/my books"], "{here}/data", "{here}/runs", "~"),
+    "absolute paths": (["{here}/my books"], "{here}/data", "{here}/runs", "~"),
 }
 
 
@@ -319,10 +319,10 @@ def test_commands_in_messages_can_be_copied(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("modeling_gpt2_repro.publishing.uploader.open_repository", refuse)
-    said: list[str] = []
+    messages: list[str] = []
     config = TrainingConfig(run_name="it's", hub_model_id="me/mine", hub_public=True)
-    Uploader(RunFolder("my runs/it's"), config, is_enabled=True, say=said.append).finish()
-    (command,) = read_commands(re.search(r"python .*", said[-1])[0])
+    Uploader(RunFolder("my runs/it's"), config, is_enabled=True, say=messages.append).finish()
+    (command,) = read_commands(re.search(r"python .*", messages[-1])[0])
     settings = parse(" ".join(command[2:4]), command[4:])
     assert settings.folder == "my runs/it's"
     assert (settings.repo_id, settings.public) == ("me/mine", True)

@@ -238,7 +238,7 @@ def test_a_models_code_runs_only_when_allowed(model_folder, gpt2_shards, tmp_pat
     load_both_ways(model_folder, gpt2_shards, tmp_path, capsys)
 
 
-def test_names_in_a_manifest_and_in_a_training_state_cannot_leave_their_folder(gpt2_shards, tmp_path, capsys):
+def test_names_in_manifests_and_training_states_stay_in_their_folder(gpt2_shards, tmp_path, capsys):
     """A training state contains no file names; a manifest does, and every other command reads it too (bad_input)."""
     secret, data = tmp_path / "secret", tmp_path / "data"
     shutil.copytree(gpt2_shards, data)

@@ -322,7 +322,7 @@ ODD_JSON_FILES = [
 
 
 # A pipe can be intended (`--config <(...)`), where its size is not needed.
-NO_FILES = ["nothing", "folder", "link to itself", "link to nothing", "link to a folder"]
+NO_FILES = ["nothing", "folder", "link to itself", "dangling link", "link to a folder"]
 
 
 def replace_file(path: Path, kind: str, outside: Path) -> None:
@@ -333,4 +333,4 @@ def replace_file(path: Path, kind: str, outside: Path) -> None:
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind != "nothing":
-        path.symlink_to({"link to itself": path, "link to nothing": outside / "x", "link to a folder": outside}[kind])
+        path.symlink_to({"link to itself": path, "dangling link": outside / "x", "link to a folder": outside}[kind])

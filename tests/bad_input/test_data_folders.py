@@ -116,10 +116,10 @@ def build_arrays(case: Case) -> dict[str, bytes]:
         "records": np.ones(100, [("a", "<u2"), ("b", "<u2")]),
         "text": np.array(["ab"] * 100),
         "objects": np.array([Trap(case.outside / "ran")] * 3),
-        "ids beyond": np.full(600, 65535, np.uint16),
-        "nothing but ends": np.full(600, EOT, np.uint16),
-        "no end": np.ones(600, np.uint16),
-        "other order": np.asfortranarray(np.ones(600, np.uint16)),
+        "ids beyond the vocabulary": np.full(600, 65535, np.uint16),
+        "only end-of-text ids": np.full(600, EOT, np.uint16),
+        "no end-of-text id": np.ones(600, np.uint16),
+        "Fortran order": np.asfortranarray(np.ones(600, np.uint16)),
     }
     files = {}
     for name, array in arrays.items():
@@ -134,8 +134,10 @@ def build_arrays(case: Case) -> dict[str, bytes]:
         "archive": stream.getvalue(),
         "pickle": pickle.dumps(Trap(case.outside / "ran")),
         "long header": header + len(deep).to_bytes(2, "little") + deep,
-        "huge": files["no end"].replace(b"(600,)", b"(10**9,)").replace(b"(600,)", b"(9999999999999999999,)"),
-        "negative": files["no end"].replace(b"(600,)", b"(-60,)"),
+        "huge": files["no end-of-text id"]
+        .replace(b"(600,)", b"(10**9,)")
+        .replace(b"(600,)", b"(9999999999999999999,)"),
+        "negative": files["no end-of-text id"].replace(b"(600,)", b"(-60,)"),
     }
 
 

@@ -66,7 +66,7 @@ def put_link(path: Path, kind: str, case: Case, disk: Path) -> Path:
     """Replace a file or folder with a link of one of `KINDS`; return the link's target."""
     folder = disk if kind == "another disk" else case.folder / "cwd" / "elsewhere"
     target = folder / path.name / ("far/away" if kind == "dangling far" else "") / "there"
-    leads_to = target.with_name("link") if kind == "relative" else target
+    destination = target.with_name("link") if kind == "relative" else target
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind != "dangling far":
         target.parent.mkdir(parents=True)
@@ -78,8 +78,8 @@ def put_link(path: Path, kind: str, case: Case, disk: Path) -> Path:
     else:
         target.mkdir() if path.suffix in ("", ".partial") else target.touch()
     if kind == "relative":  # through a second link
-        leads_to.symlink_to("there")
-    path.symlink_to(os.path.relpath(leads_to, path.parent) if kind == "relative" else leads_to)
+        destination.symlink_to("there")
+    path.symlink_to(os.path.relpath(destination, path.parent) if kind == "relative" else destination)
     return target
 
 
@@ -180,7 +180,7 @@ def test_a_linked_checkpoint_belongs_to_the_run(disk):
 
 
 @pytest.mark.parametrize(
-    ("name", "leads_to", "said"),
+    ("name", "destination", "complaint"),
     [
         ("run", "run", "points to itself"),
         ("run", "../../given/corpus/a.jsonl/runs", "is not a folder"),
@@ -198,14 +198,14 @@ def test_a_linked_checkpoint_belongs_to_the_run(disk):
         ("run/tensorboard", "/dev/null/there", "is not a folder"),
     ],
 )
-def test_unusable_links_are_reported(name, leads_to, said):
+def test_unusable_links_are_reported(name, destination, complaint):
     with open_case("data", "corpus") as case:
         runs = case.folder / "cwd" / "runs"
         shutil.copytree(build_finished_run(), runs)
         remove(runs / name)
-        (runs / name).symlink_to(leads_to)
+        (runs / name).symlink_to(destination)
         given = answer(train.main, to_flags(RUNS["resume"]), case, outputs=())
-        assert given.code == 2 and f"runs/{name}" in given.err and said in given.err
+        assert given.code == 2 and f"runs/{name}" in given.err and complaint in given.err
         assert {path.name for path in runs.iterdir()} == {"run"}
 
 
@@ -275,9 +275,9 @@ def test_a_result(main, flag, given, disk):
             assert ended.code == 0, ended.err
             check_links({path: target})
             assert any(target.iterdir()) if is_folder else target.read_text()
-        for name, leads_to in {"a": "a", "b": "/dev/null/there", "c": "../given/items.jsonl/there"}.items():
+        for name, destination in {"a": "a", "b": "/dev/null/there", "c": "../given/items.jsonl/there"}.items():
             path = case.folder / "cwd" / name
-            path.symlink_to(leads_to)
+            path.symlink_to(destination)
             ended = answer(main, to_flags(given | {flag: path}), case)
             assert ended.code == 2 and str(path) in ended.err
 

@@ -62,16 +62,16 @@ VERIFY = {"output_dir": "../given/data", "verify": True}
 READ = {
     "a shard": ("train", TINY, "data/a_train_000001.npy"),
     "a manifest": ("train", TINY, "data/manifest.json"),
-    "a shard that is verified": ("prepare_data", VERIFY, "data/a_train_000002.npy"),
+    "a verified shard": ("prepare_data", VERIFY, "data/a_train_000002.npy"),
     "a model": ("eval_hellaswag", EVALUATE, "model/model.safetensors"),
     "a model's configuration": ("train", TINY | {"init_from": "../given/model"}, "model/config.json"),
-    "a model to go on from": ("train", TINY | {"init_from": "../given/model"}, "model/model.safetensors"),
+    "initial weights": ("train", TINY | {"init_from": "../given/model"}, "model/model.safetensors"),
     "a model's tokenizer": ("eval_hellaswag", EVALUATE, "model/tokenizer.json"),
     "a tokenizer": ("prepare_data", PREPARE, "tokenizer/tokenizer.json"),
     "a corpus": ("prepare_data", PREPARE, "corpus/a.jsonl"),
     "a parquet file": ("prepare_data", PREPARE | {"files": "../given/corpus/e.parquet"}, "corpus/e.parquet"),
     "a compressed file": ("prepare_data", PREPARE | {"files": "../given/corpus/f.jsonl.zst"}, "corpus/f.jsonl.zst"),
-    "a checkpoint of nanoGPT": (
+    "a nanoGPT checkpoint": (
         "convert",
         {"checkpoint": "../given/corpus/a.jsonl", "output_dir": "out", "tokenizer": "none"},
         "corpus/a.jsonl",

@@ -13,8 +13,8 @@ from modeling_gpt2_repro.core import devices
 def test_fp16_is_suggested_on_a_gpu_without_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no", num_processes=1)
-    said = devices.describe_device(accelerator, "bf16")
-    assert "Tesla T4" in said and "no bf16" in said and "--mixed_precision fp16" in said
+    description = devices.describe_device(accelerator, "bf16")
+    assert "Tesla T4" in description and "no bf16" in description and "--mixed_precision fp16" in description
     assert "fp16" not in devices.describe_device(accelerator, "no")
 
 
@@ -22,9 +22,9 @@ def test_fp16_is_suggested_on_a_gpu_without_bf16(monkeypatch):
     "environment, threads",
     [
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, "all"),  # set by accelerate launch
-        ({"OMP_NUM_THREADS": "1"}, "as they were"),
-        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, "as they were"),
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}, "as they were"),
+        ({"OMP_NUM_THREADS": "1"}, "unchanged"),
+        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, "unchanged"),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}, "unchanged"),
     ],
 )
 def test_a_single_process_uses_all_cores_by_default(environment, threads, monkeypatch):

@@ -125,7 +125,7 @@ def test_a_precision_that_the_cpu_lacks_falls_back_to_float32_with_a_notice(monk
 
 
 @pytest.mark.parametrize("supported, precision", [(True, "bf16"), (False, "no")])
-def test_bf16_is_used_where_the_device_has_it(supported, precision, monkeypatch):
+def test_bf16_is_used_if_the_device_supports_it(supported, precision, monkeypatch):
     monkeypatch.setattr(launch, "supports_bf16", lambda device: supported)
     assert launch.start_accelerator("bf16").mixed_precision == precision
 

@@ -36,8 +36,10 @@ def without_flock(monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", flock)
 
 
-def build_lock(folder: Path, said: list[str] | None = None, **options) -> FolderLock:
-    return FolderLock(folder, "lock", "somebody writes to", say=(said if said is not None else []).append, **options)
+def build_lock(folder: Path, messages: list[str] | None = None, **options) -> FolderLock:
+    return FolderLock(
+        folder, "lock", "somebody writes to", say=(messages if messages is not None else []).append, **options
+    )
 
 
 @contextlib.contextmanager
@@ -121,19 +123,19 @@ def test_without_file_system_locks_the_holder_is_found_by_process_id(tmp_path, w
 
 def test_a_machine_without_recent_heartbeat_counts_as_dead(tmp_path):
     write_foreign_lock(tmp_path, heartbeat=time.time() - 4)
-    said: list[str] = []
-    build_lock(tmp_path, said).acquire()
-    assert said == [] and read_holder(tmp_path / "lock").is_here
+    messages: list[str] = []
+    build_lock(tmp_path, messages).acquire()
+    assert messages == [] and read_holder(tmp_path / "lock").is_here
 
 
 @pytest.mark.parametrize("ahead", [0, 3600], ids=["same clock", "clock ahead"])
 def test_a_machine_with_a_recent_heartbeat_is_waited_for(tmp_path, ahead):
     write_foreign_lock(tmp_path, heartbeat=time.time() + ahead)
-    said: list[str] = []
+    messages: list[str] = []
     started = time.monotonic()
-    build_lock(tmp_path, said).acquire()
+    build_lock(tmp_path, messages).acquire()
     assert 2 < time.monotonic() - started < 6
-    assert len(said) == 1 and "process 123 on node7" in said[0]
+    assert len(messages) == 1 and "process 123 on node7" in messages[0]
 
 
 def test_a_machine_that_renews_its_heartbeat_keeps_its_lock(tmp_path):

@@ -82,7 +82,7 @@ def test_reading_ahead_gives_the_same_batches_in_order(tmp_path):
     assert all(torch.equal(batch, dataset.read(ids)) for batch, ids in zip(batches, micro_batches, strict=True))
 
 
-def test_reading_ahead_raises_where_the_batch_is_due_and_leaves_no_thread(tmp_path):
+def test_reading_ahead_raises_errors_with_their_batch_and_leaves_no_thread(tmp_path):
     tokens = np.arange(1000, dtype=np.uint16)
     tokens[500] = 60_000
     np.save(tmp_path / "train_000001.npy", tokens)

@@ -185,7 +185,7 @@ def test_small_local_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no-such-user/no-such-tokenizer", "./no/such/folder"])
-def test_missing_tokenizer_says_what_to_do(name):
+def test_a_missing_tokenizer_is_explained(name):
     with pytest.raises(UserError, match="check the name"):
         load_tokenizer(name)
 

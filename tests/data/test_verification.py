@@ -59,7 +59,7 @@ def test_verify_finds_damage_that_opening_does_not(folder, tokens, checksum, rea
         verify_folder(folder)
 
 
-def test_verify_tells_renamed_foreign_and_missing_shards_apart(folder):
+def test_verify_distinguishes_renamed_foreign_and_missing_shards(folder):
     (folder / "x_train_000001.npy").rename(folder / "x_train_000009.npy")
     np.save(folder / "y_train_000001.npy", np.zeros(3, np.uint16))
     (folder / "x_train_000003.npy").unlink()

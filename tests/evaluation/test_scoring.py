@@ -85,7 +85,7 @@ SHARING = {
     "gpt2": lambda: build_stock_model(initializer_range=0.3),
     "llama": build_llama,
     "granite": build_granite,
-    "mistral, a window that all items fit into": lambda: build_mistral(window=31),
+    "mistral, a window longer than all items": lambda: build_mistral(window=31),
 }
 NOT_SHARING = {"mamba": build_mamba, "bloom": build_bloom, "mistral": build_mistral}
 

@@ -289,7 +289,7 @@ def test_the_repository_is_private_by_default(hub, finished_run, run):
 MISTAKES = {
     "no token": (["--repo_id=me/new"], "", "run `hf auth login` or set HF_TOKEN"),
     "expired token": (["--repo_id=me/new"], "hf_expired0123456789", "the token: the Hub denied access (401"),
-    "token to read": (["--repo_id=me/new"], READER, "me has no write access to me/new"),
+    "read-only token": (["--repo_id=me/new"], READER, "me has no write access to me/new"),
     "foreign namespace": (["--repo_id=stranger/new"], ME, "no write access to stranger/new: pass a --repo_id of"),
     "foreign repository": (["--repo_id=stranger/public"], ME, "me has no write access to stranger/public"),
     "dataset": (["--repo_id=me/corpus"], ME, "me/corpus is a dataset, not a model: pass another --repo_id"),

@@ -266,7 +266,7 @@ def test_tokenizer_without_end_of_text_is_rejected():
         build_encoder(words, "words")
 
 
-def test_tokenizer_unknown_to_gigatoken_uses_the_reference_and_says_so(capsys):
+def test_a_tokenizer_unknown_to_gigatoken_falls_back_with_a_notice(capsys):
     words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
     encoder = build_encoder(tokenizer, "words")

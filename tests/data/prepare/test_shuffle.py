@@ -56,5 +56,5 @@ def test_counts_all_but_the_first_of_each():
         ([90, 100], 60, (1, 0)),  # as requested
     ],
 )
-def test_validation_ends_at_a_boundary_where_there_is_one(ends, val_tokens, expected):
+def test_validation_ends_at_a_boundary_if_there_is_one(ends, val_tokens, expected):
     assert choose_validation_end(np.array(ends), val_tokens, ends[-1] if ends[-1] == 100 else 100) == expected

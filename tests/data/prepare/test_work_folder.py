@@ -291,20 +291,20 @@ def test_a_run_killed_while_publishing_finishes_on_the_next_run(run, flags, expe
     flags = [*flags, f"--output_dir={folder}"]
     calls = {"sync": (work_folder, "sync_tree"), "rmtree": (shutil, "rmtree"), "replace": (work_folder, "rename_over")}
 
-    def die_there():
+    def run_until_killed():
         owner, name = calls[moment]
         original = getattr(owner, name)
 
-        def die(path, *arguments, **options):
+        def kill_self(path, *arguments, **options):
             if Path(path) == work.pieces or Path(path) == work.path:
                 os._exit(9)
             return original(path, *arguments, **options)
 
         work = work_folder.WorkFolder(folder)
-        setattr(owner, name, die)
+        setattr(owner, name, kill_self)
         sys.exit(prepare_data.main(flags))
 
-    process = FORK.Process(target=die_there)
+    process = FORK.Process(target=run_until_killed)
     process.start()
     process.join()
     assert process.exitcode == 9
@@ -363,14 +363,14 @@ def test_overwrite_removes_a_folder_without_a_manifest(run, flags, expected, tmp
 
 def test_a_run_keeps_its_lock_until_it_has_published(flags, expected, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(locks, "PATIENCE_SECONDS", 0.2)
-    folder, reached, go_on = tmp_path / "out", FORK.Event(), FORK.Event()
+    folder, reached, resume = tmp_path / "out", FORK.Event(), FORK.Event()
     flags = [*flags, f"--output_dir={folder}"]
     assert prepare_data.main([*flags, "--seed=7"]) == 0
     sync_tree = work_folder.sync_tree
 
     def wait_and_sync(path):
         reached.set()
-        assert go_on.wait(60)
+        assert resume.wait(60)
         sync_tree(path)
 
     with monkeypatch.context() as patched:
@@ -379,7 +379,7 @@ def test_a_run_keeps_its_lock_until_it_has_published(flags, expected, tmp_path, 
     assert reached.wait(60)
     assert prepare_data.main([*flags, "--overwrite"]) == 2
     assert "another prepare_data.py is working on" in capfd.readouterr().err
-    go_on.set()
+    resume.set()
     process.join()
     assert process.exitcode == 0 and hash_folder(folder) == expected
     assert not folder.with_name("out.partial").exists()

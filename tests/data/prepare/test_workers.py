@@ -37,15 +37,15 @@ def test_a_failed_call_starts_no_others(pool, tmp_path):
         next(results)
     time.sleep(0.3)
     # The two calls that ran at the same time have ended; those still in the queue were not started.
-    begun = {int(path.name) for path in tmp_path.iterdir()}
-    assert begun <= {0, 2, 3}
+    started_calls = {int(path.name) for path in tmp_path.iterdir()}
+    assert started_calls <= {0, 2, 3}
     assert list(pool.map_in_order(touch, [(7,)])) == [7]
 
 
 def work_for_long(folder, number):
     deadline = time.monotonic() + 30
     while number > 0 and time.monotonic() < deadline and not is_over():
-        (folder / "begun").touch()
+        (folder / "started").touch()
         time.sleep(0.01)
     return is_over()
 
@@ -55,7 +55,7 @@ def test_a_call_learns_that_its_result_is_no_longer_needed(tmp_path):
     started = time.monotonic()
     results = pool.map_in_order(work_for_long, [(0,), (1,)])
     assert next(results) is False
-    while not (tmp_path / "begun").exists():
+    while not (tmp_path / "started").exists():
         time.sleep(0.01)
     results.close()
     assert time.monotonic() - started < 20

@@ -306,16 +306,16 @@ def test_a_hub_failure_during_a_run_keeps_finished_pieces(run, hub, expected, tm
     hub.heal()
     hub.requests.clear()
     # The finished pieces belong to the commit that main pointed to at the start.
-    begun = hub.repositories[FINEWEB_EDU].references["main"]
+    first_commit = hub.repositories[FINEWEB_EDU].references["main"]
     hub.commit(FINEWEB_EDU, {"README.md": CARD + b"\nA dataset.\n"})
     try:
         result = run(num_workers=num_workers)
     finally:
-        hub.repositories[FINEWEB_EDU].references["main"] = begun
+        hub.repositories[FINEWEB_EDU].references["main"] = first_commit
     assert result.code == 0, result.err
     assert "2 pieces finished" in result.out
     assert hash_shards(tmp_path / "out") == expected
-    assert load_manifest(tmp_path / "out").source["revision"] == begun
+    assert load_manifest(tmp_path / "out").source["revision"] == first_commit
     assert hub.count_requests("001.parquet") == 0
 
 

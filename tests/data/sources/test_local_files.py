@@ -231,7 +231,7 @@ def test_a_corrupt_jsonl_line_is_reported(tmp_path, monkeypatch, line, reason, t
         read(tmp_path / "a.jsonl")
 
 
-def test_missing_column_names_the_others(tmp_path):
+def test_a_missing_column_lists_the_existing_ones(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["a"])
     pa.parquet.write_table(pa.table({"id": [0], "body": ["a"]}), tmp_path / "a.parquet")
     for name, others in (("a.jsonl", "id, text"), ("a.parquet", "id, body")):
