@@ -53,8 +53,8 @@ def setting(
         default: used if neither a flag nor the file sets the field; a list for a setting that takes several values.
         help: text for `--help`, with the unit.
         heading: starts a group of flags in `--help`, which extends to the next heading.
-        above, least, below, most: bounds of a number, exclusive (above, below) or inclusive; `below=math.inf` requires
-            a finite number.
+        above, least, below, most: bounds of a number, exclusive (above, below) or inclusive (least, most);
+            `below=math.inf` requires a finite number.
         path: the value is, or may be, a path; a leading `~` is expanded.
         private: omitted from the recorded command that reproduces the work, because it does not affect the result.
         resumable: may change when the work is resumed; `False` for settings that determine the result.

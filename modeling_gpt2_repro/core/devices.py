@@ -89,7 +89,7 @@ def prepare_cpu_process() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory to the system that the process has kept since `prepare_cpu_process`.
+    """Return to the system the freed memory that this process has kept since `prepare_cpu_process`.
 
     Call this after work such as compilation, which leaves fragments that a training step cannot reuse.
     """

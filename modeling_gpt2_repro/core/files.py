@@ -22,8 +22,8 @@ from .errors import UserError
 
 # Suffix of a file or folder until it is complete.
 TEMPORARY_SUFFIX = ".partial"
-# Suffix of a folder while it is being replaced. Unlikely to be anybody else's, because such folders are restored or
-# deleted without asking.
+# Suffix of a folder while it is being replaced. Unique to this package, which restores or deletes such folders without
+# asking.
 REPLACED_SUFFIX = ".replaced-by-gpt2-repro"
 # linux/fcntl.h, linux/fs.h
 AT_FDCWD, RENAME_EXCHANGE = -100, 2

@@ -25,7 +25,7 @@ REPRODUCIBLE_CUBLAS = (":4096:8", ":16:8")
 # is kept only as a sign of the launcher: the experiment's is passed to accelerate and overrides it.
 FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_ENABLE_RICH")
 KEPT_VARIABLES = (*FLAGS, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_LOG_LEVEL")
-# Other ways to train, which a user's accelerate configuration may request and must not be ignored silently.
+# Other ways to train, which an accelerate configuration may request. They must not be ignored silently.
 REFUSED_VARIABLES = (
     "ACCELERATE_USE_DEEPSPEED",
     "ACCELERATE_USE_FSDP",
@@ -41,8 +41,7 @@ TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "o
 def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic: bool = False) -> Accelerator:
     """Start accelerate with the precision of the experiment, which overrides the launcher's.
 
-    `bf16` falls back to float32 on devices without it, and `fp16` does on anything but CUDA, where no loss scaling
-    exists.
+    `bf16` falls back to float32 on devices without it, `fp16` on devices other than CUDA, which have no loss scaling.
 
     Args:
         tf32: multiply float32 matrices in TF32 if the device supports it.

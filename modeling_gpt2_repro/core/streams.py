@@ -49,7 +49,7 @@ def discard_unwritten() -> None:
 
 
 def silence_libraries() -> None:
-    """Silence warnings and progress bars of transformers and huggingface_hub: stderr has ours and one-line errors."""
+    """Silence warnings and progress bars of transformers and huggingface_hub: stderr is for our bars and errors."""
     from huggingface_hub.utils import logging as hub_logging  # here: this module is imported before the libraries
     from transformers.utils import logging as transformers_logging
 

@@ -196,8 +196,8 @@ def _choose_splits(
 def _count_chunk(
     chunk: SortedChunk, selection: Selection, buckets: list[tuple[int, int]]
 ) -> tuple[Totals, Totals, Totals, np.ndarray]:
-    """Return totals of a chunk's validation and training documents and of dropped copies, and the number of training
-    tokens in each bucket, int64."""
+    """Return totals of a chunk's validation documents, training documents and dropped copies, and its number of
+    training tokens in each bucket, int64."""
     documents = chunk.read_documents()
     training, copies = select_training(documents, selection)
     last_keys = np.array([last for _, last in buckets], dtype=np.uint64)
