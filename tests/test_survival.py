@@ -218,12 +218,13 @@ def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_published_model", mock.Mock(side_effect=disk_full))
         assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
-    assert f"No space left on device. Make room: {way}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and f": {way}" in error
     with monkeypatch.context() as patch:
         stop_at(patch, 5, signal.SIGTERM)
         patch.setattr(train.checkpoints, "save_checkpoint", mock.Mock(side_effect=disk_full))
         assert train.main(flags(shards, tmp_path, **anew | {"resume_from_checkpoint": own})) == 2
-    assert f"could not save: {way}" in capsys.readouterr().err
+    assert f"could not save a checkpoint: {way}" in capsys.readouterr().err
 
 
 def test_a_trial_that_is_asked_to_stop_promises_nothing(shards, tmp_path, monkeypatch, capsys):
@@ -632,7 +633,7 @@ def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
     # config.yaml, and the card with it, would name weights that this run never had.
     assert f"init_from was scratch and is now {run / 'final'}" in complain(init_from=run / "final")
     longer = complain(max_steps=24)
-    assert "max_steps was 12 and is now 24" in longer and "--lr_schedule constant or wsd" in longer
+    assert "max_steps was 12 and is now 24" in longer and "--lr_schedule constant" in longer
     assert "--init_from" in longer
     assert_same_end(run, whole_run)
 
