@@ -28,7 +28,7 @@ from modeling_gpt2_repro.training import throughput
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# Tests with one of these, or with one that is made of them, train a model or start processes.
+# Tests with one of these fixtures, directly or through another, train a model or start processes.
 HEAVY_FIXTURES = {"shards", "gpt2_shards", "forks"}
 
 torch.set_num_threads(1)
@@ -37,9 +37,9 @@ _request = CurveDrawer.request
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items):
-    """Mark as heavy what needs shards or processes, and begin with the files that have most of it.
+    """Mark tests that need shards or processes as heavy, and order files by their number of heavy tests.
 
-    pytest-xdist gives the workers whole files in this order, and a long one at the end would keep one worker alone.
+    pytest-xdist assigns whole files in this order; a long file at the end would leave the other workers idle.
     """
     for item in items:
         if HEAVY_FIXTURES & set(item.fixturenames):

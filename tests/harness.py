@@ -30,7 +30,7 @@ def silence_harness() -> None:
 
 
 def encode_pairs(model, tokenizer, data_file: Path) -> list[tuple[list[int], list[int]]]:
-    """Return the ids of context and ending that the harness would give a model, four pairs an item."""
+    """Return the context and ending ids that the harness gives a model, four pairs per item."""
     silence_harness()
     task = build_task(data_file)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -43,7 +43,7 @@ def run_harness(model, tokenizer, data_file: Path, batch_size: int = 16) -> dict
     """Score a model on all items of a file.
 
     Returns:
-            `acc`, `acc_norm` and their `*_stderr`, and `nll`: four sums per item, in the file's order.
+        `acc`, `acc_norm` and their `*_stderr`, and `nll`: four sums per item, in the file's order.
     """
     silence_harness()
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars

@@ -102,9 +102,9 @@ class LoopbackHub:
 
     Attributes:
         repositories: by key.
-            requests: the requests since the last `forget_requests`.
-            users: by token; any other token is rejected.
-            n_held: the number of requests held so far.
+        requests: the requests since the last `forget_requests`.
+        users: by token; any other token is rejected.
+        n_held: the number of requests held so far.
     """
 
     def __init__(self):

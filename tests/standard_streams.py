@@ -65,7 +65,7 @@ def run_on_terminal(argv: Sequence[str], run: Path) -> int:
 
 
 def show_terminal(argv: Sequence[str], patience_seconds: float) -> int:
-    """Run train.py with a terminal as its streams, and print what it shows; a question, and so silence, ends it."""
+    """Run train.py on a terminal and print its output; hang up when it falls silent, as a question would make it."""
     process_id, terminal = pty.fork()
     if process_id == 0:
         set_stream("stdout")

@@ -188,7 +188,7 @@ def answer(main: Callable, argv: Sequence[str], case: Case, outputs: Sequence[st
     """Call a script in a case's `cwd`, and check the contract.
 
     Args:
-            outputs: files outside `cwd` that the call may write, relative to the case's folder.
+        outputs: files outside `cwd` that the call may write, relative to the case's folder.
     """
     before = hash_tree(case.folder)
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]

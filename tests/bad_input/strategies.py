@@ -273,7 +273,7 @@ def damage_json(draw, whole: Any, most: int = 2) -> Any:
 
 @st.composite
 def damage_bytes(draw, whole: bytes, header: int = 160) -> bytes:
-    """Draw `whole` truncated, with some bytes changed (half of them in its first `header`), or followed by junk."""
+    """Draw `whole` truncated, with some bytes changed (in its first `header` as often as anywhere), or with junk."""
     action = draw(st.sampled_from(["cut", "change", "change", "change", "insert", "append", "replace", "double"]))
     places = st.one_of(st.integers(0, min(header, len(whole))), st.integers(0, len(whole)))
     if action == "cut":
