@@ -151,7 +151,7 @@ def write_config(config: Config, path: str | Path) -> None:
 
 
 def expand_home(path: str) -> str:
-    """Expand a leading `~` or `~user`, which shells leave alone in places such as `--flag=~/path`.
+    """Expand a leading `~` or `~user`, which shells leave alone in places such as `--output_dir=~/runs`.
 
     Raises:
         UserError: the user does not exist, or the home folder is unknown.

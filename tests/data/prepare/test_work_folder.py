@@ -256,7 +256,12 @@ def run_script(flags, err: Path, setup: Callable[[], object] = lambda: None) -> 
 
 def run_limited(flags, err: Path, resource_kind: int, limit: int) -> int:
     """Run the script in a process with a resource limit; return its exit code."""
-    process = run_script(flags, err, lambda: resource.setrlimit(resource_kind, (limit, limit)))
+
+    def set_limit() -> None:
+        os.closerange(3, 4096)  # a fork inherits what earlier tests left open, and these would count
+        resource.setrlimit(resource_kind, (limit, limit))
+
+    process = run_script(flags, err, set_limit)
     process.join()
     return process.exitcode
 
