@@ -244,7 +244,7 @@ def run_script(flags, err: Path, setup: Callable[[], object] = lambda: None) -> 
     def main():
         os.setsid()
         os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # pytest replaces them
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         setup()
         sys.argv = [prepare_data.__file__, *flags]
         runpy.run_path(prepare_data.__file__, run_name="__main__")
