@@ -28,6 +28,7 @@ from modeling_gpt2_repro.core.devices import compute_once, measure_peak_memory, 
 from modeling_gpt2_repro.core.errors import UserError, reports_user_errors
 from modeling_gpt2_repro.core.files import create_folder_atomically, write_json
 from modeling_gpt2_repro.core.launch import start_accelerator
+from modeling_gpt2_repro.core.optional import not_none
 from modeling_gpt2_repro.core.streams import discard_unwritten
 from modeling_gpt2_repro.core.terminal import fit_lines
 from modeling_gpt2_repro.data.dataset import prefetch
@@ -107,7 +108,9 @@ def set_up_and_train(
         return 0
     uploader.check(is_resumed=start.state is not None)
     run = build_run(config, inputs, start, accelerator, record, console)
-    if start.is_own:  # the run may have been killed between this checkpoint and its upload
+    if (
+        start.checkpoint is not None and start.is_own
+    ):  # the run may have been killed between this checkpoint and its upload
         uploader.submit(start.checkpoint)
     uploader.start(start.resumed_step)
     with (
@@ -177,7 +180,7 @@ def read_batches(run: Run) -> Iterator[torch.Tensor]:
     micro_batches = run.order.divide_steps(
         steps, config.windows_per_step, plan.n_processes, run.accelerator.process_index, plan.micro_batch_size
     )
-    return prefetch(run.inputs.train_set, micro_batches, run.accelerator.device)
+    return prefetch(not_none(run.inputs.train_set), micro_batches, run.accelerator.device)
 
 
 def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
@@ -194,7 +197,7 @@ def update(run: Run, step: int, batches: Iterator[torch.Tensor]) -> None:
     learning_rate = run.schedule(step)
     set_learning_rate(optimizer, learning_rate)
     loss, waited = accumulate_gradients(run, batches)
-    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    grad_norm = not_none(accelerator.clip_grad_norm_(run.model.parameters(), config.grad_clip))
     loss, grad_norm = torch.stack([accelerator.reduce(loss, reduction="mean"), grad_norm]).tolist()
     # Under fp16 the loss scaler handles infinite gradients: it skips the update and lowers its scale.
     if not math.isfinite(loss) or (not math.isfinite(grad_norm) and accelerator.scaler is None):
@@ -244,7 +247,8 @@ def accumulate_gradients(run: Run, batches: Iterator[torch.Tensor]) -> tuple[tor
 def evaluate(run: Run, step: int) -> None:
     """Compute validation loss, HellaSwag and samples of the model after `step` updates, each if due."""
     config, plan, record = run.config, run.plan, run.record
-    metrics, lines = {}, []
+    metrics: dict[str, float] = {}
+    lines: list[str] = []
     if plan.is_due(config.eval_every, step):
         validation = run.inputs.evaluate_loss(run.model, plan.micro_batch_size, run.accelerator)
         metrics |= {"val/loss": validation.loss, "val/bpb": validation.bpb}
@@ -254,7 +258,7 @@ def evaluate(run: Run, step: int) -> None:
     if plan.is_due(config.hellaswag_every, step):
         # Papers cite the `lm_eval` protocol, so the finished model gets both scores.
         for protocol in ("original", "lm_eval") if step == plan.last_step else ("original",):
-            encoded = run.inputs.hellaswag.encode(protocol)
+            encoded = not_none(run.inputs.hellaswag).encode(protocol)
             with run.accelerator.autocast():
                 result = evaluate_hellaswag(run.model, encoded, accelerator=run.accelerator, show_progress=False)
             metrics |= result.metrics()

@@ -1,5 +1,8 @@
 """Configuration of the GPT-2 reproduction. Every checkpoint includes it, so it imports nothing from the package."""
 
+import os
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -75,7 +78,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for name, known in GPT2_OPTIONS.items():
             if kwargs.get(name, known) != known:
                 raise ValueError(f"{name}={kwargs[name]} is not supported, only {name}={known} is")
@@ -86,7 +89,9 @@ class GPT2ReproConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == "gpt2":

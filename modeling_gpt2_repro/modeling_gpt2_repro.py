@@ -6,6 +6,7 @@ are interchangeable with those of `GPT2LMHeadModel` without conversion.
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,16 @@ from .configuration_gpt2_repro import GPT2ReproConfig
 LOSS_CHUNK_TOKENS, OTHER_LOSS_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}, 2048
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention explicitly. This is the only implementation that can return the attention weights.
 
     Shapes: `query` (batch, heads, queries, head_dim), `key` and `value` (batch, heads, keys, head_dim), additive mask
@@ -70,7 +80,14 @@ class HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, chunk_tokens):
+    # pyrefly: ignore[bad-override]  torch's own signature is (*args, **kwargs)
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk_tokens: int | None,
+    ) -> torch.Tensor:
         device_type, vocab_size = hidden_states.device.type, weight.shape[0]
         chunk_tokens = chunk_tokens or LOSS_CHUNK_TOKENS.get(device_type, OTHER_LOSS_CHUNK_TOKENS)
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
@@ -96,7 +113,8 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    # pyrefly: ignore[bad-override]  torch's own signature is (ctx, *grad_outputs)
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *(grad_loss * grad for grad in ctx.saved_tensors), None, None
 
 
@@ -112,6 +130,7 @@ class GPT2ReproAttention(nn.Module):
         self.is_causal = True
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        # pyrefly: ignore[bad-argument-type]  torch annotates a module's attributes as tensors and modules only
         self.c_proj.init_scale = 1 / math.sqrt(2 * config.n_layer)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -120,7 +139,7 @@ class GPT2ReproAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         query, key, value = (
@@ -129,6 +148,7 @@ class GPT2ReproAttention(nn.Module):
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        # pyrefly: ignore[bad-argument-type]  the attention is set, because the model exists
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attn_pdrop if self.training else 0.0
         attn_output, attn_weights = attend(
@@ -146,6 +166,7 @@ class GPT2ReproMLP(nn.Module):
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = Conv1D(n_inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, n_inner)
+        # pyrefly: ignore[bad-argument-type]  torch annotates a module's attributes as tensors and modules only
         self.c_proj.init_scale = 1 / math.sqrt(2 * config.n_layer)
         self.act = ACT2FN[config.activation_function]
         if config.activation_function == "gelu_new":  # the same function in one kernel, not eight
@@ -166,7 +187,7 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2ReproMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
@@ -175,6 +196,7 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
 class GPT2ReproPreTrainedModel(PreTrainedModel):
     """Base class with what transformers needs to initialize, load, place and compile the model."""
 
+    # pyrefly: ignore[bad-override-mutable-attribute]  narrowed, as in transformers' own models
     config: GPT2ReproConfig
     config_class = GPT2ReproConfig
     base_model_prefix = "transformer"
@@ -192,7 +214,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:  # any `nn.Module`; the attributes depend on its class
         """Initialize as GPT-2 does: weights normal with standard deviation `initializer_range`, biases 0, norms 1.
 
         Projections into the residual stream are scaled by 1/sqrt(number of residual layers), two per block (GPT-2
@@ -216,6 +238,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        # pyrefly: ignore[bad-argument-type]  torch annotates a module's attributes as tensors and modules only
         self.wpe.init_scale = 0.5
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([GPT2ReproBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
@@ -229,11 +252,11 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states (batch, sequence, n_embd) from `input_ids` (batch, sequence) or `inputs_embeds`.
 
@@ -281,7 +304,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.loss_chunk_tokens = None
+        self.loss_chunk_tokens: int | None = None
         self.post_init()
 
     @can_return_tuple
@@ -296,7 +319,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, sequence, vocab_size) in the model's dtype and, given labels, the mean loss in nats.
 

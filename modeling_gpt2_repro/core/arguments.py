@@ -14,9 +14,9 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -88,6 +88,8 @@ class Config:
         UserError: a number is out of bounds.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # subclasses are dataclasses
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -108,7 +110,7 @@ def parse_arguments(
     config_type: type[AnyConfig],
     argv: Sequence[str] | None,
     *,
-    description: str,
+    description: str | None,
     prog: str | None = None,
     foreign_flags: Mapping[str, str] | None = None,
 ) -> AnyConfig:
@@ -204,11 +206,11 @@ def _complete_switches(flags: Sequence[str], switches: set[str]) -> list[str]:
     ]
 
 
-def _is_list(field: dataclasses.Field) -> bool:
+def _is_list(field: dataclasses.Field[Any]) -> bool:
     return field.default_factory is not dataclasses.MISSING
 
 
-def _read_value(field: dataclasses.Field, value: Any) -> Any:
+def _read_value(field: dataclasses.Field[Any], value: Any) -> Any:
     """Reject values that no setting can have, and expand `~` in paths."""
     if isinstance(value, list) and not _is_list(field):  # argparse parses `--name=--` as an empty list
         raise UserError(f"--{field.name}: expected one value")
@@ -255,7 +257,7 @@ def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, st
         raise UserError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must contain `name: value` lines, not a {type(values).__name__}")
-    flags = []
+    flags: list[str] = []
     for name, value in values.items():
         if name not in names:
             raise UserError(f"--config {path}: " + _describe_unknown(str(name), names, foreign_flags))
@@ -273,7 +275,7 @@ def _read_config_file(path: str, names: set[str], foreign_flags: Mapping[str, st
 class Parser(HfArgumentParser):
     """Parser of a `Config`, or of `--config` alone. Raises `UserError` instead of exiting."""
 
-    def __init__(self, config_type: type[Config] | None = None, **kwargs):
+    def __init__(self, config_type: type[Config] | None = None, **kwargs: Any):
         self._group: argparse._ArgumentGroup | Parser = self
         super().__init__(config_type, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs})
         self.register("type", int, whole_number)
@@ -282,7 +284,8 @@ class Parser(HfArgumentParser):
         )
 
     @staticmethod
-    def _parse_dataclass_field(parser: "Parser", field: dataclasses.Field) -> None:
+    # pyrefly: ignore[bad-override]  transformers calls it with this class's own instances only
+    def _parse_dataclass_field(parser: "Parser", field: dataclasses.Field[Any]) -> None:
         given = field.metadata
         if given["heading"]:
             parser._group = parser.add_argument_group(given["heading"])
@@ -292,23 +295,25 @@ class Parser(HfArgumentParser):
             return
         field = copy.copy(field)
         field.metadata = given["argparse"]
+        # pyrefly: ignore[bad-argument-type]  a group of arguments has all the methods that this calls
         HfArgumentParser._parse_dataclass_field(parser._group, field)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help formatter that shows each flag once, with underscores (`HfArgumentParser` also accepts dashes)."""
 
-    def __init__(self, prog: str, **kwargs):
+    def __init__(self, prog: str, **kwargs: Any):
         super().__init__(prog, max_help_position=34, width=118, **kwargs)
 
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X", str: "TEXT"}.get(action.type, "yes|no")
+        names: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
+        return names.get(action.type, "yes|no")
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = [option for option in action.option_strings if "-" not in option.lstrip("-")]
@@ -316,6 +321,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return ", ".join(options) or super()._format_action_invocation(action)
         return f"{', '.join(options)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
-    def add_usage(self, usage, actions, groups, prefix=None):
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None = None
+    ) -> None:
         positional = "".join(f" {self._format_args(each, each.dest)}" for each in actions if not each.option_strings)
         super().add_usage(f"%(prog)s{positional} [--config FILE.yaml] [--name value ...]", actions, groups, prefix)

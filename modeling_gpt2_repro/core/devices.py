@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -124,7 +124,7 @@ def read_container_limit(name: str) -> float | None:
         return None
 
 
-def compute_once(function: Callable[[], Any], accelerator: Accelerator) -> Any:
+def compute_once(function: Callable[[], Any], accelerator: Accelerator | PartialState) -> Any:
     """Call `function` on rank 0 and return its result on every rank.
 
     Raises:

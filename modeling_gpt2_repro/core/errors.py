@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from .environment import name_command
 from .streams import discard_unwritten, prepare_streams, write_line
@@ -44,7 +45,13 @@ def raise_if_unreadable(error: Exception | None, path: str | Path) -> None:
         ) from error
 
 
-def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """A script's `main`: `argv` (default: the arguments of this process) to an exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def reports_user_errors(main: Callable[[Sequence[str] | None], int]) -> Main:
     """Decorate a script's `main(argv) -> exit code`: a `UserError` becomes one line on stderr and exit code 2.
 
     System errors such as a full disk are reported the same way. Ctrl-C exits with code 130, as in other commands. Any

@@ -85,7 +85,7 @@ def is_utf8(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_atomically(path: str | Path, mode: str = "w") -> Generator[IO]:
+def open_atomically(path: str | Path, mode: str = "w") -> Generator[IO[Any]]:
     """Open a file for writing that replaces `path` only once it is complete and on disk.
 
     On an exception the temporary file is removed and `path` stays unchanged. Devices and pipes, such as `/dev/null`,

@@ -14,6 +14,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .devices import is_out_of_memory, supports_bf16
 from .errors import UserError
+from .optional import not_none
 
 # Rank 0 saves and draws while the other ranks wait in a collective.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
@@ -54,7 +55,7 @@ def start_accelerator(mixed_precision: str, *, tf32: bool = False, deterministic
     sanitize_environment()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     compute_deterministically(deterministic)
-    device = start_processes().device
+    device = not_none(start_processes().device)
     if device.type == "cpu":
         compute_deterministically(True)
     if mixed_precision == "bf16" and not supports_bf16(device):
@@ -148,5 +149,7 @@ def compute_deterministically(is_wanted: bool) -> None:
     if is_wanted:
         if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPRODUCIBLE_CUBLAS:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPRODUCIBLE_CUBLAS[0]
-        torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging; costs a pass over every tensor
+        # For debugging only: it costs a pass over every tensor.
+        # pyrefly: ignore[missing-attribute]  torch adds this attribute to the module at import
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(is_wanted)

@@ -20,6 +20,7 @@ import psutil
 
 from .errors import UserError
 from .files import LockState, follow_links, is_file_at, make_folder, try_lock
+from .optional import not_none
 
 HEARTBEAT_SECONDS = 15.0
 SILENCE_SECONDS = 120.0
@@ -71,7 +72,7 @@ class FolderLock:
     ):
         self.folder, self.path, self.what = folder, follow_links(folder / name), what
         self.is_shared, self._say = is_shared, say
-        self._holder: Holder | None = None
+        self._holder: Holder  # set when the lock is taken
         self._descriptor: int | None = None
         self._created: list[Path] = []
         self._is_released = threading.Event()
@@ -138,13 +139,13 @@ class FolderLock:
 
     def share(self) -> None:
         """Allow other holders of a lock that was created with `is_shared`."""
-        try_lock(self._descriptor, is_exclusive=False)
+        try_lock(not_none(self._descriptor), is_exclusive=False)
 
     def beat(self) -> None:
         """Write a heartbeat if one is due and this process still holds the lock."""
         if time.time() - self._holder.heartbeat >= HEARTBEAT_SECONDS and self.is_ours():
             with contextlib.suppress(OSError):  # a full disk may have space by the next heartbeat
-                self._write(self._descriptor, replace(self._holder, heartbeat=time.time()))
+                self._write(not_none(self._descriptor), replace(self._holder, heartbeat=time.time()))
 
     def start_beating(self, on_beat: Callable[[], None]) -> None:
         """Write heartbeats from a thread until `release`, calling `on_beat` after each."""

@@ -53,7 +53,7 @@ def find_unreadable(path: str | Path) -> OSError | None:
 
 def describe_system_error(system_error: OSError) -> str:
     """Describe a system error, with the limit to raise, if any."""
-    what = system_error.strerror + (f", {system_error.filename}" if system_error.filename else "")
+    what = (system_error.strerror or "") + (f", {system_error.filename}" if system_error.filename else "")
     limits = {
         errno.EMFILE: f"the limit is {get_limit('NOFILE')} per process (ulimit -n); {ENOUGH_OPEN_FILES} are enough",
         errno.ENFILE: "the limit is the machine's (sysctl fs.file-max)",

@@ -4,19 +4,28 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..core.devices import enter_device, name_device
 from ..core.errors import UserError
-from .shards import load_manifest, open_split
+from .shards import Split, load_manifest, open_split
 
 # Micro-batches to prefetch; each is half a megabyte at 64 x 1,024 tokens.
 PREFETCHED = 4
 
 
-class TokenDataset(torch.utils.data.Dataset):
+class Windows(Protocol):
+    """Windows of T+1 tokens, by index: a `TokenDataset`, or a sequence of tensors."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> torch.Tensor: ...
+
+
+class TokenDataset(torch.utils.data.Dataset[torch.Tensor]):
     """The windows of one split. Window i is tokens [i*T, (i+1)*T]; its last token is the first of the next window.
 
     A window thus provides T inputs and T targets, and may span shards. Only pages that are read are loaded, so memory
@@ -32,7 +41,7 @@ class TokenDataset(torch.utils.data.Dataset):
         UserError: the folder has no readable shards, or fewer tokens than one window.
     """
 
-    def __init__(self, folder: str, split: str, sequence_length: int, vocab_size: int):
+    def __init__(self, folder: str, split: Split, sequence_length: int, vocab_size: int):
         self.folder, self.split = folder, split
         self.sequence_length, self.vocab_size = sequence_length, vocab_size
         self.manifest = load_manifest(folder)
@@ -55,8 +64,8 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.n_windows
 
-    def __getitem__(self, window: int) -> torch.Tensor:
-        return self.read([range(self.n_windows)[window]])[0]
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.read([range(self.n_windows)[index]])[0]
 
     def read(self, windows: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return windows by index, each in [0, len(self)), as int64 of shape (len(windows), T+1).

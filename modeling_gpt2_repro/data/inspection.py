@@ -223,7 +223,7 @@ def choose_documents(splits: Sequence[SplitStatistics], count: int, seed: int, m
     total = sum(split.documents for split in splits)
     generator = np.random.default_rng(seed)
     numbers = np.sort(generator.choice(total, min(count, total), replace=False, shuffle=False))
-    documents = []
+    documents: list[Document] = []
     for split in splits:
         of_split = numbers[numbers < split.documents]
         documents += [split.read_document(number, max_ids) for number in of_split.tolist()]

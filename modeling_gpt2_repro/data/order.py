@@ -67,7 +67,8 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     """
     half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half_bits)) - 1)
-    round_keys = _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + _mix(np.uint64([seed]) ^ _mix(np.uint64([epoch]))))
+    key = _mix(np.array([seed], dtype=np.uint64) ^ _mix(np.array([epoch], dtype=np.uint64)))
+    round_keys = _mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + key)
 
     values = indices.astype(np.uint64)
     outside = np.ones(values.shape, dtype=bool)

@@ -114,7 +114,7 @@ class Manifest:
         """Return the shards of a split, in order."""
         return [shard for shard in self.shards if shard.split == split]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self)
         for counted in (self.read, self.train, self.val, self.validation_copies, *self.shards):
             _check_types(counted)
@@ -148,7 +148,8 @@ def _check_types(record: Any) -> None:
         elif field.type is int:
             is_right = type(value) is int and 0 <= value < 2**64
         else:
-            is_right = isinstance(value, typing.get_origin(field.type) or field.type)
+            kind: Any = field.type
+            is_right = isinstance(value, typing.get_origin(kind) or kind)
         if not is_right:
             raise TypeError(f"{field.name}: {value!r:.80}")
 
@@ -220,13 +221,11 @@ def load_manifest(folder: str | Path) -> Manifest | None:
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
             for name in ("read", "train", "val", "validation_copies"):
                 content[name] = Totals(**content[name])
-            manifest = Manifest(**content)
+            return Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise_if_unreadable(error, path)
         raise UserError(f"{path} is damaged ({error}): rebuild the folder with --overwrite") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, but this version reads only {FORMAT_VERSION}")
-    return manifest
+    raise UserError(f"{path} has format version {version}, but this version reads only {FORMAT_VERSION}")
 
 
 def list_splits(folder: str | Path) -> list[Split]:

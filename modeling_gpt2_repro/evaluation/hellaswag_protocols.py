@@ -20,6 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from accelerate import Accelerator, PartialState
+from transformers import PreTrainedTokenizerBase
+
 from ..core.devices import compute_once
 from ..core.errors import UserError
 from .hellaswag_data import HellaSwagItem
@@ -90,7 +93,9 @@ def clean_marks(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def encode_hellaswag(items: Sequence[HellaSwagItem], tokenizer, protocol: str) -> EncodedHellaSwag:
+def encode_hellaswag(
+    items: Sequence[HellaSwagItem], tokenizer: PreTrainedTokenizerBase, protocol: str
+) -> EncodedHellaSwag:
     """Encode items under the protocol `original` or `lm_eval` with a transformers tokenizer.
 
     `original` encodes contexts and endings separately, without special tokens. `lm_eval` encodes the context alone and
@@ -122,7 +127,12 @@ class HellaSwagQuestions:
     `encode` and `check_fits` are collective: all processes must call them.
     """
 
-    def __init__(self, items: Sequence[HellaSwagItem], tokenizer, accelerator):
+    def __init__(
+        self,
+        items: Sequence[HellaSwagItem],
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator | PartialState,
+    ):
         self.items, self.tokenizer, self.accelerator = items, tokenizer, accelerator
         self._encoded: dict[str, EncodedHellaSwag] = {}
 
@@ -151,7 +161,9 @@ class HellaSwagQuestions:
             encode_hellaswag(long, self.tokenizer, "lm_eval").count_truncated(max_positions)
 
 
-def _encode(tokenizer, texts_by_item: list[list[str]], add_special_tokens: bool) -> Iterator[list[list[int]]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts_by_item: list[list[str]], add_special_tokens: bool
+) -> Iterator[list[list[int]]]:
     """Yield the ids of each item's texts. Large batches are several times faster to encode than small ones."""
     options = {"split_special_tokens": True, "return_attention_mask": False}
     for start in range(0, len(texts_by_item), ITEMS_PER_ENCODING):

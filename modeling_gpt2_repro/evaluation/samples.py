@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import UserError
 from ..model.limits import get_max_positions
@@ -13,7 +12,7 @@ from .scoring import evaluation_mode
 
 
 def generate_samples(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -39,11 +38,11 @@ def generate_samples(
 
     drawn = [row[len(prompt_ids) :] for row in ids.tolist()]
     continuations = [itertools.takewhile(lambda id: id != tokenizer.eos_token_id, row) for row in drawn]
-    return [tokenizer.decode([*prompt_ids, *continuation]) for continuation in continuations]
+    return [str(tokenizer.decode([*prompt_ids, *continuation])) for continuation in continuations]
 
 
 def extend_ids(
-    model: nn.Module, ids: torch.Tensor, n_tokens: int, top_k: int, generators: Sequence[torch.Generator]
+    model: PreTrainedModel, ids: torch.Tensor, n_tokens: int, top_k: int, generators: Sequence[torch.Generator]
 ) -> torch.Tensor:
     """Extend token ids of shape (samples, length) to (samples, n_tokens), with one generator per sample.
 
@@ -78,7 +77,7 @@ def draw_tokens(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Gen
     return candidates.gather(1, torch.stack(drawn))
 
 
-def encode_prompt(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int) -> list[int]:
+def encode_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int) -> list[int]:
     """Encode a prompt and check that samples of `n_tokens` tokens can continue it.
 
     Raises:

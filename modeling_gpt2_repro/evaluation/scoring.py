@@ -32,7 +32,7 @@ def evaluation_mode(model: torch.nn.Module) -> Generator[None]:
         model.train(was_training)
 
 
-def choose_batch_tokens(model: torch.nn.Module) -> int:
+def choose_batch_tokens(model: PreTrainedModel) -> int:
     """Return the maximum tokens per batch: as many as fit in half of the device's free memory, up to a limit.
 
     The result is a power of two, so that small changes in free memory rarely change the batches and hence the last
@@ -51,7 +51,7 @@ def choose_batch_tokens(model: torch.nn.Module) -> int:
 
 
 def score_items(
-    model: torch.nn.Module, rows_by_item: Sequence[Sequence[EncodedChoices]], selects_places: bool = True
+    model: PreTrainedModel, rows_by_item: Sequence[Sequence[EncodedChoices]], selects_places: bool = True
 ) -> list[list[float]]:
     """Return the summed negative log-probability, in nats, of each ending of each item, in one forward pass.
 
@@ -69,7 +69,7 @@ def score_items(
 
 
 def compute_logits(
-    model: torch.nn.Module, inputs: dict[str, Any], places: tuple[torch.Tensor, torch.Tensor], selects_places: bool
+    model: PreTrainedModel, inputs: dict[str, Any], places: tuple[torch.Tensor, torch.Tensor], selects_places: bool
 ) -> torch.Tensor:
     """Return the model's logits at `places`, given as (rows, columns), with shape (places, vocab_size).
 
@@ -78,7 +78,7 @@ def compute_logits(
     """
     is_selected = False
 
-    def select(_: torch.nn.Module, arguments: tuple) -> tuple:
+    def select(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal is_selected
         is_selected = True
         hidden_states, *others = arguments
@@ -101,12 +101,12 @@ def head_without_autocast(model: torch.nn.Module) -> Generator[None]:
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     weight = getattr(head, "weight", None)
-    if weight is None or not torch.is_autocast_enabled(weight.device.type):
+    if head is None or weight is None or not torch.is_autocast_enabled(weight.device.type):
         yield
         return
     autocast = torch.autocast(weight.device.type, enabled=False)
 
-    def enter(_: torch.nn.Module, arguments: tuple) -> tuple:
+    def enter(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         autocast.__enter__()
         hidden_states, *others = arguments
         return hidden_states.to(weight.dtype), *others
@@ -136,7 +136,7 @@ def get_compute_dtype(model: torch.nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else parameter.dtype
 
 
-def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
+def can_share_context(model: PreTrainedModel, items: Sequence[EncodedChoices], max_positions: int | None) -> bool:
     """Return whether a context can be read once for all its endings, determined by scoring two items both ways.
 
     Some architectures silently ignore the mask or the positions, others reject them. The two items have the median and
@@ -152,7 +152,7 @@ def can_share_context(model: torch.nn.Module, items: Sequence[EncodedChoices], m
     return all(_gives_same_scores(model, fitting[index], max_positions) for index in probes)
 
 
-def _gives_same_scores(model: torch.nn.Module, item: EncodedChoices, max_positions: int | None) -> bool:
+def _gives_same_scores(model: PreTrainedModel, item: EncodedChoices, max_positions: int | None) -> bool:
     separate, shared = (build_rows(item, max_positions, shares_context) for shares_context in (False, True))
     (expected,) = score_items(model, [separate], selects_places=False)
     try:

@@ -137,8 +137,12 @@ class Batch:
 
 def collate_rows(rows: Sequence[EncodedChoices]) -> Batch:
     """Collate rows into tensors on the CPU."""
-    input_ids, position_ids, segments = [], [], []
-    columns, target_places, target_ids = [], [], []
+    input_ids: list[torch.Tensor] = []
+    position_ids: list[torch.Tensor] = []
+    segments: list[torch.Tensor] = []
+    columns: list[int] = []
+    target_places: list[int] = []
+    target_ids: list[int] = []
     for row in rows:
         n_context = len(row.context_ids)
         ids, positions, segment = list(row.context_ids), list(range(n_context)), [0] * n_context

@@ -7,8 +7,8 @@ from inspect import signature
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import Dataset
 
+from ..data.dataset import Windows
 from .scoring import evaluation_mode, head_without_autocast
 
 
@@ -28,7 +28,7 @@ class ValidationResult:
 
 
 def evaluate_loss(
-    model: nn.Module, dataset: Dataset, n_windows: int, *, batch_size: int, n_bytes: float, accelerator: Accelerator
+    model: nn.Module, dataset: Windows, n_windows: int, *, batch_size: int, n_bytes: float, accelerator: Accelerator
 ) -> ValidationResult:
     """Compute the mean loss on the first `n_windows` windows of `dataset`, each of T+1 tokens.
 

@@ -1,10 +1,12 @@
 """Check that a model is causal, i.e. predicts each token from earlier tokens only."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from ..core.errors import UserError
-from .limits import get_max_positions
+from .limits import count_embeddings, get_max_positions
 
 PROBE_TOKENS = 8
 # Largest gradient allowed at later tokens, relative to the largest gradient. Over all architectures in transformers,
@@ -42,7 +44,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
     mixture-of-experts models the order of summation depends on all tokens, which in bfloat16 changes logits as much as
     an untrained BERT's attention to later tokens.
     """
-    n_rows, n_positions = model.get_input_embeddings().num_embeddings, get_max_positions(model)
+    n_rows, n_positions = count_embeddings(model), get_max_positions(model)
     length = min(PROBE_TOKENS, max(1, (n_positions or PROBE_TOKENS * 2) // 2))  # RoBERTa has two fewer positions
     half = length // 2
     # Spread over the vocabulary, except its ends, which often are padding and other special tokens.
@@ -59,9 +61,9 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 
 def _differentiate_first_half(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return the gradient of a loss on the first half of `ids` (1, length) at the embeddings, as (length, width)."""
-    embeddings = []
+    embeddings: list[torch.Tensor] = []
 
-    def make_leaf(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+    def make_leaf(_: torch.nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
         embeddings.append(output.detach().requires_grad_())
         return embeddings[-1].clone()  # the model may change it in place
 

@@ -46,7 +46,7 @@ def read_llmc_model(path: Path) -> dict[str, Any]:
 
 def _list_shapes(block_size: int, n_layer: int, n_embd: int, n_rows: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes in file order, grouped by kind of tensor, not by layer; `n_rows` is the padded vocabulary."""
-    modules = {
+    modules: dict[str, tuple[int, ...]] = {
         "ln_1": (n_embd,),
         "attn.c_attn": (3 * n_embd, n_embd),
         "attn.c_proj": (n_embd, n_embd),
@@ -54,7 +54,10 @@ def _list_shapes(block_size: int, n_layer: int, n_embd: int, n_rows: int) -> dic
         "mlp.c_fc": (4 * n_embd, n_embd),
         "mlp.c_proj": (n_embd, 4 * n_embd),
     }
-    shapes = {"transformer.wte.weight": (n_rows, n_embd), "transformer.wpe.weight": (block_size, n_embd)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (n_rows, n_embd),
+        "transformer.wpe.weight": (block_size, n_embd),
+    }
     for module, shape in modules.items():
         shapes |= {f"transformer.h.{i}.{module}.weight": shape for i in range(n_layer)}
         shapes |= {f"transformer.h.{i}.{module}.bias": shape[:1] for i in range(n_layer)}

@@ -153,13 +153,13 @@ def _drop_padding_rows(
 
 def _find_declared_shape(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a checkpoint's configuration, with names and types unchecked."""
-    found = (content[key] for key in SHAPE_KEYS if isinstance(content.get(key), dict | SavedConfig))
-    declared = next(found, {})
+    found = (content[key] for key in SHAPE_KEYS if isinstance(content.get(key), (dict, SavedConfig)))
+    declared: dict[str, Any] | SavedConfig = next(found, {})
     fields = vars(declared) if isinstance(declared, SavedConfig) else declared
     return {name: value for name, value in fields.items() if not isinstance(value, IgnoredValue | None)}
 
 
-def _measure_shape(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _measure_shape(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     (vocab_size, n_embd), n_positions = tensors[WTE].shape, len(tensors[WPE])
     n_layer = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
     return {"vocab_size": vocab_size, "n_positions": n_positions, "n_embd": n_embd, "n_layer": n_layer}
@@ -184,7 +184,7 @@ def _choose_n_head(shape: dict[str, int], declared: dict[str, Any], requested: i
     return n_head
 
 
-def _guess_activation(content: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+def _guess_activation(content: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> tuple[Activation, str]:
     """Return the activation function and the reason: the first match decides which project wrote the file."""
     model_args = content.get("model_args")
     is_nanogpt = isinstance(model_args, dict)

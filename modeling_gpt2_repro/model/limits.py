@@ -1,18 +1,25 @@
 """Limits of a model: its token ids and positions."""
 
-from torch import nn
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from ..core.errors import UserError
 
 
-def get_max_positions(model: nn.Module) -> int | None:
+def get_max_positions(model: PreTrainedModel) -> int | None:
     """Return the maximum sequence length of a model, or `None` if its configuration sets no limit."""
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if n_positions == -1 else n_positions  # XLNet's value for no limit
 
 
-def check_sequence_length(model: nn.Module, sequence_length: int, name: str) -> None:
+def count_embeddings(model: PreTrainedModel) -> int:
+    """Return the number of token ids that a model has embeddings for."""
+    embeddings: Any = model.get_input_embeddings()  # an `nn.Embedding`, or a stand-in for one
+    return embeddings.num_embeddings
+
+
+def check_sequence_length(model: PreTrainedModel, sequence_length: int, name: str) -> None:
     """Check that `sequence_length` does not exceed the positions of the model, called `name` in the error.
 
     Raises:
@@ -35,7 +42,7 @@ def check_token_ids(model: PreTrainedModel, largest_id: int, name: str, flag: st
     Raises:
         UserError: an id has no embedding.
     """
-    n_rows = model.get_input_embeddings().num_embeddings
+    n_rows = count_embeddings(model)
     if largest_id >= n_rows:
         raise UserError(
             f"{flag} {name} has embeddings for {n_rows} token ids, but its tokenizer produces id {largest_id}: "

@@ -8,7 +8,7 @@ import contextlib
 import re
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from transformers import (
@@ -25,6 +25,8 @@ from transformers.utils import HF_MODULES_CACHE
 from ..core.errors import UserError, raise_if_unreadable
 from .causality import check_causal
 from .folder import check_model_folder
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 # Classes for other tasks. With tied embeddings, their checkpoints have all weights of a language model plus a head.
 OTHER_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Prediction|RewardModel)$")
@@ -48,19 +50,28 @@ def load_causal_lm(
             causal.
     """
     with explained_loading(name, flag) as subject:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         _check_task(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     # Without tokenizer files, transformers builds a tokenizer that has only special tokens.
     if not tokenizer("HellaSwag")["input_ids"]:
         raise UserError(f"{subject} has no tokenizer: add the one that the model was trained with to its folder")
     model = load_model(AutoModelForCausalLM, name, flag=flag, dtype=dtype, trust_remote_code=trust_remote_code)
-    check_causal(model.to(device), name, flag)
+    model.to(device)
+    check_causal(model, name, flag)
     return model, tokenizer
 
 
+@overload
+def load_model(model_class: type[Model], name: str, *, flag: str = "", **options: Any) -> Model: ...
+
+
+@overload
 def load_model(
-    model_class: type[PreTrainedModel] | type[AutoModelForCausalLM], name: str, *, flag: str = "", **options: Any
-) -> PreTrainedModel:
+    model_class: type[AutoModelForCausalLM], name: str, *, flag: str = "", **options: Any
+) -> PreTrainedModel: ...
+
+
+def load_model(model_class: Any, name: str, *, flag: str = "", **options: Any) -> Any:
     """Load all weights of a model, in evaluation mode on the CPU.
 
     Args:

@@ -33,10 +33,14 @@ class IgnoredValue:
         pass
 
 
+def _make_dict(*_: Any) -> dict[str, Any]:
+    return {}
+
+
 # Keyed by a regular expression for the full name of the class.
-STAND_INS: dict[str, Callable] = {
+STAND_INS: dict[str, Callable[..., Any]] = {
     r"(\w+\.)+(Simple)?\w*(Config|Args|Arguments|Namespace|Settings|HParams|Options)": SavedConfig,
-    r"collections\.defaultdict": lambda *_: {},
+    r"collections\.defaultdict": _make_dict,
     r"(numpy|pathlib|datetime|decimal|uuid)\.[\w.]+": IgnoredValue,
     r"builtins\.(bool|bytes|complex|dict|Ellipsis|float|frozenset|int|list|range|set|slice|str|tuple)": IgnoredValue,
 }
@@ -72,7 +76,7 @@ def read_checkpoint_file(path: Path) -> dict[str, Any]:
 
 def _unpickle(path: Path, is_mapped: bool) -> Any:
     """Unpickle a file, replacing each class that torch rejects and that is known to be plain data by a stand-in."""
-    stand_ins: dict[str, Callable] = {}
+    stand_ins: dict[str, Callable[..., Any]] = {}
     while True:
         try:
             with (

@@ -89,7 +89,8 @@ def _count(split: SplitStatistics, vocab_size: int) -> dict[str, str]:
 
 def _describe_oddities(inspection: Inspection) -> list[str]:
     """Return a line for each peculiarity that affects how to read the counts."""
-    lines, manifest = [], inspection.manifest
+    lines: list[str] = []
+    manifest = inspection.manifest
     for split in inspection.splits:
         if not split.documents:
             lines.append(f"{split.split} has no end-of-text id, and hence no documents")
@@ -114,7 +115,7 @@ def _describe_oddities(inspection: Inspection) -> list[str]:
 
 def _describe_document(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     header = f"--- {document.split}, {document.file}, position {document.position:,}, {document.tokens:,} tokens ---"
-    text = tokenizer.decode(document.ids, clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(document.ids, clean_up_tokenization_spaces=False))
     is_whole = len(text) <= PREVIEW_CHARACTERS and len(document.ids) == document.tokens - 1
     return [header, text[:PREVIEW_CHARACTERS], *([] if is_whole else ["[...]"])]
 

@@ -51,7 +51,7 @@ class Curves:
     tokens_per_step: int
     series: dict[str, Series]
     items: str
-    validation: tuple | None = None
+    validation: tuple[str | int, ...] | None = None
     loss_references: list[Reference] = field(default_factory=list)
     score_references: list[Reference] = field(default_factory=list)
 
@@ -147,9 +147,9 @@ def _parse_log_line(line: str) -> tuple[int, str, float] | None:
     return point if math.isfinite(value) and 0 <= point[0] < 2**53 else None
 
 
-def collect_series(points: Iterable[tuple[int, str, float]]) -> dict[str, Series]:
+def collect_series(points: Iterable[tuple[float, str, float]]) -> dict[str, Series]:
     """Group (step, metric, value) tuples into series, stably sorted by step."""
-    columns: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    columns: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for step, metric, value in points:
         columns[metric].append((step, value))
     series = {}

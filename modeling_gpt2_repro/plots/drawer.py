@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 
 from ..core.environment import PACKAGE_FOLDER
 from ..core.errors import UserError, format_line, reports_user_errors
+from ..core.optional import not_none
 from ..training.run_folder import RunFolder
 from .run_figure import draw_curves
 
 NICENESS = 19  # training takes precedence when both need the same core
 
 
-class CurveDrawer(contextlib.AbstractContextManager):
+class CurveDrawer(contextlib.AbstractContextManager["CurveDrawer", None]):
     """Keeps a run's curves up to date with its metrics.
 
     Inside the context, `request` returns at once. On exit, even by an exception, the final figure is drawn in this
@@ -31,7 +32,7 @@ class CurveDrawer(contextlib.AbstractContextManager):
 
     def __init__(self, folder: RunFolder, warn: Callable[[str], None], enabled: bool = True):
         self._folder, self._warn, self._enabled = folder, warn, enabled
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._has_warned = False
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -55,10 +56,10 @@ class CurveDrawer(contextlib.AbstractContextManager):
 
     def _send_request(self) -> None:
         ended = self._process if self._process is not None and self._process.poll() is not None else None
-        if self._process is ended:
+        if self._process is None or self._process is ended:
             self._process = start_drawing(self._folder)
         with contextlib.suppress(BrokenPipeError, BlockingIOError):  # it has just exited, or its pipe is full
-            self._process.stdin.write(b"\n")
+            not_none(self._process.stdin).write(b"\n")
         if ended is not None:
             raise_if_failed(ended)
 
@@ -72,7 +73,7 @@ class CurveDrawer(contextlib.AbstractContextManager):
             self._has_warned = True
 
 
-def start_drawing(folder: RunFolder) -> subprocess.Popen:
+def start_drawing(folder: RunFolder) -> subprocess.Popen[bytes]:
     """Start a low-priority process that draws a run's curves whenever its stdin receives data, until end of file."""
     path = os.pathsep.join(filter(None, [str(PACKAGE_FOLDER.parent), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
@@ -84,12 +85,12 @@ def start_drawing(folder: RunFolder) -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,  # Ctrl-C should reach only the run
     )
-    os.set_blocking(process.stdin.fileno(), False)
+    os.set_blocking(not_none(process.stdin).fileno(), False)
     os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
     return process
 
 
-def raise_if_failed(process: subprocess.Popen) -> None:
+def raise_if_failed(process: subprocess.Popen[bytes]) -> None:
     """Raise a `UserError` if a process of `start_drawing` failed to draw or was killed."""
     lines = process.communicate()[1].decode(errors="replace").splitlines()
     if process.returncode > 0:

@@ -41,7 +41,7 @@ def finish_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def format_count(value: float, _: int | None = None) -> str:
+def format_count(value: float, _: float | None = None) -> str:
     """Format a count of tokens, such as `500k`, `2.5M` or `10B`. Also works as an axis formatter."""
     for length, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= length:

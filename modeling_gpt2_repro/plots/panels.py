@@ -1,6 +1,7 @@
 """Panels of the curves figure: losses, HellaSwag scores, and small ones for other recorded metrics."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ TRAIN_LOSS_PERCENTILES = (0.5, 99.5)
 SMALL_PANEL_PERCENTILES = (2, 97)  # within the y-axis, so that an exploding gradient does not flatten the rest either
 STEPS_SHOWN_WHOLE = 200  # runs up to this length are shown from their beginning
 ORIGINAL_SCORE, LM_EVAL_SCORE = "hellaswag/acc_norm", "hellaswag_lm_eval/acc_norm"
-SCORES = {
+SCORES: dict[str, dict[str, Any]] = {
     ORIGINAL_SCORE: {"protocol": "original", "style": {"marker": "o"}},
     LM_EVAL_SCORE: {"protocol": "lm_eval", "style": {"marker": "s", "linestyle": ":", "fillstyle": "none"}},
 }
@@ -58,7 +59,7 @@ class Axis:
         return RUN_COLORS[self.runs.index(run) % len(RUN_COLORS)] if self.is_comparison else single
 
     def plot(
-        self, axes: Axes, run: Curves, series: Series, marker: str = "", markersize: float = 3.0, **style
+        self, axes: Axes, run: Curves, series: Series, marker: str = "", markersize: float = 3.0, **style: Any
     ) -> None:
         """Draw a series as a line, or a single point as a marker."""
         marker = marker or ("o" if len(series) == 1 else "")
@@ -81,6 +82,7 @@ class Axis:
         finish_axes(axes)
         if with_steps and self.tokens_per_step is not None:
             size = self.tokens_per_step
+            # pyrefly: ignore[unsupported-operation]  matplotlib annotates anything array-like, and passes arrays
             steps = axes.secondary_xaxis("top", functions=(lambda x: x / size, lambda x: x * size))
             steps.xaxis.set_major_formatter(format_count)
             steps.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -91,7 +93,7 @@ class Axis:
 
 def draw_losses(axes: Axes, axis: Axis) -> None:
     """Draw train and validation losses, with GPT-2's loss on the same tokens."""
-    shown = []  # values that the y-axis must include
+    shown: list[float] = []  # values that the y-axis must include
     for run in axis.runs:
         prefix = f"{_label(run)}: " if axis.is_comparison else ""
         if len(run.get("train/loss")):
@@ -121,7 +123,7 @@ def _draw_train_loss(axes: Axes, axis: Axis, run: Curves, prefix: str) -> list[f
     train = run.get("train/loss")
     mean, width = smooth(train)
     shown = list(axis.skip_beginning(run, mean))
-    style = {"color": axis.choose_color(run, TRAIN_COLOR)}
+    style: dict[str, Any] = {"color": axis.choose_color(run, TRAIN_COLOR)}
     if axis.is_comparison:
         style |= {"alpha": 0.55, "linewidth": 1}
     elif width > 1:
@@ -178,7 +180,7 @@ def _describe_n(run: Curves) -> str:
 def draw_small_panel(axes: Axes, metric: str, axis: Axis) -> None:
     """Draw one of `SMALL_PANELS`."""
     is_rare = not metric.startswith(EVERY_STEP)
-    shown = [] if is_rare else [0.0]
+    shown: list[float] = [] if is_rare else [0.0]
     for run in axis.runs:
         series, color = run.get(metric), axis.choose_color(run, VAL_COLOR if is_rare else TRAIN_COLOR)
         if not len(series):

@@ -81,7 +81,7 @@ def read_gpt2_baselines(config: TrainingConfig) -> list[Baseline]:
     return [baseline for baseline in baselines if baseline.model in GPT2_124M_NAMES]
 
 
-def identify_validation(config: TrainingConfig) -> tuple | None:
+def identify_validation(config: TrainingConfig) -> tuple[str | int, ...] | None:
     """Return a key of a run's validation windows, equal for equal windows, or `None` if its data is gone."""
     manifest = read_manifest(config)
     if manifest is None:

@@ -1,6 +1,7 @@
 """The curves figure of one or several runs, drawn from their files."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def build_curves_figure(runs: Sequence[Curves], over_hours: bool = False) -> Fig
     panels = [metric for metric in SMALL_PANELS if any(len(run.get(metric)) for run in runs)]
     has_scores = any(len(run.get(metric)) for run in runs for metric in SCORES)
     figure = build_figure(13, 8.2 if panels else 5.4)
-    rows = figure.subfigures(2, 1, height_ratios=(1.9, 1)) if panels else [figure.subfigures(1, 1)]
+    rows: Any = figure.subfigures(2, 1, height_ratios=(1.9, 1)) if panels else [figure.subfigures(1, 1)]
     widths = (2.2, 1) if has_scores else (1,)
     top = rows[0].subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     axis = Axis(runs, over_hours)

@@ -61,7 +61,7 @@ def compute_spectrum(run: Curves) -> Spectrum:
         raise UserError(f"{run.name}: detecting periods needs at least {FEWEST_STEPS} steps, not {len(steps)}")
     values = np.interp(steps, losses.steps, losses.values)
     segment = min(SEGMENT_STEPS, 2 ** int(np.log2(len(values) / FEWEST_SEGMENTS)))
-    powers, frequencies = psd(values, NFFT=segment, Fs=1, noverlap=segment // 2, detrend="linear")
+    powers, frequencies = map(np.asarray, psd(values, NFFT=segment, Fs=1, noverlap=segment // 2, detrend="linear"))
     is_seen = frequencies >= max(FEWEST_WAVES / segment, 1 / LONGEST_PERIOD)
     median = np.median(powers[is_seen])
     if not median > 0:

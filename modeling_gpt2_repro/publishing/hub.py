@@ -20,6 +20,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_session
 from transformers import AutoConfig
 
@@ -121,7 +122,8 @@ def publish_checkpoint(repo_id: str, folder: Path, run_folder: RunFolder, branch
     tagged = None
     with contextlib.suppress(RevisionNotFoundError):
         tagged = api.get_paths_info(repo_id, list(weights), revision=tag)
-    if tagged and {file.path: file.lfs and f"sha256:{file.lfs.sha256}" for file in tagged} == weights:
+    tagged_files = [file for file in tagged or () if isinstance(file, RepoFile)]
+    if tagged and {file.path: file.lfs and f"sha256:{file.lfs.sha256}" for file in tagged_files} == weights:
         return
     files = collect_model(folder, run_folder, repo_id, step)
     commit = commit_files(repo_id, files, f"Upload the model after {step} updates", branch)

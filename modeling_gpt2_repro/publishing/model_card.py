@@ -144,7 +144,8 @@ def describe_progress(last: Metrics, step: int | None) -> str:
 
 def list_losses(config: TrainingConfig, lines: Sequence[Metrics], last: Metrics) -> Rows:
     """Return table rows for the train and validation losses."""
-    rows, validation = [], find_last_validation(lines)
+    rows: Rows = []
+    validation = find_last_validation(lines)
     if "train/loss" in last:
         rows.append(("train loss, last update", f"{last['train/loss']:.4f} nats per token"))
     if validation is not None:

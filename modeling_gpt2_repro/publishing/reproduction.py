@@ -16,7 +16,8 @@ from ..training.run_folder import RunFolder
 
 def list_commands(config: TrainingConfig, manifest: Manifest | None) -> str:
     """Return the command lines that prepare the data, from the same commit of its source, and repeat the run."""
-    commands, defaults = [], TrainingConfig()
+    commands: list[str] = []
+    defaults = TrainingConfig()
     if manifest is not None:
         recorded = manifest.settings | {"revision": manifest.source.get("revision"), "tokenizer": manifest.tokenizer}
         given = {name: value for name, value in recorded.items() if value not in (None, []) and value is not False}

@@ -54,7 +54,7 @@ def list_scores(folder: RunFolder, repo_id: str | None = None) -> list[Score]:
         The scores of each file and protocol, with their `protocol`, `file`, `data` (name of the items),
         `is_validation_split` and `dtype` (`None` if unknown).
     """
-    found = []
+    found: list[Score] = []
     for path in sorted(path for path in folder.path.glob("hellaswag*.json") if path.is_file()):
         content = read_json_object(path)
         scores = _read_scores(content)
@@ -72,7 +72,7 @@ def _read_scores(content: dict[str, Any]) -> list[dict[str, Any]]:
         "is_validation_split": content.get("is_validation_split") is True,
         "dtype": content.get("dtype") if content.get("dtype") in ("float32", "bfloat16") else None,
     }
-    found = []
+    found: list[dict[str, Any]] = []
     for protocol in (each for each in METRIC_PREFIXES if isinstance(content.get(each), dict)):
         scores = content[protocol]
         accuracies = (scores.get("acc"), scores.get("acc_norm"))

@@ -5,6 +5,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -13,10 +14,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils.data import Dataset
 
 from ..core.devices import can_compile, is_out_of_memory, return_freed_memory
 from ..core.errors import UserError
+from ..data.dataset import Windows
 from .optim import N_MOMENTS
 
 
@@ -61,7 +62,7 @@ class CompilationError(Exception):
 
 def fit_micro_batch(
     loss_model: nn.Module,
-    dataset: Dataset,
+    dataset: Windows,
     sizes: Sequence[int],
     compile: str,
     accelerator: Accelerator,
@@ -97,7 +98,7 @@ def fit_micro_batch(
     return _try_sizes(loss_model, dataset, sizes, accelerator, advice)
 
 
-def settle_gradient_exchange(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> None:
+def settle_gradient_exchange(loss_model: nn.Module, dataset: Windows, size: int, accelerator: Accelerator) -> None:
     """Let `DistributedDataParallel` settle its buckets before the first update.
 
     It rebuilds its buckets after the first backward pass, in the order in which gradients became ready. With three or
@@ -109,7 +110,7 @@ def settle_gradient_exchange(loss_model: nn.Module, dataset: Dataset, size: int,
         loss_model.zero_grad(set_to_none=True)
 
 
-def _stack_windows(dataset: Dataset, size: int) -> torch.Tensor:
+def _stack_windows(dataset: Windows, size: int) -> torch.Tensor:
     return torch.stack([dataset[index % len(dataset)] for index in range(size)])
 
 
@@ -121,7 +122,8 @@ def _compile(loss_model: nn.Module, compile: str, device: torch.device) -> tuple
         return "TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set", loss_model
     try:
         # One graph per size: a dynamic one would be traced again for each size anyway.
-        return None, torch.compile(loss_model, dynamic=False)
+        compiled: Any = torch.compile(loss_model, dynamic=False)  # a module, as its argument
+        return None, compiled
     except Exception as error:
         return _describe(error), loss_model
 
@@ -133,7 +135,7 @@ def _agree_to_compile(reason: str | None, accelerator: Accelerator) -> None:
             raise CompilationError(f"torch.compile is off{_name_process(process, accelerator)}: {other}")
 
 
-def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractContextManager:
+def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """On a CPU, let the compiled backward pass recompute GELUs, layer norms and bfloat16 weights.
 
     By default the compiler saves the inputs of matrix products: 0.4 GB for GPT-2 124M and 2,048 tokens, although
@@ -145,7 +147,7 @@ def _recompute_cheap_activations(device: torch.device) -> contextlib.AbstractCon
 
 
 def _try_sizes(
-    loss_model: nn.Module, dataset: Dataset, sizes: Sequence[int], accelerator: Accelerator, advice: str
+    loss_model: nn.Module, dataset: Windows, sizes: Sequence[int], accelerator: Accelerator, advice: str
 ) -> Fit:
     for size in sizes:
         outcomes = gather_object([_try_micro_step(loss_model, dataset, size, accelerator)])
@@ -173,7 +175,7 @@ def _try_sizes(
     )
 
 
-def _try_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> Outcome:
+def _try_micro_step(loss_model: nn.Module, dataset: Windows, size: int, accelerator: Accelerator) -> Outcome:
     try:
         return Outcome(_time_micro_step(loss_model, dataset, size, accelerator))
     except UserError:
@@ -193,7 +195,7 @@ def _describe(error: Exception) -> str:
     return reason if isinstance(error, TorchDynamoException) else f"{type(error).__name__}: {reason}"
 
 
-def _time_micro_step(loss_model: nn.Module, dataset: Dataset, size: int, accelerator: Accelerator) -> float:
+def _time_micro_step(loss_model: nn.Module, dataset: Windows, size: int, accelerator: Accelerator) -> float:
     # A function of its own, so that a failed attempt leaves no tensors behind.
     # Training will also need the optimizer's moments and the buckets of the gradient exchange.
     reserved = [torch.empty_like(p) for p in loss_model.parameters() for _ in range(N_MOMENTS + 1) if p.is_cuda]

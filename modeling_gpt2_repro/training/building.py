@@ -1,5 +1,7 @@
 """The model of a run: its shape and its initial weights."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +42,7 @@ def build_model(source: str, config: TrainingConfig, tokenizer: PreTrainedTokeni
     return model
 
 
-def resolve_shape(config: TrainingConfig) -> dict[str, int]:
+def resolve_shape(config: TrainingConfig) -> dict[str, Any]:
     """Return `n_layer`, `n_head` and `n_embd` as far as the config sets them; for existing weights perhaps none.
 
     Raises:
@@ -50,7 +52,7 @@ def resolve_shape(config: TrainingConfig) -> dict[str, int]:
     if size is not None and size not in MODEL_SIZES:
         raise UserError(f"unknown --model_size {size}: use one of {', '.join(MODEL_SIZES)}")
     given = {name: getattr(config, name) for name in SHAPE if getattr(config, name) is not None}
-    return MODEL_SIZES.get(size, {}) | given
+    return (MODEL_SIZES[size] if size is not None else {}) | given
 
 
 def load_shape(source: str) -> dict[str, int]:
@@ -101,7 +103,7 @@ def _check_memory(model_config: GPT2ReproConfig) -> None:
         )
 
 
-def _get_dropouts(config: TrainingConfig) -> dict[str, float]:
+def _get_dropouts(config: TrainingConfig) -> dict[str, Any]:
     return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
 
 

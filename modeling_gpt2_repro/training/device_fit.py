@@ -81,6 +81,6 @@ def choose_sizes(
     if accelerator.device.type == "cuda":
         available = min(gather_object([measure_device_memory(accelerator.device)]))
         calculated, advice = memory.skip_too_large(sizes, available), memory.advise(available)
-    is_known = state and state.hardware == name_hardware(accelerator) and state.micro_batch_size in sizes
-    is_known = all(gather_object([is_known]))  # all ranks must try the same sizes
-    return (sizes[sizes.index(state.micro_batch_size) :] if is_known else calculated), advice
+    previous = state.micro_batch_size if state and state.hardware == name_hardware(accelerator) else None
+    is_known = all(gather_object([previous in sizes]))  # all ranks must try the same sizes
+    return (sizes[sizes.index(previous) :] if previous is not None and is_known else calculated), advice

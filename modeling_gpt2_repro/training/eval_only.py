@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from ..core.devices import describe_device, get_largest_micro_batch_size, is_out_of_memory
 from ..core.environment import report
 from ..core.errors import UserError, format_line
+from ..core.optional import not_none
 from ..core.streams import silence_libraries
 from ..data.shards import BASELINES_NAME, list_checksums
 from ..data.text_bytes import NOTE
@@ -68,8 +69,8 @@ def check_fits(
     Raises:
         UserError: the tokenizer differs from the data's, or the model has too few embeddings or positions.
     """
-    has_fast_form = isinstance(tokenizer, PreTrainedTokenizerFast)
-    if not has_fast_form or fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(inputs.tokenizer):
+    known = fingerprint_tokenizer(inputs.tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or fingerprint_tokenizer(tokenizer) != known:
         raise UserError(
             f"{FLAG} {config.init_from} has another tokenizer than {config.data_dir}: prepare data for it with "
             "prepare_data.py --tokenizer"
@@ -88,7 +89,7 @@ def measure_validation(
     Raises:
         UserError: a single window does not fit, or the loss is not finite.
     """
-    if not inputs.eval_bytes.is_exact and accelerator.is_main_process:
+    if not not_none(inputs.eval_bytes).is_exact and accelerator.is_main_process:
         print(NOTE, flush=True)
     largest = get_largest_micro_batch_size(accelerator.device, config.sequence_length)
     batch_size = largest if config.micro_batch_size == "auto" else int(config.micro_batch_size)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from ..core.devices import is_out_of_memory
@@ -31,7 +32,7 @@ class NonFiniteError(UserError):
 
     is_everywhere = True  # all ranks reduce the same numbers, and stop at the same update
 
-    def __init__(self, update: int, loss: float, grad_norm: float, windows: Sequence[int]):
+    def __init__(self, update: int, loss: float, grad_norm: float, windows: Sequence[int] | np.ndarray):
         self.details = {"update": update, "windows": [int(window) for window in windows]}
         first, last = min(windows), max(windows)
         where = f"windows {first} to {last}" if last - first + 1 == len(windows) else f"{len(windows)} windows"

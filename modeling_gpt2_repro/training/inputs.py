@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
+from ..core.optional import not_none
 from ..data.dataset import TokenDataset
 from ..data.text_bytes import TextBytes, count_text_bytes
 from ..data.tokenizer import load_data_tokenizer
@@ -19,7 +20,7 @@ from .config import TrainingConfig
 class Inputs:
     """The opened inputs of a run; unused ones are `None`."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     train_set: TokenDataset | None
     val_set: TokenDataset | None
     eval_bytes: TextBytes | None
@@ -28,9 +29,9 @@ class Inputs:
 
     def evaluate_loss(self, model: nn.Module, batch_size: int, accelerator: Accelerator) -> ValidationResult:
         """Compute a model's loss on the run's `n_eval_windows` validation windows."""
-        n_windows, n_bytes = self.n_eval_windows, self.eval_bytes.count
+        n_windows, n_bytes = self.n_eval_windows, not_none(self.eval_bytes).count
         return evaluate_loss(
-            model, self.val_set, n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
+            model, not_none(self.val_set), n_windows, batch_size=batch_size, n_bytes=n_bytes, accelerator=accelerator
         )
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..core.devices import ACCELERATOR_MICRO_BATCH_SIZE, get_largest_micro_batch_size
+from ..core.optional import not_none
 from ..data.dataset import TokenDataset
 from ..data.shards import load_manifest
 from ..evaluation.hellaswag_data import load_hellaswag
@@ -109,7 +110,7 @@ class Plan:
         """Return epochs, tokens and floating-point operations after `step` updates."""
         tokens = step * self.config.tokens_per_step
         return {
-            "train/epoch": step * self.config.windows_per_step / self.n_windows,
+            "train/epoch": step * self.config.windows_per_step / not_none(self.n_windows),
             "train/tokens": tokens,
             "train/flops": tokens * self.flops_per_token,
         }
@@ -162,7 +163,7 @@ class Plan:
 
 
 def build_plan(
-    config: TrainingConfig, inputs: Inputs, start: Start, model: nn.Module, accelerator: Accelerator
+    config: TrainingConfig, inputs: Inputs, start: Start, model: PreTrainedModel, accelerator: Accelerator
 ) -> Plan:
     """Plan a run with the largest micro-batch size to try.
 
@@ -179,7 +180,7 @@ def build_plan(
         first_step=start.step,
         max_steps=start.max_steps,
         last_step=min(start.max_steps, SMOKE_STEPS) if config.smoke else start.max_steps,
-        n_windows=len(inputs.train_set),
+        n_windows=len(not_none(inputs.train_set)),
         n_parameters=model.num_parameters(),
         flops_per_token=count_flops_per_token(model, config.sequence_length),
         eval_tokens=min(config.eval_tokens, inputs.val_set.n_tokens) if inputs.val_set else 0,
@@ -226,7 +227,7 @@ def describe_plan(config: TrainingConfig) -> list[str]:
     return plan.describe_costs()
 
 
-def count_flops_per_token(model: nn.Module, sequence_length: int) -> int:
+def count_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:
     """Return the floating-point operations of training per token, forward and backward.
 
     6 N + 12 L d T (PaLM paper, appendix B), where N counts the parameters in matrix products: all but the position

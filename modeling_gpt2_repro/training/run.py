@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..core.devices import describe_device, name_hardware, reset_peak_memory
+from ..core.optional import not_none
 from ..data.order import WindowOrder
 from ..data.text_bytes import NOTE
 from ..evaluation.samples import encode_prompt
@@ -115,14 +116,15 @@ def build_run(
     peak = choose_peak(accelerator.device, accelerator.mixed_precision, config.tf32)
     console.say(f"run         {record.folder}, trackers: {' and '.join(record.trackers) or 'none'}")
     console.say(*describe_run(plan, inputs, start, accelerator, peak))
-    fit, optimizer = fit_to_device(plan, memory, start, inputs.train_set, model, optimizer, accelerator, console.say)
+    train_set = not_none(inputs.train_set)
+    fit, optimizer = fit_to_device(plan, memory, start, train_set, model, optimizer, accelerator, console.say)
     plan = replace(plan, micro_batch_size=fit.micro_batch_size)
     seconds = plan.estimate_seconds(accelerator.num_processes / fit.seconds_per_token)
     check_duration(seconds, accelerator.device.type, is_accepted=config.yes or config.smoke)
     console.say(*describe_work(plan, start, seconds))
     # Record all skips, including the checkpoint's. In trackers, a forked run is a new run.
     recorded = replace(config, skip_steps=[f"{skip.start}:{skip.stop - 1}" for skip in start.skips])
-    record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.is_own else None)
+    record.start(recorded, start.resumed_step, start.state.tracker_run_id if start.state and start.is_own else None)
     reset_peak_memory(accelerator.device)
     return Run(
         config=config,
@@ -130,7 +132,7 @@ def build_run(
         start=start,
         plan=plan,
         schedule=config.build_schedule(start.max_steps),
-        order=WindowOrder(plan.n_windows, config.seed, config.first_permuted_epoch(inputs.train_set.is_shuffled)),
+        order=WindowOrder(len(train_set), config.seed, config.first_permuted_epoch(train_set.is_shuffled)),
         accelerator=accelerator,
         record=record,
         console=console,
@@ -172,12 +174,13 @@ def build_model_and_optimizer(
 
 def describe_run(plan: Plan, inputs: Inputs, start: Start, accelerator: Accelerator, peak: Peak) -> Iterator[str]:
     """Yield lines that describe device, model and data."""
-    config, order = plan.config, "shuffled" if inputs.train_set.is_shuffled else "in source order"
+    config, train_set = plan.config, not_none(inputs.train_set)
+    order = "shuffled" if train_set.is_shuffled else "in source order"
     source = start.checkpoint or config.init_from
     yield f"device      {describe_device(accelerator, config.mixed_precision)}"
     yield f"peak        {peak.flops / 1e12:,.2f} TFLOP/s per process, {peak.source}"
     yield f"model       {plan.n_parameters:,} parameters, from {source}, dropout {config.dropout:g}"
-    yield f"data        {config.data_dir}: {inputs.train_set.n_tokens:,} training tokens, {order}"
+    yield f"data        {config.data_dir}: {train_set.n_tokens:,} training tokens, {order}"
     if inputs.eval_bytes and not inputs.eval_bytes.is_exact:
         yield NOTE
 

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from ..core.devices import compute_once
 from ..core.errors import UserError
+from ..core.optional import not_none
 from ..data.shards import fingerprint_split
 from ..data.tokenizer import fingerprint_tokenizer
 from .building import load_shape, resolve_shape
@@ -65,12 +66,13 @@ def choose_start(config: TrainingConfig, inputs: Inputs, accelerator: Accelerato
         UserError: the checkpoint is damaged or belongs to another experiment, the run would overwrite something
             without being asked to, or the processes disagree.
     """
-    max_steps = config.derive_max_steps(len(inputs.train_set))
+    train_set = not_none(inputs.train_set)
+    max_steps = config.derive_max_steps(len(train_set))
     experiment = {
         **config.experiment,
         **resolve_shape(config),
         "max_steps": max_steps,
-        "train_tokens": inputs.train_set.n_tokens,
+        "train_tokens": train_set.n_tokens,
         "data": fingerprint_split(config.data_dir, "train"),
         "tokenizer": fingerprint_tokenizer(inputs.tokenizer),
     }

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import yaml
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from ..core.errors import UserError, format_line
 from ..core.files import make_folder
@@ -26,7 +26,7 @@ class Tracker(ABC):
     """A receiver of a run's record. Methods may raise any exception of the underlying library."""
 
     name: str
-    _tracker: GeneralTracker
+    _tracker: Any
 
     def __init__(self, folder: RunFolder, config: TrainingConfig, run_id: str):
         self._folder, self._config, self._run_id = folder, config, run_id

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ...core.devices import measure_private_memory
 from ...core.errors import UserError, format_line
+from ...core.optional import not_none
 from ..shards import MAX_VOCAB_SIZE
 from ..tokenizer import BYTE_TOKEN, ODD_SAMPLE, list_merges
 
@@ -48,10 +49,10 @@ class DocumentEncoder:
     eot_id: int
     uses_gigatoken: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._build_engine()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return DocumentEncoder, (self.tokenizer_json, self.eot_id, self.uses_gigatoken)
 
     def encode(self, documents: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +99,7 @@ class DocumentEncoder:
         # Measured around this call only: a worker's other allocations are as large, and counting them would trigger
         # needless rebuilds, which lose the cache.
         if before is not None:
-            self._engine_bytes += max(0, measure_private_memory() - before)
+            self._engine_bytes += max(0, not_none(measure_private_memory()) - before)
         else:
             self._engine_bytes += ENGINE_BYTES_PER_TEXT_BYTE * int(text_offsets[-1] - text_offsets[0])
         offsets = np.asarray(encoded.offsets.data, dtype=np.int64)
@@ -106,7 +107,7 @@ class DocumentEncoder:
         return tokens, offsets - offsets[0]
 
     def _build_engine(self) -> None:
-        self._engine = None  # free the old engine before building the new one
+        self._engine: Any = None  # free the old engine before building the new one
         self._engine_bytes = 0
         if self.uses_gigatoken:
             import awkward  # noqa: F401  half a second; imported here so that `build_encoder` sees a failure
@@ -128,7 +129,7 @@ def build_encoder(tokenizer: PreTrainedTokenizerFast, name: str) -> DocumentEnco
     try:
         encoder = DocumentEncoder(definition, tokenizer.eos_token_id, uses_gigatoken=True)
     # Raised by gigatoken for unsupported features, and by awkward under `python -X dev`.
-    except (ValueError, RuntimeError, TypeError, NotImplementedError, LookupError) as error:
+    except (ValueError, RuntimeError, TypeError, LookupError) as error:
         reason = format_line(str(error))
         print(f"gigatoken does not support {name}; falling back to the slower `tokenizers`: {reason}", flush=True)
         encoder = DocumentEncoder(definition, tokenizer.eos_token_id, uses_gigatoken=False)
@@ -245,7 +246,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
         )
 
 
-def _view_as_awkward(offsets: np.ndarray, text: np.ndarray):
+def _view_as_awkward(offsets: np.ndarray, text: np.ndarray) -> Any:
     import awkward
 
     characters = awkward.contents.NumpyArray(text, parameters={"__array__": "char"})

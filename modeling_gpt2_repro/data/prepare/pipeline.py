@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from ...core.devices import count_cores
 from ...core.errors import UserError
 from ...core.files import compute_checksum, sync_file, sync_folder, sync_tree
+from ...core.optional import not_none
 from ..shards import TEXT_BYTES_NAME, TOKENIZER_FOLDER, Manifest, Shard, load_manifest, save_manifest
 from ..sources.corpus import Corpus, Task
 from ..text_bytes import save_text_bytes
@@ -65,7 +66,7 @@ class Request:
         }
 
 
-def build_shards(folder: Path, request: Request, report_progress: Callable[[int], None]) -> Manifest:
+def build_shards(folder: Path, request: Request, report_progress: Callable[[int], object]) -> Manifest:
     """Do all remaining work on `folder`, which is created or replaced once it is complete.
 
     Args:
@@ -82,7 +83,7 @@ def build_shards(folder: Path, request: Request, report_progress: Callable[[int]
     ):
         if not work.is_complete():  # complete if an earlier run was killed while publishing
             save_manifest(_make_shards(work, request, pool), work.path)
-        manifest = load_manifest(work.path)
+        manifest = not_none(load_manifest(work.path))
         work.publish()
     return manifest
 
@@ -116,7 +117,7 @@ def _open_pool(
     work: WorkFolder,
     encoder: DocumentEncoder | None,
     config: PrepareConfig,
-    report_progress: Callable[[int], None] = lambda tokens: None,
+    report_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Generator[WorkerPool]:
     def on_wait(progress: int) -> None:
         work.lock.beat()

@@ -44,7 +44,7 @@ class Selection:
 
 def hash_documents(offsets: np.ndarray, text: np.ndarray, seed: int) -> np.ndarray:
     """Return the documents' keys, uint64 of shape `(documents,)`: XXH3-64 of the UTF-8 bytes, seeded with `seed`."""
-    view = memoryview(text)
+    view = text.data
     keys = [xxhash.xxh3_64_intdigest(view[start:end], seed) for start, end in itertools.pairwise(offsets.tolist())]
     return np.array(keys, dtype=np.uint64)
 

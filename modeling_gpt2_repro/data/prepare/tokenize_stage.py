@@ -22,6 +22,7 @@ import xxhash
 
 from ...core.errors import raise_if_unreadable
 from ...core.files import sync_file, sync_folder
+from ...core.optional import not_none
 from ..sources.corpus import Task
 from .config import PrepareConfig
 from .encoder import DocumentEncoder, get_text_buffers
@@ -115,7 +116,7 @@ def tokenize_task(context: WorkerContext, number: int, task: Task) -> TaskSummar
 
     Reading stops after the first batch with which the task reaches `max_tokens`.
     """
-    folder, encoder, config = context.pieces, context.encoder, context.config
+    folder, encoder, config = context.pieces, not_none(context.encoder), context.config
     finished = load_summary(folder, number, check=True)
     if finished is not None:
         add_progress(finished.tokens)

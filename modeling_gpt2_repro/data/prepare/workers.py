@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 from typing import Any
 
 from ...core.errors import UserError
+from ...core.optional import not_none
 from ...core.stop_signals import STOP_SIGNALS
 
 # Calls in flight per worker: enough to keep workers busy, few enough to waste little if the remaining results turn out
@@ -75,7 +76,7 @@ class WorkerPool:
             self._signals = _build_signals(1)
         self._num_workers = num_workers
         self._on_wait = on_wait
-        self._executor = None
+        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
         self._thread_error: BaseException | None = None
         self._others = set(multiprocessing.active_children())
         if num_workers == 1:
@@ -90,7 +91,7 @@ class WorkerPool:
                 initargs=(self._signals, shared),
             )
 
-    def map_in_order(self, function: Callable, calls: Iterable[tuple]) -> Iterator[Any]:
+    def map_in_order(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Generator[Any]:
         """Yield `function(shared, *call)` for each call, in order, drawing calls as workers become free.
 
         An exception of a call, or of `calls` itself, is raised in place of its result: a caller that stops earlier
@@ -104,7 +105,7 @@ class WorkerPool:
                 yield result
             return
         futures = self._submit(function, calls)
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
         try:
             pending.extend(itertools.islice(futures, CALLS_PER_WORKER * self._num_workers))
             while pending:
@@ -135,17 +136,19 @@ class WorkerPool:
     def _note_thread_error(self, thread: Any) -> None:
         self._thread_error = thread.exc_value
 
-    def _submit(self, function: Callable, calls: Iterable[tuple]) -> Iterator[concurrent.futures.Future]:
+    def _submit(
+        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+    ) -> Iterator[concurrent.futures.Future[Any]]:
         """Submit calls lazily, one per future drawn; an error of `calls` itself is set on the last future."""
         try:
             for call in calls:
-                yield self._executor.submit(_call, function, call)
+                yield not_none(self._executor).submit(_call, function, call)
         except UserError as error:
-            failed: concurrent.futures.Future = concurrent.futures.Future()
+            failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
             failed.set_exception(error)
             yield failed
 
-    def _wait(self, future: concurrent.futures.Future) -> Any:
+    def _wait(self, future: concurrent.futures.Future[Any]) -> Any:
         while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
             if self._thread_error is not None:
                 raise self._thread_error
@@ -175,7 +178,7 @@ def _initialize(signals: SimpleNamespace, shared: Any) -> None:
         _failure = error
 
 
-def _call(function: Callable, call: tuple) -> Any:
+def _call(function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
     if _failure is not None:
         raise _failure
     return None if is_over() else function(_shared, *call)
@@ -183,5 +186,5 @@ def _call(function: Callable, call: tuple) -> Any:
 
 def _exit_with_parent() -> None:
     """Exit when the parent process dies: the worker would otherwise wait for calls forever."""
-    multiprocessing.parent_process().join()
+    not_none(multiprocessing.parent_process()).join()
     os._exit(1)

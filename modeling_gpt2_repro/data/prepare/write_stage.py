@@ -127,7 +127,7 @@ def plan_shards(
         keys = [select_training(chunk.read_documents(), selection)[0]["key"] for chunk in chunks]
         duplicates = count_duplicates(np.sort(np.concatenate(keys)))
     else:
-        starts = _list_starts(sum(bucket_tokens)).tolist()
+        starts = _list_starts(np.sum(bucket_tokens, axis=0)).tolist()
         parts += [Part(train_writer, chunks, bucket, start) for bucket, start in zip(buckets, starts, strict=True)]
     return WritePlan(chunks, read, selection, val, train, copies, parts, [val_writer, train_writer], duplicates)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from ...core.errors import UserError
 from ...core.hub_client import HUB_TIMEOUT_SECONDS, HubUnreachableError, ask_hub
+from ...core.optional import not_none
 from .config import DEFAULT_CONFIGS, DOCSTRINGS, FINEWEB_EDU, SourceConfig
 from .docstrings import describe_packages, list_docstring_tasks
 from .hub_datasets import list_hub_tasks
@@ -80,8 +81,9 @@ def build_file_corpus(patterns: list[str], text_column: str, document_separator:
     Raises:
         UserError: as `find_files`; reading the tasks raises those of `list_file_tasks`.
     """
-    for spelled, meant in ESCAPES.items() if document_separator else ():
-        document_separator = document_separator.replace(spelled, meant)
+    if document_separator:
+        for spelled, meant in ESCAPES.items():
+            document_separator = document_separator.replace(spelled, meant)
     files = find_files(patterns)
     source = {"id": "files", "files": [{"path": str(path), "bytes": path.stat().st_size} for path in files]}
     prefix = _slugify(files[0].name.partition(".")[0]) if len(files) == 1 else "text"
@@ -130,7 +132,7 @@ def _resolve_revision(name: str, revision: str | None) -> str:
             f"cannot reach the Hub for the dataset {name!r} ({error}): check the connection, pass --files, or use the "
             f"built-in corpus with --dataset_name {DOCSTRINGS}"
         ) from error
-    return info.sha
+    return not_none(info.sha)
 
 
 def _slugify(name: str) -> str:

@@ -99,9 +99,9 @@ def _cut_into_files(dataset: Any, what: str, files: list[str], text_column: str)
 
 def _prepare_datasets() -> Any:
     """Import `datasets`, with fewer retries and without logging: our errors include what it would log."""
-    import datasets  # here, because it takes half a second that local files need not wait for
+    import datasets.config  # here, because it takes half a second that local files need not wait for
 
-    config = datasets.config
+    config: Any = datasets.config
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = READ_TRIES
     config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = SECONDS_BETWEEN_TRIES
     config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = SECONDS_BETWEEN_TRIES

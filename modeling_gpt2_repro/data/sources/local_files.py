@@ -79,7 +79,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 def list_file_tasks(
     paths: Iterable[Path], text_column: str, document_separator: str | None
-) -> Iterator["FileTask | TextTask"]:
+) -> Iterator["ParquetTask | JsonlTask | TextTask"]:
     """Yield the files' tasks in the order of their documents.
 
     Raises:
@@ -151,7 +151,8 @@ def _group_by_size(items: Iterable[Item], size_of: Callable[[Item], int], min_si
         size += size_of(item)
         if size >= min_size:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
     if group:
         yield group
 

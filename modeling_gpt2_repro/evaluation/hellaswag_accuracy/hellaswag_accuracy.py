@@ -27,8 +27,8 @@ class HellaSwagAccuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__,
-            inputs_description=self.__doc__,
+            description=self.__doc__ or "",
+            inputs_description=self.__doc__ or "",
             citation="Zellers et al. (2019), HellaSwag: Can a Machine Really Finish Your Sentence?, arXiv:1905.07830",
             features=datasets.Features(
                 predictions=datasets.Sequence(datasets.Value("float64")),
@@ -37,6 +37,7 @@ class HellaSwagAccuracy(evaluate.Metric):
             ),
         )
 
+    # pyrefly: ignore[bad-override]  `evaluate` passes the features that `_info` names
     def _compute(
         self, predictions: list[list[float]], lengths: list[list[int]], references: list[int]
     ) -> dict[str, float | None]:
