@@ -62,6 +62,7 @@ test-gpu:
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 # Runs all benchmarks sequentially (about 50 minutes on two cores) and writes docs/benchmarks.md. A failing benchmark
 # does not stop the others. HellaSwag's items are read from .gpu/hellaswag_val.jsonl.gz if it exists.
