@@ -6,11 +6,14 @@ PIP ?= $(BIN)/pip
 PIP_ARGS ?=
 BIN := .venv/bin
 INSTALL = VIRTUAL_ENV="$(CURDIR)/.venv" $(PIP) install --constraint constraints.txt $(PIP_ARGS)
-TEST_WORKERS ?= 2
+# Three also pay off on two cores, as tests wait for disks, servers and processes. A worker takes whole files;
+# tests/conftest.py puts those with many heavy tests first.
+TEST_WORKERS ?= 3
+TEST = $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 SAMPLE_ITEMS := modeling_gpt2_repro/evaluation/hellaswag_sample.jsonl
 
-.PHONY: install demo next-steps test test-slow test-gpu quality bench fuzz audit ecosystem
+.PHONY: install demo next-steps test test-quick test-slow test-gpu quality bench fuzz audit ecosystem
 
 install: .venv/installed
 
@@ -47,11 +50,19 @@ next-steps:
 		'# See what the full run takes' \
 		'python train.py --config configs/gpt2_124M.yaml --plan'
 
+# Containers often set this variable, and then each of the tests' processes compiles the package again.
+test test-quick test-slow: export PYTHONDONTWRITEBYTECODE :=
+
 test: install
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+	$(TEST) -m "not slow"
+
+# Leaves out the tests marked as heavy (HEAVY_FIXTURES in tests/conftest.py): all training runs, all processes, compiled
+# models, and generated bad input. What is left covers every folder of the package.
+test-quick: install
+	$(TEST) -m "not slow and not heavy" --durations=5
 
 test-slow: install
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m slow -rs
+	$(TEST) -m slow -rs
 	GPU_TESTS_DEVICE=cpu $(BIN)/pytest tests/gpu
 
 # Tests that need a GPU. Installs nothing: set PYTHON to an interpreter whose torch sees the device. Without a GPU,

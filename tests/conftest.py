@@ -28,8 +28,10 @@ from modeling_gpt2_repro.training import throughput
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# Tests with one of these fixtures, directly or through another, train a model or start processes.
-HEAVY_FIXTURES = {"shards", "gpt2_shards", "forks"}
+# Tests with one of these fixtures, directly or through another, and tests in these folders train a model, start
+# processes or try hundreds of inputs. So do those marked as heavy themselves.
+HEAVY_FIXTURES = {"shards", "gpt2_shards", "forks", "server"}
+HEAVY_FOLDERS = {"bad_input", "benchmarks", "crash_points"}
 
 torch.set_num_threads(1)
 _request = CurveDrawer.request
@@ -42,7 +44,7 @@ def pytest_collection_modifyitems(items):
     pytest-xdist assigns whole files in this order; a long file at the end would leave the other workers idle.
     """
     for item in items:
-        if HEAVY_FIXTURES & set(item.fixturenames):
+        if HEAVY_FIXTURES & set(item.fixturenames) or item.path.parent.name in HEAVY_FOLDERS:
             item.add_marker("heavy")
     n_heavy = collections.Counter(item.path for item in items if item.get_closest_marker("heavy"))
     items.sort(key=lambda item: -n_heavy[item.path])

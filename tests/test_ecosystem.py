@@ -14,6 +14,8 @@ from modeling_gpt2_repro import GPT2ReproForCausalLM, GPT2ReproModel
 from modeling_gpt2_repro.core.devices import can_compile
 from modeling_gpt2_repro.model.folder import save_model, save_published_model
 
+pytestmark = pytest.mark.heavy
+
 SHAPES = {
     "tied": {},
     "one head": {"n_layer": 1, "n_head": 1},

@@ -18,6 +18,8 @@ from modeling_gpt2_repro.core.files import compute_checksum
 from modeling_gpt2_repro.evaluation.hellaswag import HellaSwagResult
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE, load_hellaswag
 
+pytestmark = pytest.mark.heavy
+
 REPOSITORY = Path(eval_hellaswag.__file__).parent
 LIMIT = 6
 

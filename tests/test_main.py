@@ -46,6 +46,7 @@ def test_an_unknown_command_suggests_the_nearest_one(capsys, argv, complaint):
     assert complaint in line and all(name in line for name in COMMANDS)
 
 
+@pytest.mark.heavy
 def test_the_package_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", PACKAGE, "summary"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

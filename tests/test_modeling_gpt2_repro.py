@@ -238,6 +238,7 @@ def test_saved_weights_are_reloaded_bit_for_bit(tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path)) is GPT2ReproModel
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["native", "published"])
 def test_a_folder_loads_without_the_package(form, tmp_path, tokenizer):
     model, ids = build_model(), torch.arange(20)[None]

@@ -246,6 +246,7 @@ CARDS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CARDS)
 def test_the_commands_on_a_card_reproduce_its_run(tmp_path, monkeypatch, case):
     files, data_dir, output_dir, prompt = (

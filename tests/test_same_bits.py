@@ -22,6 +22,8 @@ from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core import devices, launch
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not devices.can_compile(CPU), reason="torch.compile needs a C++ compiler on a CPU")
 needs_bf16 = pytest.mark.skipif(not devices.supports_bf16(CPU), reason="this CPU has no bf16 of its own")

@@ -28,6 +28,8 @@ from modeling_gpt2_repro.training.building import build_model
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.metrics import read_metrics
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def finished_run(shards, tmp_path_factory) -> Path:

@@ -25,6 +25,7 @@ def test_the_command_draws_one_run_into_its_folder(tmp_path, capsys):
     assert "run: step 50, 26.21M tokens, 50 min: train 4.5110, validation 4.6110" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_the_command_compares_runs_with_logs_in_a_new_process(tmp_path):
     run, again = write_run(tmp_path / "run", build_lines(50)), tmp_path / "again" / "run"
     shutil.copytree(run, again)

@@ -52,6 +52,7 @@ print((kept - before) // 2**20, (measure_private_memory() - before) // 2**20)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(devices.load_glibc() is None, reason="only glibc's allocator is configured to keep freed memory")
 def test_freed_memory_is_kept_for_the_next_step_until_it_is_returned():
     result = subprocess.run([sys.executable, "-c", FREE_AND_RETURN], capture_output=True, text=True, check=True)

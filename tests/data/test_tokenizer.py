@@ -74,6 +74,7 @@ def describe_ideal(tokenizer) -> dict:
 CONFIGS = {"final": {"model_type": "gpt2"}, "checkpoint": {"model_type": "gpt2_repro"}, "alone": None}
 
 
+@pytest.mark.heavy
 def test_a_loaded_tokenizer_adds_nothing_and_saves_one_that_adds_nothing(tmp_path):
     """Check this process, and each kind of folder that we write in a process that does not import the package."""
     ideals, names = {}, [name for name in FAMILIES if name != "plain_added_end"]  # its end-of-text token is not saved

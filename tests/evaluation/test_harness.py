@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm_eval) is not in
 from harness import encode_pairs, run_harness
 
 # The harness warns when it divides by the length of an ending that is empty after its marks are removed.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore:divide by zero")]
 REAL_FILE = SHARED_DATA / "hellaswag_val.jsonl"
 
 # Marks, double spaces, contexts that end in a bracket, spaces at either end, and text that resembles these.

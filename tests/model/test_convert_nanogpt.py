@@ -303,6 +303,7 @@ def run_command(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.heavy
 def test_command_writes_a_folder_that_stock_transformers_loads(tmp_path, tokenizer):
     reference, output = Reference(vocab_size=50304, bias=False, n_embd=16), tmp_path / "model"
     path = save_nanogpt(tmp_path / "ckpt.pt", reference, n_embd=16, bias=False)

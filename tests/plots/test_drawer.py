@@ -16,6 +16,8 @@ from modeling_gpt2_repro.plots import drawer
 from modeling_gpt2_repro.plots.drawer import CurveDrawer
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.heavy
+
 PATIENCE_SECONDS = 120
 
 

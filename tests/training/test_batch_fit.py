@@ -13,6 +13,8 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training import batch_fit
 from modeling_gpt2_repro.training.batch_fit import WindowLoss, fit_micro_batch
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def model() -> GPT2ReproForCausalLM:

@@ -26,6 +26,8 @@ from modeling_gpt2_repro.training.run_folder import RunFolder
 from modeling_gpt2_repro.training.trackers import choose_trackers
 from modeling_gpt2_repro.training.wandb_settings import has_key
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(autouse=True)
 def _nobodys_home(monkeypatch, tmp_path):

@@ -96,6 +96,7 @@ def measure_growth(encoder: DocumentEncoder) -> int:
     return max(growth)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(measure_private_memory() is None, reason="reads /proc, which only Linux has")
 def test_an_endless_stream_of_new_words_takes_bounded_memory(gigatoken_encoder):
     # In a new process, without freed memory for the engine to grow into.

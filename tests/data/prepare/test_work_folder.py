@@ -24,6 +24,8 @@ from modeling_gpt2_repro.core import files, locks
 from modeling_gpt2_repro.data.prepare import tokenize_stage, work_folder, write_stage
 from modeling_gpt2_repro.data.sources import local_files
 
+pytestmark = pytest.mark.heavy
+
 FORK = multiprocessing.get_context("fork")
 
 
