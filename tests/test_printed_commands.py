@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 from conftest import REPOSITORY
 from printed_commands import list_blocks, read_commands
+from small_corpora import write_tokenizer
 from small_runs import flags
 
 import prepare_data
@@ -261,9 +262,12 @@ def test_the_commands_on_a_card_reproduce_its_run(tmp_path, monkeypatch, case):
             texts = [f"{number} {each} ships passed the lighthouse on the coast." for each in range(80)]
             (folder / name).write_text("\n-\n".join(texts))
         shutil.copy(SAMPLE_FILE, folder / "items.jsonl")
+        write_tokenizer(folder / "own tokenizer")
 
     monkeypatch.chdir(tmp_path / "first")
     argv = ["--files", *files, f"--output_dir={data_dir}", "--document_separator=\n-\n", "--val_tokens=300"]
+    if case != "the default folder":  # which GPT-2's tokenizer, the default, has to itself
+        argv.append("--tokenizer=own tokenizer")
     assert prepare_data.main([*argv, "--num_workers=1"]) == 0
     monkeypatch.setattr(
         "modeling_gpt2_repro.training.run.choose_peak", lambda *_: Peak(1e9, "a test")

@@ -29,7 +29,6 @@ import pyarrow.parquet
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
-from matplotlib.figure import Figure
 from tokenizers import pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
@@ -73,10 +72,8 @@ def cases(count: int) -> Callable:
 
 @reports_user_errors
 def draw(argv: Sequence[str] | None = None) -> int:
-    """Draw a run's curves as a script would, but at a low resolution, which takes half of the time."""
-    save = Figure.savefig
-    with mock.patch.object(Figure, "savefig", lambda self, stream, dpi, **how: save(self, stream, dpi=20, **how)):
-        draw_curves(RunFolder(argv[0]))
+    """Draw a run's curves as a script would."""
+    draw_curves(RunFolder(argv[0]))
     return 0
 
 

@@ -45,7 +45,9 @@ def list_variables() -> Iterator[str]:
     for path in sorted(root.rglob("*.py")):
         if path.relative_to(root).parts[0] in EXCLUDED_FOLDERS:
             continue
-        tree = ast.parse(path.read_text())
+        if "env" not in (text := path.read_text()):
+            continue
+        tree = ast.parse(text)
         prefixes = {
             node.value.value
             for node in ast.walk(tree)
