@@ -58,6 +58,8 @@ test: install
 
 # Leaves out the tests marked as heavy (HEAVY_FIXTURES in tests/conftest.py): all training runs, all processes, compiled
 # models, and generated bad input. What is left covers every folder of the package.
+# Two workers: these tests rarely wait, and each worker spends seconds on imports.
+test-quick: TEST_WORKERS = 2
 test-quick: install
 	$(TEST) -m "not slow and not heavy" --durations=5
 

@@ -314,6 +314,7 @@ def test_dataset_from_a_local_folder(run, texts, documents, tmp_path, monkeypatc
     assert (code, "no column 'story'" in err) == (2, True)
 
 
+@pytest.mark.heavy
 def test_built_in_corpus(run, tmp_path):
     code, _, err = run(
         "--dataset", "docstrings", "--max_tokens", "50_000", "--tokenizer", GPT2_TOKENIZER, num_workers=2
@@ -363,6 +364,7 @@ def test_inspect_shows_documents_and_the_manifest(run, corpus, texts, tmp_path):
     assert hash_folder(folder) == before | {"inspection.png": hash_folder(folder)["inspection.png"]}
 
 
+@pytest.mark.heavy
 def test_inspect_is_repeatable_and_depends_on_the_seed(run, corpus, tmp_path):
     run("--files", corpus)
     first = (*run("--inspect", 5), hash_folder(tmp_path / "out"))

@@ -68,6 +68,7 @@ def test_original_protocol_matches_one_row_at_a_time_on_the_sample(model, tokeni
 
 
 @pytest.mark.skipif(not REAL_FILE.exists(), reason="HellaSwag's validation items are not on this machine")
+@pytest.mark.heavy
 def test_original_protocol_matches_one_row_at_a_time_on_real_items(model, tokenizer):
     assert_matches_plain_scores(model, tokenizer, random.Random(1).sample(load_hellaswag(REAL_FILE), 40))
 
