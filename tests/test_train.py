@@ -21,6 +21,7 @@ import modeling_gpt2_repro
 import prepare_data
 import train
 from modeling_gpt2_repro.data.dataset import TokenDataset
+from modeling_gpt2_repro.plots.panels import SMALL_PANELS
 from modeling_gpt2_repro.training import checkpoint as checkpoint_module
 from modeling_gpt2_repro.training import device_fit, metrics
 from modeling_gpt2_repro.training.batch_fit import WindowLoss
@@ -73,8 +74,9 @@ def test_run_folder_is_complete(finished_run, shards):
 
 def test_the_names_of_all_metrics_are_documented(finished_run):
     names = {name for line in read_metrics(finished_run / "metrics.jsonl") for name in line} - {"step"}
-    documented = set(re.findall(r"`([a-z_]+/[a-z_]+)`", metrics.__doc__))
+    documented = set(re.findall(r"`([a-z_]+/[a-z0-9_]+)`", metrics.__doc__))
     assert names == documented | {name.replace("hellaswag/", "hellaswag_lm_eval/") for name in documented}
+    assert SMALL_PANELS.keys() <= documented
 
 
 def test_log_keeps_the_original_scripts_numbering(finished_run):
