@@ -16,6 +16,7 @@ from modeling_gpt2_repro.data.shards import (
     WORK_FOLDER,
     Totals,
     find_foreign_file,
+    fingerprint_split,
     list_checksums,
     load_manifest,
     map_files,
@@ -168,3 +169,17 @@ def test_a_manifest_that_is_not_json_is_rejected(folder):
     (folder / MANIFEST_NAME).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         load_manifest(folder)
+
+
+def test_a_split_without_a_manifest_is_known_by_the_names_and_sizes_of_its_shards(tmp_path):
+    np.save(tmp_path / "story_train_000001.npy", np.arange(50, dtype=np.uint16))
+    np.save(tmp_path / "story_val_000000.npy", np.arange(50, dtype=np.uint16))
+    before = fingerprint_split(tmp_path, "train")
+    np.save(tmp_path / "story_val_000000.npy", np.arange(40, dtype=np.uint16))
+    assert fingerprint_split(tmp_path, "train") == before
+    np.save(tmp_path / "story_train_000001.npy", np.arange(49, dtype=np.uint16))
+    shorter = fingerprint_split(tmp_path, "train")
+    np.save(tmp_path / "story_train_000001.npy", np.arange(50, dtype=np.uint16))
+    assert shorter != before == fingerprint_split(tmp_path, "train")
+    np.save(tmp_path / "story_train_000002.npy", np.arange(1, dtype=np.uint16))
+    assert fingerprint_split(tmp_path, "train") != before
