@@ -69,7 +69,18 @@ FOREIGN = {
 FOREIGN_FLAGS = {
     *("config_file", "num_processes", "nodes", "ntasks_per_node", "nnodes", "nproc_per_node", "rdzv_backend"),
     *("rdzv_endpoint", "standalone", "model_args", "tasks", "batch_size", "logdir", "only", "toy", "hypothesis_seed"),
-    *("extra_index_url", "torch_backend", "name", "rounds", "check", "tokens", "texts", "items", "compile"),
+    *(
+        "extra_index_url",
+        "torch_backend",
+        "deadline",
+        "name",
+        "rounds",
+        "check",
+        "tokens",
+        "texts",
+        "items",
+        "compile",
+    ),
 }
 
 
