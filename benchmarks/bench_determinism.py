@@ -24,12 +24,12 @@ from benchmarks.bench_training_step import WARMUP_STEPS, OurLoop
 from benchmarks.measurements import SHAPES, Report, build_parser, time_call
 from modeling_gpt2_repro.core import launch
 
-PEERS = ("deterministic", "free")
+PEERS = ("deterministic", "nondeterministic")
 
 
 def serve(name: str, options: argparse.Namespace, connection: Connection) -> None:
     """Build a training loop, and send the seconds of a step for each request."""
-    if name == "free":
+    if name == "nondeterministic":
         mock.patch.object(launch, "compute_deterministically", lambda is_wanted: None).start()
     loop = OurLoop(options, options.compile)
     for _ in range(WARMUP_STEPS):
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     ratios = [ours / theirs for ours, theirs in zip(*(seconds[name] for name in PEERS), strict=True)]
     low, high = find_median_interval(ratios)
     statistic = f"median of {len(ratios)} neighboring pairs, 95 % interval"
-    report.add(part, "deterministic / free", statistics.median(ratios), "x", statistic=statistic, low=low, high=high)
+    report.add(part, " / ".join(PEERS), statistics.median(ratios), "x", statistic=statistic, low=low, high=high)
     report.write(options.output)
 
 

@@ -58,7 +58,11 @@ def build_page(page: str, folder: Path) -> str:
 def format_results(path: Path, letter: str) -> str:
     """Return the table of a file of results, with its source above and its notes and omissions below."""
     content, figures, omissions = read_results(path)
-    settings = ", ".join(f"{name} {_format_setting(value)}" for name, value in content["settings"].items())
+    settings = ", ".join(
+        f"{name} {_format_setting(value)}"
+        for name, value in content["settings"].items()
+        if value not in (None, "") and value is not False
+    )
     lines = [
         f"Machine [{letter}](#machines), {content['date'][:10]}, commit `{_shorten(content['commit'])}`, "
         f"[full record](../benchmarks/results/{path.name}). Settings: {settings}. Repeat with "
