@@ -76,6 +76,7 @@ def describe_losses(folder: RunFolder, metrics: Sequence[Metrics]) -> Iterator[R
     try:
         config = folder.read_config()
         vocab_size = find_vocab_size(folder, config)
+        folder.check_data(config.data_dir)
         n_windows = config.eval_tokens // config.sequence_length
         loss = measure_unigram_loss(config.data_dir, n_windows, config.sequence_length, vocab_size)
         yield "unigram entropy", f"{loss:.4f}, from token frequencies alone"

@@ -23,7 +23,8 @@ from ..core.files import (
     restore_folder,
     sync_file,
 )
-from .checkpoint import prune_checkpoints, remove_models
+from ..data.shards import fingerprint_split
+from .checkpoint import list_checkpoints, load_state, prune_checkpoints, remove_models
 from .config import TrainingConfig
 from .metrics import Metrics, format_log_lines, read_json_lines, read_json_object, read_metrics
 
@@ -105,6 +106,17 @@ class RunFolder:
         best = read_json_object(self.best_metrics)
         is_known = isinstance(best.get("step"), int) and isinstance(best.get("val/loss"), float)
         return best["val/loss"] if is_known and best["step"] <= step else None
+
+    def check_data(self, data_dir: str) -> None:
+        """Check that a data folder has the training data of the run; without a checkpoint, that it exists.
+
+        Raises:
+            UserError: it does not, or this cannot be read.
+        """
+        found = fingerprint_split(data_dir, "train")
+        for checkpoint in list_checkpoints(self.checkpoints)[-1:]:
+            if load_state(checkpoint).experiment.get("data") != found:
+                raise UserError(f"the training data in {data_dir} changed since the run")
 
     def get_finished_step(self) -> int:
         """Return the step of the finished model; 0 if there is none or its step is unknown."""

@@ -1,5 +1,6 @@
 """The summary of a run, in a block that fits the terminal."""
 
+import dataclasses
 import json
 import math
 
@@ -10,8 +11,9 @@ from modeling_gpt2_repro.__main__ import main
 from modeling_gpt2_repro.commands.summary import FULL_RUN_TOKENS, summarize
 from modeling_gpt2_repro.core.arguments import parse_arguments, write_config
 from modeling_gpt2_repro.core.terminal import count_columns
-from modeling_gpt2_repro.data.shards import load_manifest
+from modeling_gpt2_repro.data.shards import fingerprint_split, load_manifest
 from modeling_gpt2_repro.data.unigram import measure_unigram_loss
+from modeling_gpt2_repro.training.checkpoint import TrainingState
 from modeling_gpt2_repro.training.config import TrainingConfig
 from modeling_gpt2_repro.training.run_folder import RunFolder
 
@@ -83,6 +85,18 @@ def test_a_missing_data_folder_or_configuration_is_reported(run_folder, missing)
     assert "not available" in rows["unigram entropy"]
     assert ("gone" if missing == "data" else "config.yaml") in rows["unigram entropy"]
     assert rows["chance"].startswith("10.8249, ")
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_data_that_changed_since_the_run_are_not_measured(run_folder, shards, is_same):
+    state = run_folder / "checkpoints" / "step_0000002" / "training_state" / "state.json"
+    state.parent.mkdir(parents=True)
+    experiment = {"data": fingerprint_split(shards, "train") if is_same else "sha256:0"}
+    saved = TrainingState(step=2, tokens=32, experiment=experiment, skips=[], tracker_run_id="")
+    state.write_text(json.dumps(dataclasses.asdict(saved)))
+    rows = read_rows(run_folder)
+    assert ("not available" in rows["unigram entropy"]) is not is_same
+    assert (str(shards) in rows["unigram entropy"]) is not is_same
 
 
 def test_the_first_and_the_last_sample_are_shown(run_folder):
