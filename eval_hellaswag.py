@@ -117,21 +117,34 @@ def report_scores(config: HellaSwagConfig, results: Sequence[HellaSwagResult], i
 
 
 def format_scores(results: Sequence[HellaSwagResult], with_published: bool) -> str:
-    """Format a table with one line per protocol and metric, optionally with columns for published scores."""
-    published_models = PUBLISHED_MODELS if with_published else ()
-    rows = [["protocol", "metric", "score", *published_models]]
+    """Format a table with one line per protocol and metric, optionally followed by one of published scores."""
+    rows = [["protocol", "metric", "score"]]
     for result in results:
         for metric in ("acc", "acc_norm"):
             score = format_score(getattr(result, metric), getattr(result, f"{metric}_stderr"), result.n)
-            published = map(PUBLISHED_SCORES[result.protocol, metric].get, published_models)
-            others = ("-" if number is None else f"{number:.4f}" for number in published)
-            rows.append([result.protocol, metric, score, *others])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+            rows.append([result.protocol, metric, score])
+    lines = align(rows)
     for result in results:
         if result.n_truncated:
             lines.append(f"{result.protocol}: {result.n_truncated} contexts truncated on the left to fit the model")
-    return "\n".join([*lines, *([PUBLISHED_NOTE] if with_published else [])])
+    if with_published:
+        lines += ["", *align(list_published([result.protocol for result in results])), PUBLISHED_NOTE]
+    return "\n".join(lines)
+
+
+def list_published(protocols: Sequence[str]) -> list[list[str]]:
+    """Return the rows of the published scores: a header, and a row per model."""
+    columns = {key: scores for key, scores in PUBLISHED_SCORES.items() if key[0] in protocols}
+    rows = [["published", *map(" ".join, columns)]]
+    for model in PUBLISHED_MODELS:
+        rows.append([model, *(f"{scores[model]:.4f}" if model in scores else "-" for scores in columns.values())])
+    return rows
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return one line per row, with the cells of each column at the same position."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 if __name__ == "__main__":

@@ -27,5 +27,6 @@ PUBLISHED_SCORES: dict[tuple[str, str], dict[str, float]] = {
 PUBLISHED_MODELS = tuple(PUBLISHED_SCORES["original", "acc_norm"])
 
 PUBLISHED_NOTE = """\
-GPT columns: published by others, not measured here. GPT-2 124M and 1558M: same protocol, from build-nanogpt's
-hellaswag.py; 350M and 774M: from its play.ipynb; GPT-3 125M: GPT-3 paper, table H.1, zero-shot, per token."""
+Published by others, not measured here. GPT-2 124M and 1558M: build-nanogpt's
+hellaswag.py; 350M and 774M: its play.ipynb; GPT-3 125M: GPT-3 paper,
+table H.1, zero-shot, per token."""
