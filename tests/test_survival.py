@@ -290,8 +290,7 @@ def test_two_processes_agree_where_to_stop(shards, tmp_path, forks):
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:07d}"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGQUIT, marks=pytest.mark.slow)])
 def test_what_a_terminal_sends_to_torchrun_lets_its_processes_save(shards, tmp_path, number):
     """torchrun passes it on to its workers, which have sessions of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

@@ -241,6 +241,17 @@ def test_stale_files_are_deleted_and_foreign_files_kept(hub, published, run, tmp
     assert not tree & {".eval_results/x.yaml", "model-00001-of-00002.safetensors"}
 
 
+def test_a_folder_that_is_named_like_a_weight_file_is_not_taken_for_it(hub, published, run):
+    """Its entry on the Hub has no checksum."""
+    key, tag = "models/me/folders", "step-0000006"
+    hub.commit(key, {"modeling_gpt2_repro.py": b"", "model.safetensors/shard": b"theirs"}, branch="theirs")
+    hub.tag(key, tag, "theirs")
+    hub.commit(key, {"modeling_gpt2_repro.py": b""})
+    assert run(COMMANDS, "publish", published, "--repo_id", "me/folders", "--checkpoints").code == 0
+    weights = hub.get_file(key, "model.safetensors", tag)
+    check_same_weights(weights, published / "checkpoints" / "step_0000006")
+
+
 def hub_head(hub, repo_id: str) -> str:
     return hub.repositories[f"models/{repo_id}"].references["main"]
 
