@@ -108,10 +108,8 @@ def set_up_and_train(
         return 0
     uploader.check(is_resumed=start.state is not None)
     run = build_run(config, inputs, start, accelerator, record, console)
-    if (
-        start.checkpoint is not None and start.is_own
-    ):  # the run may have been killed between this checkpoint and its upload
-        uploader.submit(start.checkpoint)
+    if start.checkpoint is not None and start.is_own:
+        uploader.submit(start.checkpoint)  # the run may have been killed between this checkpoint and its upload
     uploader.start(start.resumed_step)
     with (
         faults.explained_out_of_memory(config.list_divisors(run.plan.n_processes), run.plan.micro_batch_size),
