@@ -1,4 +1,4 @@
-"""Training runs small enough for a test, and readers of their metrics."""
+"""Training runs that are small enough for tests, and readers of their metrics."""
 
 import json
 import subprocess
@@ -62,5 +62,5 @@ def list_launch_command(n_processes: int, argv: list[str]) -> list[str]:
 
 
 def launch(n_processes: int, argv: list[str]) -> subprocess.CompletedProcess:
-    """Run train.py to its end in several separate processes."""
+    """Run train.py in several separate processes until it ends."""
     return subprocess.run(list_launch_command(n_processes, argv), capture_output=True, text=True)

@@ -66,13 +66,13 @@ def find_layer(module: str) -> int:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_module)
-def test_imports_go_down(path):
+def test_imports_follow_the_order_of_the_layers(path):
     importer = name_module(path)
     wrong = [imported for imported in list_imports(path) if find_layer(imported) > find_layer(importer)]
     assert not wrong, f"{importer} may not import {wrong}"
 
 
-def test_the_two_files_that_travel_import_only_each_other():
+def test_the_model_files_import_only_each_other():
     imported = {name: list_imports(REPOSITORY / PACKAGE / f"{name}.py") for (name,) in LAYERS[:2]}
     assert imported == {"configuration_gpt2_repro": set(), PACKAGE: {"configuration_gpt2_repro"}}
 
@@ -100,7 +100,7 @@ def list_names(path: Path) -> list[str]:
     return names
 
 
-def test_no_two_definitions_share_a_name():
+def test_no_two_public_definitions_share_a_name():
     homes = collections.defaultdict(set)  # a module defines an overloaded function several times
     for path in MODULES:
         for name in list_names(path):

@@ -141,7 +141,7 @@ def test_several_processes_give_the_same_numbers(model_folder, tmp_path, forks, 
     assert (tmp_path / "new" / "examples.jsonl").read_bytes() == examples_alone
 
 
-def test_accelerates_launcher_gives_the_same_numbers(model_folder, tmp_path, examples_alone):
+def test_the_launcher_gives_the_same_numbers(model_folder, tmp_path, examples_alone):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, accelerate, eval_hellaswag\n"
@@ -176,7 +176,7 @@ def assert_same_sums(ours, expected):
         assert ours[key] == pytest.approx(nll, abs=1e-3)
 
 
-def test_a_run_s_checkpoint_and_its_published_form_score_the_same(finished_run, tmp_path):
+def test_a_checkpoint_and_its_published_form_have_the_same_scores(finished_run, tmp_path):
     checkpoint = score(finished_run / "checkpoints" / "step_0000006", tmp_path)
     assert_same_sums(score(finished_run / "final", tmp_path), checkpoint)
     assert_same_sums(score(finished_run / "final", tmp_path, "--trust_remote_code"), checkpoint)
@@ -219,7 +219,7 @@ class SignedModel(GPT2LMHeadModel):
 """
 
 
-def test_a_models_own_code_runs_only_if_trusted(model_folder, tmp_path, capsys, monkeypatch):
+def test_the_code_of_a_model_runs_only_if_trusted(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = Path(shutil.copytree(model_folder, tmp_path / "remote"))
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The same command gives the same bits: on a CPU always, however it computes and however busy the machine is."""
+"""On a CPU the same command gives the same bits, compiled or not, and on a busy machine."""
 
 import hashlib
 import os
@@ -50,7 +50,7 @@ torch.set_num_threads({{n_threads}})
 @pytest.fixture(scope="module")
 def server():
     modules = ["train", "torch._inductor.compile_fx", "modeling_gpt2_repro.plots.drawer"]
-    # Threads that wait in a loop for others would keep these from a busy core, and take minutes.
+    # With busy waiting, threads would take the cores from those that they wait for, which costs minutes.
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE"}
     with serve_forks(modules, environment) as server:
         yield server
@@ -58,13 +58,13 @@ def server():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Shards of so small a vocabulary that a run takes a second, and threads meet at the same rows all the time."""
+    """Shards with a vocabulary so small that a run takes a second, and threads often add to the same rows."""
     return write_small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def train(server, data, tmp_path):
-    """Train in processes of their own, with so many threads each, and return the run's folder."""
+    """Return a function that trains in separate processes and returns the run folder."""
 
     def train(run_name: str, n_processes: int, n_threads: int, **changes) -> Path:
         argv = flags(data, tmp_path, run_name, **SETTINGS | changes)
@@ -85,7 +85,7 @@ def train(server, data, tmp_path):
 
 @pytest.fixture
 def busy_cores():
-    """Keep all cores busy, with something less urgent, so that threads and processes overtake each other at random."""
+    """Keep all cores busy at a lower priority, so that threads and processes are interrupted at random."""
     script = "import os\nos.nice(5)\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(devices.count_cores())]
     yield
@@ -99,7 +99,7 @@ def hash_weights(run: Path) -> str:
 
 
 def assert_resumes_to_the_same_bits(train, whole: Path, *layout: int, **changes) -> None:
-    """Assert that the second half of a run, made again, has the same losses and ends with the same weights."""
+    """Assert that repeating the second half of a run gives the same losses and final weights."""
     checkpoint = Path("checkpoints") / f"step_{HALF:07d}"
     shutil.copytree(whole / checkpoint, whole.parent / "resumed" / checkpoint)
     resumed = train("resumed", *layout, **changes)
@@ -113,7 +113,7 @@ def test_a_run_compiled_for_several_threads_resumes_with_the_same_bits_on_a_busy
 
 
 def test_three_processes_resume_with_the_same_bits(train):
-    """Three, because the order in which two of them add a gradient does not matter."""
+    """With two, the order of an addition would not matter."""
     assert_resumes_to_the_same_bits(train, train("whole", 3, 1), 3, 1)
 
 
@@ -150,7 +150,7 @@ def two_threads():
 
 
 def compile_training_step(accelerator: Accelerator) -> str:
-    """Return the code that a trial generates anew for the forward and the backward pass."""
+    """Return the code that a trial generates for the forward and the backward pass, without caches."""
     config = GPT2ReproConfig(
         n_layer=1, n_head=2, n_embd=16, vocab_size=64, n_positions=8, bos_token_id=None, eos_token_id=None
     )
@@ -163,8 +163,8 @@ def compile_training_step(accelerator: Accelerator) -> str:
 
 @needs_compiler
 @precisions
-def test_no_compiled_thread_adds_to_what_another_one_adds_to(two_threads, precision):
+def test_compiled_threads_do_not_add_atomically(two_threads, precision):
     accelerator = launch.start_accelerator(precision)
     assert "atomic_add" not in compile_training_step(accelerator)
     launch.compute_deterministically(False)
-    assert "atomic_add" in compile_training_step(accelerator)  # or the above says nothing
+    assert "atomic_add" in compile_training_step(accelerator)  # otherwise the line above would prove nothing

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or hindered, and go on to the very same end."""
+"""Runs that are stopped, killed or damaged, and resume to exactly the same result."""
 
 import dataclasses
 import errno
@@ -35,18 +35,18 @@ from modeling_gpt2_repro.training.checkpoint import load_state
 from modeling_gpt2_repro.training.record import RunRecord
 
 N_KILLS = 20
-# Nothing but training: what has to survive is in the checkpoints and in metrics.jsonl.
+# Training only: the state that has to survive is in the checkpoints and in metrics.jsonl.
 BARE = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
 
 
 @pytest.fixture(scope="module")
 def whole_run(shards, tmp_path_factory) -> Path:
-    """A run that nothing happened to."""
+    """An undisturbed run."""
     return run_training(shards, tmp_path_factory.mktemp("whole"), save_every=3)
 
 
 def assert_same_end(run: Path, expected: Path) -> None:
-    """Assert that two runs have the same numbers at every step, each once, and the same weights, bit by bit."""
+    """Assert that two runs have the same metrics, once per step, and the same weights, bit for bit."""
     for name in ("train/loss", "train/grad_norm", "val/loss", "hellaswag/acc_norm"):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines if name in line]
@@ -78,9 +78,7 @@ def stop_at(monkeypatch, update: int, *signals: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number, update", [(signal.SIGTERM, 4), (signal.SIGINT, 6)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    shards, tmp_path, monkeypatch, capsys, whole_run, number, update
-):
+def test_a_stopped_run_saves_and_resumes(shards, tmp_path, monkeypatch, capsys, whole_run, number, update):
     handlers = [signal.getsignal(each) for each in STOP_SIGNALS]
     with monkeypatch.context() as patch:
         stop_at(patch, update, number)
@@ -90,14 +88,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{update:07d}"]
     assert "the same command resumes from the last checkpoint" in capsys.readouterr().out
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == handlers
-    assert update not in read_series(run, "val/loss")  # who asks to stop does not wait for an evaluation
+    assert update not in read_series(run, "val/loss")  # stopping does not wait for an evaluation
     run_training(shards, tmp_path, save_every=0)
     assert_same_end(run, whole_run)
     assert read_status(run).items() >= {"status": "finished", "step": N_STEPS}.items()
 
 
 @pytest.mark.parametrize("number", sorted(set(STOP_SIGNALS) - {signal.SIGTERM, signal.SIGINT}))
-def test_whatever_asks_it_to_stop_a_run_saves(shards, tmp_path, monkeypatch, number):
+def test_every_stop_signal_saves_a_checkpoint(shards, tmp_path, monkeypatch, number):
     stop_at(monkeypatch, 2, number)
     assert train.main(flags(shards, tmp_path, **BARE, save_every=0, max_steps=4)) == 75
     assert read_status(tmp_path / "run") == {"status": "preempted", "step": 2}
@@ -105,8 +103,8 @@ def test_whatever_asks_it_to_stop_a_run_saves(shards, tmp_path, monkeypatch, num
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(shards, tmp_path, monkeypatch, number):
-    """As by `nohup`, and by a shell that starts a command in the background."""
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(shards, tmp_path, monkeypatch, number):
+    """As under `nohup`, or in the background of a shell."""
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         stop_at(monkeypatch, 2, number)
@@ -117,7 +115,7 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(shards, t
     assert read_status(run)["status"] == "finished"
 
 
-def test_a_run_that_is_ended_while_it_is_built_says_so(shards, tmp_path, monkeypatch):
+def test_a_run_terminated_during_setup_records_it(shards, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"status": "preempted", "step": 4}')
     monkeypatch.setattr(
@@ -148,8 +146,8 @@ def test_status_tells_whether_the_process_of_a_run_is_alive(shards, tmp_path, mo
     assert read_status(run)["status"] == "finished" and not (run / "lock").exists()
 
 
-def test_a_run_that_lost_its_folder_writes_nothing_more(shards, tmp_path, monkeypatch, capsys):
-    """As one that was suspended for so long that another machine took it for dead."""
+def test_a_run_whose_folder_was_taken_over_stops_writing(shards, tmp_path, monkeypatch, capsys):
+    """As after a suspension so long that another machine considers it dead."""
     log = RunRecord.log
 
     def log_and_lose(self, step, metrics):
@@ -167,7 +165,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(shards, tmp_path, monkey
     assert read_status(run)["status"] == "running" and (run / "lock").exists()
 
 
-def test_a_signal_that_comes_later_again_stops_at_once(shards, tmp_path, monkeypatch):
+def test_a_second_signal_stops_immediately(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(preemption, "SECONDS_OF_ONE_REQUEST", 0.0)
     stop_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     assert train.main(flags(shards, tmp_path, save_every=0)) == 130
@@ -189,22 +187,22 @@ def test_a_request_after_the_last_step_lets_the_run_finish(shards, tmp_path, mon
     assert_same_end(tmp_path / "run", whole_run)
 
 
-def test_what_the_system_repeats_is_heard_once(shards, tmp_path, monkeypatch):
-    """As SIGXCPU, which comes every second, and a batch system's warning, which SIGTERM follows."""
+def test_signals_repeated_by_the_system_count_once(shards, tmp_path, monkeypatch):
+    """Such as SIGXCPU, which is sent every second, and the warning of a batch system before SIGTERM."""
     monkeypatch.setattr(preemption, "SECONDS_OF_ONE_REQUEST", 0.0)
     stop_at(monkeypatch, 4, signal.SIGXCPU, signal.SIGXCPU, signal.SIGUSR1, signal.SIGTERM)
     assert train.main(flags(shards, tmp_path, save_every=0)) == 75
     assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
 
 
-def test_signals_that_come_together_are_one_request(shards, tmp_path, monkeypatch):
+def test_simultaneous_signals_are_one_request(shards, tmp_path, monkeypatch):
     # A batch system signals every process, and the launcher passes the signal on.
     stop_at(monkeypatch, 4, signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
     assert train.main(flags(shards, tmp_path, save_every=0)) == 75
     assert (tmp_path / "run" / "checkpoints" / "step_0000004").is_dir()
 
 
-def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_path, monkeypatch, capsys):
+def test_a_command_that_starts_over_is_not_suggested_for_resuming(shards, tmp_path, monkeypatch, capsys):
     """It would delete the checkpoints once more."""
     anew = {**BARE, "save_every": 3, "resume_from_checkpoint": "never"}
     way = "the same command with --resume_from_checkpoint auto resumes from the last checkpoint"
@@ -212,7 +210,7 @@ def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_pat
         stop_at(patch, 4, signal.SIGTERM)
         assert train.main(flags(shards, tmp_path, **anew)) == 75
     assert f": {way}" in capsys.readouterr().out
-    # Nor who went back to a checkpoint, when the disk is full at the end, or at the step where it was asked to stop.
+    # Nor does it suggest going back to a checkpoint, if the disk is full at the end or when asked to stop.
     (own,) = (tmp_path / "run" / "checkpoints").glob("*4")
     disk_full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
@@ -227,7 +225,7 @@ def test_who_started_anew_is_not_told_to_give_that_command_again(shards, tmp_pat
     assert f"could not save a checkpoint: {way}" in capsys.readouterr().err
 
 
-def test_a_trial_that_is_asked_to_stop_promises_nothing(shards, tmp_path, monkeypatch, capsys):
+def test_a_stopped_smoke_test_offers_no_resume(shards, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, 4, signal.SIGTERM)
     assert train.main([*flags(shards, tmp_path), "--smoke"]) == 130
     out = capsys.readouterr().out
@@ -254,7 +252,7 @@ def wait_for_end(processes: list[psutil.Process], seconds: float = 60) -> None:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         process.kill()
-    assert not alive, "processes outlived what they should have ended with"
+    assert not alive, "some processes did not end"
 
 
 def start(n_processes: int, argv: list[str]) -> subprocess.Popen:
@@ -266,7 +264,7 @@ def start(n_processes: int, argv: list[str]) -> subprocess.Popen:
 LONG = {**BARE, "max_steps": 80, "save_every": 0, "learning_rate": 1e-3, "micro_batch_size": 2}
 
 
-# In the third update one of the processes gets a signal, as from some batch systems.
+# Some batch systems signal only one of the processes; here in the third update.
 STOP_ONE = """
 import signal
 update, steps = module.update, []
@@ -280,7 +278,7 @@ assert module.main(run["argv"]) == 75
 """
 
 
-def test_two_processes_agree_where_to_stop(shards, tmp_path, forks):
+def test_two_processes_stop_at_the_same_step(shards, tmp_path, forks):
     result = forks.launch(2, "train", flags(shards, tmp_path, **LONG), tmp_path, STOP_ONE)
     assert result.code == 0, result.err
     run = tmp_path / "run"
@@ -291,8 +289,8 @@ def test_two_processes_agree_where_to_stop(shards, tmp_path, forks):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGQUIT, marks=pytest.mark.slow)])
-def test_what_a_terminal_sends_to_torchrun_lets_its_processes_save(shards, tmp_path, number):
-    """torchrun passes it on to its workers, which have sessions of their own."""
+def test_torchrun_passes_a_terminals_signals_to_its_workers_which_save(shards, tmp_path, number):
+    """The workers are in sessions of their own, so that the terminal does not reach them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     argv = flags(shards, tmp_path, **LONG | {"max_steps": 2000})
     with subprocess.Popen([*command, str(REPOSITORY / "train.py"), *argv], stderr=subprocess.PIPE) as launcher:
@@ -305,15 +303,15 @@ def test_what_a_terminal_sends_to_torchrun_lets_its_processes_save(shards, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_stopped_go_on_to_the_same_end(shards, tmp_path, forks):
-    test_two_processes_agree_where_to_stop(shards, tmp_path, forks)
+def test_two_stopped_processes_resume_to_the_same_result(shards, tmp_path, forks):
+    test_two_processes_stop_at_the_same_step(shards, tmp_path, forks)
     for name in ("run", "whole"):
         result = launch(2, flags(shards, tmp_path, name, **LONG))
         assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_lone_worker_notices_that_its_launcher_is_gone(shards, tmp_path):
+def test_a_worker_stops_when_its_launcher_is_killed(shards, tmp_path):
     with start(1, flags(shards, tmp_path, **BARE, max_steps=2000, save_every=0)) as launcher:
         wait_for_update(tmp_path / "run", 3)
         (worker,) = find_workers(launcher)
@@ -325,7 +323,7 @@ def test_a_lone_worker_notices_that_its_launcher_is_gone(shards, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / f"step_{status['step']:07d}").is_dir()
 
 
-def test_when_one_process_is_killed_the_other_ends_too(shards, tmp_path):
+def test_when_one_process_is_killed_the_other_ends(shards, tmp_path):
     with start(2, flags(shards, tmp_path, **BARE, max_steps=2000, save_every=2, micro_batch_size=2)) as launcher:
         wait_for_update(tmp_path / "run", 3)
         workers = find_workers(launcher)
@@ -341,11 +339,11 @@ def count_updates(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path):
-    """`kill -9` at moments that fall into starting, training and saving alike."""
+def test_a_run_killed_many_times_ends_with_the_same_weights(shards, tmp_path):
+    """`kill -9` at random moments while it starts, trains and saves."""
     settings = {**BARE, "max_steps": 12 * N_KILLS, "save_every": 2, "keep_checkpoints": 2, "learning_rate": 1e-3}
     expected = run_training(shards, tmp_path, "whole", **settings)
-    # Forks of a process that has imported everything and computed nothing.
+    # Forks of a process that has imported everything but computed nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "train"])
     run, chance, reached = tmp_path / "run", random.Random(0), []
@@ -353,13 +351,13 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path):
         process = context.Process(target=train.main, args=(flags(shards, tmp_path, **settings),))
         before = count_updates(run)
         process.start()
-        if kill % 2:  # at any moment of the start
+        if kill % 2:  # while it starts
             process.join(chance.uniform(0, 2))
-        else:  # or once it trains, and saves every other update
+        else:  # while it trains, and saves every other update
             wait_for_update(run, before + 1)
             process.join(chance.uniform(0, 0.05))
-        assert process.exitcode != 1, "it failed by itself"
-        if process.exitcode is not None:  # a fast machine is done before that moment
+        assert process.exitcode != 1, "the run failed on its own"
+        if process.exitcode is not None:  # on a fast machine the run may finish first
             break
         process.kill()
         process.join()
@@ -370,7 +368,9 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(shards, tmp_path):
     assert not list((run / "checkpoints").glob("*.partial"))
 
 
-def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkeypatch, capsys, whole_run):
+def test_a_run_started_from_another_runs_checkpoint_resumes_from_its_own(
+    shards, tmp_path, monkeypatch, capsys, whole_run
+):
     fork = {**BARE, "save_every": 3, "resume_from_checkpoint": whole_run / "checkpoints" / "step_0000003"}
     with monkeypatch.context() as patch:
         stop_at(patch, 7, signal.SIGTERM)
@@ -378,7 +378,7 @@ def test_a_run_that_forks_off_another_goes_on_as_itself(shards, tmp_path, monkey
     assert ": the same command resumes from the last checkpoint" in capsys.readouterr().out
     own = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in own.iterdir()) == ["step_0000006", "step_0000007"]
-    # A tracker would write into the curves of the run that it comes from.
+    # With the other run's id, a tracker would write into that run.
     tracker_run_id = load_state(own / "step_0000007").tracker_run_id
     assert tracker_run_id != load_state(fork["resume_from_checkpoint"]).tracker_run_id
     capsys.readouterr()
@@ -425,7 +425,7 @@ def damage(kind: str, checkpoint: Path) -> None:
         "names that leave the folder",
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(shards, tmp_path, whole_run, capsys, kind):
+def test_a_damaged_checkpoint_is_skipped(shards, tmp_path, whole_run, capsys, kind):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     shutil.rmtree(run / "final")
@@ -441,8 +441,8 @@ def test_a_damaged_checkpoint_is_passed_over(shards, tmp_path, whole_run, capsys
     assert_same_end(run, whole_run)
 
 
-def test_a_finished_model_stays_until_another_takes_its_place(shards, tmp_path, whole_run, monkeypatch):
-    """Where its last checkpoint found no room, and the same command makes the last steps once more."""
+def test_a_finished_model_is_kept_until_another_one_replaces_it(shards, tmp_path, whole_run, monkeypatch):
+    """Here the last checkpoint is missing, so the same command repeats the last steps."""
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     shutil.rmtree(run / "checkpoints" / f"step_{N_STEPS:07d}")
@@ -456,7 +456,7 @@ def test_a_finished_model_stays_until_another_takes_its_place(shards, tmp_path, 
     assert_same_end(run, whole_run)
 
 
-def test_a_finished_run_that_could_not_say_so_says_it_when_it_is_started_again(shards, tmp_path, whole_run):
+def test_a_finished_run_without_its_status_gets_it_when_started_again(shards, tmp_path, whole_run):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     expected = read_status(run)
@@ -466,9 +466,7 @@ def test_a_finished_run_that_could_not_say_so_says_it_when_it_is_started_again(s
     assert read_status(run) == expected and not (run / "best.partial").exists()
 
 
-def test_the_best_model_of_a_time_that_is_gone_through_again_stays_until_another_takes_its_place(
-    shards, tmp_path, monkeypatch
-):
+def test_the_best_model_of_repeated_steps_is_kept_until_another_one_replaces_it(shards, tmp_path, monkeypatch):
     settings = {**BARE, "save_every": 4, "eval_every": 2, "save_best": True}
     run = run_training(shards, tmp_path, **settings, max_steps=6)
     best = json.loads((run / "best" / "metrics.json").read_text())
@@ -484,11 +482,11 @@ def test_the_best_model_of_a_time_that_is_gone_through_again_stays_until_another
 
     monkeypatch.setattr(train, "evaluate", look_and_evaluate)
     run_training(shards, tmp_path, **settings, max_steps=6)
-    assert seen == [weights]  # of step 6, made again from step 4 on
+    assert seen == [weights]  # of step 6, repeated from step 4
     assert json.loads((run / "best" / "metrics.json").read_text()) == best
 
 
-def test_when_all_checkpoints_are_damaged_nothing_is_replaced_unasked(shards, tmp_path, whole_run, capsys):
+def test_if_all_checkpoints_are_damaged_nothing_is_replaced(shards, tmp_path, whole_run, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     for checkpoint in (run / "checkpoints").iterdir():
@@ -498,7 +496,7 @@ def test_when_all_checkpoints_are_damaged_nothing_is_replaced_unasked(shards, tm
     assert len(list((run / "checkpoints").iterdir())) == 4
 
 
-def test_a_run_goes_on_on_another_number_of_processes(shards, tmp_path, forks):
+def test_a_run_resumes_on_another_number_of_processes(shards, tmp_path, forks):
     settings = {"save_every": 3, "learning_rate": 1e-3}
     whole = run_training(shards, tmp_path, "whole", **settings)
     run = tmp_path / "run"
@@ -512,13 +510,13 @@ def test_a_run_goes_on_on_another_number_of_processes(shards, tmp_path, forks):
     assert np.allclose(list(ours.values()), list(expected.values())[6:], atol=1e-4)
 
 
-def test_what_is_kept(shards, tmp_path):
+def test_the_newest_checkpoints_and_some_models_are_kept(shards, tmp_path):
     run = run_training(shards, tmp_path, **BARE, save_every=2, keep_checkpoints=2, keep_weights_every=4)
     kept = {path.name: (path / "training_state").is_dir() for path in (run / "checkpoints").iterdir()}
-    # The newest two whole, and of every fourth step the model.
+    # The newest two checkpoints, and the model of every fourth step.
     assert kept == {"step_0000004": False, "step_0000008": False, "step_0000010": True, "step_0000012": True}
     assert (run / "checkpoints" / "step_0000004" / "model.safetensors").exists()
-    # Going back drops the models of a later time, too.
+    # Going back also deletes later models.
     run_training(
         shards,
         tmp_path,
@@ -535,7 +533,7 @@ def test_what_is_kept(shards, tmp_path):
 
 
 def test_the_best_model_is_kept_beside_the_last(shards, tmp_path):
-    # The loss falls at first, and then a rate that grows too large lets it rise again.
+    # The loss falls at first, and rises again when the learning rate becomes too large.
     settings = {"eval_every": 2, "hellaswag_every": 0, "sample_every": 0, "save_every": 4}
     run = run_training(
         shards, tmp_path, **settings, warmup_tokens=256 * 12, learning_rate=0.5, save_best=True, keep_checkpoints=0
@@ -548,7 +546,7 @@ def test_the_best_model_is_kept_beside_the_last(shards, tmp_path):
     weights = load_file(run / "best" / "model.safetensors")
     final = load_file(run / "final" / "model.safetensors")
     assert any(not torch.equal(weights[name], final[name]) for name in final)
-    # A run that goes on knows what was the best before it.
+    # A resumed run knows the best loss so far.
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / f"step_{N_STEPS:07d}")
     before = (run / "best" / "model.safetensors").stat().st_mtime_ns if best <= 8 else None
@@ -561,7 +559,7 @@ def test_the_best_model_is_kept_beside_the_last(shards, tmp_path):
 
 
 def test_a_best_model_that_may_not_be_durable_is_not_replaced_by_a_worse_one(shards, tmp_path, monkeypatch, capfd):
-    """As in the test above, where the disk refuses once, after the best of all models has its name."""
+    """As in the previous test, but with one I/O error after the best model has been renamed into place."""
     sync_folder, refused = files.sync_folder, []
 
     def refuse_once(folder):
@@ -581,7 +579,7 @@ def test_a_best_model_that_may_not_be_durable_is_not_replaced_by_a_worse_one(sha
 
 
 @pytest.mark.parametrize("limit", [20_000, 60_000, 90_000])  # the model has 95,000 bytes, its tokenizer 53,000
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(shards, tmp_path, whole_run, capsys, limit):
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(shards, tmp_path, whole_run, capsys, limit):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # no file can grow larger
@@ -605,7 +603,7 @@ def test_a_tracker_that_fails_does_not_change_the_run(shards, tmp_path, whole_ru
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").touch()
-    (run / "tensorboard").touch()  # where its folder would be
+    (run / "tensorboard").touch()  # in place of its folder
     run_training(shards, tmp_path, save_every=3, report_to="tensorboard")
     out = capsys.readouterr().out
     assert out.count("the tracker tensorboard failed, training continues without it: FileExistsError") == 1
@@ -613,7 +611,7 @@ def test_a_tracker_that_fails_does_not_change_the_run(shards, tmp_path, whole_ru
     assert_same_end(run, whole_run)
 
 
-def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
+def test_a_changed_experiment_is_reported(shards, tmp_path, whole_run, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     other = tmp_path / "other_shards"
@@ -629,7 +627,7 @@ def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
     assert "the training data changed" in complain(other)
     assert "tokens_per_step was 256 and is now 128" in complain(tokens_per_step=128)
     assert "n_layer was 2 and is now 3" in complain(n_layer=3)
-    # config.yaml, and the card with it, would name weights that this run never had.
+    # Otherwise config.yaml and the model card would name weights that this run never had.
     assert f"init_from was scratch and is now {run / 'final'}" in complain(init_from=run / "final")
     longer = complain(max_steps=24)
     assert "max_steps was 12 and is now 24" in longer and "--lr_schedule constant" in longer
@@ -638,7 +636,7 @@ def test_changed_surroundings_are_named(shards, tmp_path, whole_run, capsys):
 
 
 def rewrite_experiment(checkpoint: Path, change: Callable[[dict], object]) -> None:
-    """Make a checkpoint one of another version."""
+    """Change the experiment recorded in a checkpoint, as if another version had written it."""
     state, checksums = (checkpoint / "training_state" / name for name in ("state.json", "checksums.json"))
     content = json.loads(state.read_text())
     change(content["experiment"])
@@ -647,7 +645,7 @@ def rewrite_experiment(checkpoint: Path, change: Callable[[dict], object]) -> No
     checksums.write_text(json.dumps(known))
 
 
-def test_a_shape_is_the_same_however_it_is_given(shards, tmp_path, whole_run, monkeypatch, capsys):
+def test_a_model_size_and_its_shape_are_the_same_experiment(shards, tmp_path, whole_run, monkeypatch, capsys):
     shutil.copytree(whole_run, tmp_path / "run")
     monkeypatch.setitem(MODEL_SIZES, "tiny", {"n_layer": 2, "n_head": 2, "n_embd": 16})
     argv = [flag for flag in flags(shards, tmp_path, save_every=3) if not flag.startswith("--n_")]
@@ -660,7 +658,7 @@ def test_a_shape_is_the_same_however_it_is_given(shards, tmp_path, whole_run, mo
     assert train.main([*argv, "--model_size=tiny"]) == 0
 
 
-def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp_path, whole_run, capsys):
+def test_a_finetuned_run_resumes_only_with_its_original_model(shards, tmp_path, whole_run, capsys):
     start = {"init_from": whole_run / "final", **BARE}
     run = run_training(shards, tmp_path, **start)
     shutil.rmtree(run / "final")
@@ -670,14 +668,14 @@ def test_a_finetuned_run_goes_on_with_the_model_that_it_started_from(shards, tmp
     assert f"init_from was {start['init_from']} and is now scratch" in capsys.readouterr().err
     run_training(shards, tmp_path, **start)
     assert "from step 6" in capsys.readouterr().out
-    # Nor is a checkpoint refused that was written before init_from was kept.
+    # Checkpoints from before init_from was recorded are accepted.
     rewrite_experiment(newest, lambda experiment: experiment.pop("init_from"))
     assert train.main(flags(shards, tmp_path, **start)) == 0
     assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("schedule, step", [pytest.param("constant", 6, marks=pytest.mark.slow), ("wsd", 6)])
-def test_a_run_whose_rate_stays_can_be_prolonged(shards, tmp_path, schedule, step):
+def test_a_run_with_a_constant_rate_can_be_prolonged(shards, tmp_path, schedule, step):
     settings = {**BARE, "lr_schedule": schedule, "save_every": 6, "keep_checkpoints": 0}
     run = run_training(shards, tmp_path, **settings)
     shutil.rmtree(run / "final")

@@ -38,7 +38,7 @@ def finished_run(shards, tmp_path_factory) -> Path:
         return run_training(shards, tmp_path_factory.mktemp("runs"))
 
 
-def test_loss_falls_and_validation_follows(finished_run):
+def test_train_and_validation_loss_fall(finished_run):
     losses, val_losses = read_losses(finished_run), read_series(finished_run, "val/loss")
     assert list(losses) == list(range(1, N_STEPS + 1))
     assert losses[1] == pytest.approx(math.log(1000), abs=0.1)
@@ -47,7 +47,7 @@ def test_loss_falls_and_validation_follows(finished_run):
     assert val_losses[12] == pytest.approx(losses[12], abs=0.5)
 
 
-def test_run_folder_is_complete(finished_run, shards):
+def test_the_run_folder_is_complete(finished_run, shards):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
         "config.yaml",
@@ -79,7 +79,7 @@ def test_the_names_of_all_metrics_are_documented(finished_run):
     assert SMALL_PANELS.keys() <= documented
 
 
-def test_log_keeps_the_original_scripts_numbering(finished_run):
+def test_the_log_keeps_the_original_scripts_numbering(finished_run):
     lines = (finished_run / "log.txt").read_text().splitlines()
     losses, val_losses = read_losses(finished_run), read_series(finished_run, "val/loss")
     assert lines[0] == f"0 val {val_losses[0]:.4f}"
@@ -87,7 +87,7 @@ def test_log_keeps_the_original_scripts_numbering(finished_run):
     assert f"6 val {val_losses[6]:.4f}" in lines
 
 
-def test_final_model_is_the_last_checkpoint_and_opens_as_stock_gpt2(finished_run, tokenizer):
+def test_the_final_model_is_the_last_checkpoint_and_opens_as_stock_gpt2(finished_run, tokenizer):
     final = AutoModelForCausalLM.from_pretrained(finished_run / "final")
     checkpoint = AutoModelForCausalLM.from_pretrained(finished_run / "checkpoints" / "step_0000012")
     assert type(final) is GPT2LMHeadModel
@@ -99,13 +99,13 @@ def test_final_model_is_the_last_checkpoint_and_opens_as_stock_gpt2(finished_run
     assert "validation loss" in (finished_run / "final" / "README.md").read_text()
 
 
-def test_evaluating_and_sampling_leave_training_alone(shards, tmp_path, finished_run):
+def test_evaluating_and_sampling_do_not_change_training(shards, tmp_path, finished_run):
     quiet = run_training(shards, tmp_path, eval_every=0, hellaswag_every=0, sample_every=0, save_every=0)
     assert read_losses(quiet) == read_losses(finished_run)
     assert not (quiet / "checkpoints").exists()
 
 
-def test_micro_batch_size_does_not_change_the_experiment(shards, tmp_path, finished_run):
+def test_the_micro_batch_size_does_not_change_the_experiment(shards, tmp_path, finished_run):
     divided = run_training(shards, tmp_path, micro_batch_size=2)
     for name in ("train/loss", "val/loss"):
         ours, expected = read_series(divided, name), read_series(finished_run, name)
@@ -113,7 +113,7 @@ def test_micro_batch_size_does_not_change_the_experiment(shards, tmp_path, finis
         assert np.allclose(list(ours.values()), list(expected.values()), atol=1e-4)
 
 
-def test_resumed_run_ends_with_the_same_weights(shards, tmp_path, finished_run, capsys):
+def test_a_resumed_run_ends_with_the_same_weights(shards, tmp_path, finished_run, capsys):
     run = run_training(shards, tmp_path)
     for path in ("final/model.safetensors", "checkpoints/step_0000012/training_state/state.json"):
         (run / path).unlink()
@@ -129,7 +129,7 @@ def test_resumed_run_ends_with_the_same_weights(shards, tmp_path, finished_run, 
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_dropout_is_off_unless_asked_for_and_resumes_with_the_same_masks(shards, tmp_path, finished_run, capsys):
+def test_dropout_is_off_by_default_and_resumes_with_the_same_masks(shards, tmp_path, finished_run, capsys):
     quick = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "dropout": 0.1}
     whole = run_training(shards, tmp_path, "whole", **quick)
     assert "dropout 0.1" in capsys.readouterr().out
@@ -143,7 +143,7 @@ def test_dropout_is_off_unless_asked_for_and_resumes_with_the_same_masks(shards,
     assert list(read_losses(resumed).items()) == list(read_losses(whole).items())[6:]
 
 
-def test_finished_run_is_left_alone_unless_asked(shards, tmp_path, capsys):
+def test_a_finished_run_is_replaced_only_on_request(shards, tmp_path, capsys):
     run = run_training(shards, tmp_path, save_every=100)
     before = (run / "metrics.jsonl").read_text()
     assert train.main(flags(shards, tmp_path, save_every=100)) == 0
@@ -157,7 +157,7 @@ def test_finished_run_is_left_alone_unless_asked(shards, tmp_path, capsys):
     assert (run / "metrics.jsonl").read_text() != before
 
 
-def test_run_that_died_before_publishing_publishes_and_one_without_checkpoints_is_not_replaced(
+def test_a_run_killed_before_its_final_model_writes_it_and_one_without_checkpoints_is_not_replaced(
     shards, tmp_path, finished_run, capsys
 ):
     run = run_training(shards, tmp_path, hellaswag_every=0, sample_every=0)
@@ -172,19 +172,19 @@ def test_run_that_died_before_publishing_publishes_and_one_without_checkpoints_i
     assert (run / "final").is_dir()
 
 
-def test_saved_settings_run_the_same_experiment_again(shards, tmp_path, finished_run):
+def test_saved_settings_repeat_the_experiment(shards, tmp_path, finished_run):
     config = f"--config={finished_run / 'config.yaml'}"
     assert train.main([config, f"--output_dir={tmp_path}", "--run_name=again"]) == 0
     assert read_losses(tmp_path / "again") == read_losses(finished_run)
 
 
-def test_existing_model_is_a_starting_point(shards, tmp_path, finished_run):
+def test_training_can_start_from_an_existing_model(shards, tmp_path, finished_run):
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16}
     run = run_training(shards, tmp_path, init_from=finished_run / "final", learning_rate=1e-6, **shape)
     assert read_series(run, "val/loss")[0] == pytest.approx(read_series(finished_run, "val/loss")[12], abs=1e-5)
 
 
-def test_models_that_are_not_whole_or_of_another_shape_are_refused(shards, tmp_path, finished_run, capsys):
+def test_incomplete_models_and_other_shapes_are_rejected(shards, tmp_path, finished_run, capsys):
     shape = {"n_layer": None, "n_head": None, "n_embd": None}
 
     def complain(source: Path, **changes) -> str:
@@ -210,7 +210,7 @@ def test_models_that_are_not_whole_or_of_another_shape_are_refused(shards, tmp_p
     assert "cannot load a model from" in complain(broken, **shape)
 
 
-def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(shards, tmp_path, finished_run):
+def test_going_back_to_an_older_checkpoint_deletes_the_newer_ones(shards, tmp_path, finished_run):
     run = run_training(shards, tmp_path, save_every=4)
     older = run / "checkpoints" / "step_0000004"
     newest = run / "checkpoints" / "step_0000012"
@@ -221,7 +221,7 @@ def test_going_back_to_an_older_checkpoint_drops_the_newer_ones(shards, tmp_path
 
 
 def test_two_processes_run_the_experiment_of_one(shards, tmp_path):
-    # 30 updates; a learning rate at which rounding in another order does not grow to something else.
+    # The learning rate is so small that rounding differences stay small over 30 updates.
     settings = {"max_steps": 30, "learning_rate": 3e-3, "eval_every": 15, "hellaswag_every": 30, "save_every": 0}
     alone = run_training(shards, tmp_path, "alone", **settings)
     result = launch(2, flags(shards, tmp_path, "together", micro_batch_size=2, **settings))
@@ -239,7 +239,7 @@ def test_two_processes_run_the_experiment_of_one(shards, tmp_path):
     assert together == (alone / "samples.jsonl").read_text()
 
 
-def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(gpt2_shards, tmp_path, tokenizer):
+def test_losses_match_a_plain_loop_over_stock_gpt2(gpt2_shards, tmp_path, tokenizer):
     """The same windows, accumulation, clipping, schedule and optimizer, on transformers' own model."""
     n_steps, settings = 20, {"learning_rate": 1e-3, "eval_every": 0, "hellaswag_every": 0, "sample_every": 0}
     run = run_training(
@@ -261,7 +261,7 @@ def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(gpt2_shards, tmp_path,
     )
     losses, norms = {}, {}
     for step in range(n_steps):
-        # Two steps of warm-up (512 tokens of 256 a step), then half a cosine down to a tenth.
+        # Two steps of warm-up (512 tokens, 256 per step), then half a cosine down to a tenth.
         progress = (step - 2) / (n_steps - 2)
         decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
         learning_rate = 1e-3 * ((step + 1) / 2 if step < 2 else decay)
@@ -275,17 +275,17 @@ def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(gpt2_shards, tmp_path,
             group["lr"] = learning_rate
         optimizer.step()
         losses[step + 1] = loss.item()
-    assert max(norms.values()) > 0.5  # or clipping is not seen
+    assert max(norms.values()) > 0.5  # otherwise clipping would not be tested
     assert read_losses(run) == pytest.approx(losses, abs=1e-5)
     assert read_series(run, "train/grad_norm") == pytest.approx(norms, rel=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_run_trains_evaluates_and_samples_as_an_eager_one(shards, tmp_path, finished_run, capsys):
+def test_a_compiled_run_trains_evaluates_and_samples_like_an_eager_one(shards, tmp_path, finished_run, capsys):
     torch._dynamo.reset()
     run = run_training(shards, tmp_path, compile="on")
     assert "torch.compile failed" not in capsys.readouterr().out
-    # The training step is the one graph: no evaluation and no sample went through the compiler.
+    # The training step is the only graph: evaluation and sampling are not compiled.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     for name in ("train/loss", "val/loss"):
         ours, expected = read_series(run, name), read_series(finished_run, name)
@@ -294,7 +294,7 @@ def test_compiled_run_trains_evaluates_and_samples_as_an_eager_one(shards, tmp_p
     assert all("_orig_mod" not in name for name in load_file(run / "checkpoints/step_0000012/model.safetensors"))
 
 
-def test_speed_is_of_training_alone(shards, tmp_path, monkeypatch):
+def test_the_speed_counts_only_training(shards, tmp_path, monkeypatch):
     seconds, save = 0.5, train.save
     monkeypatch.setattr(train, "evaluate", lambda run, step: time.sleep(seconds))
     monkeypatch.setattr(train, "save", lambda *arguments, **more: (time.sleep(seconds), save(*arguments, **more))[1])
@@ -305,7 +305,7 @@ def test_speed_is_of_training_alone(shards, tmp_path, monkeypatch):
     elapsed = read_series(run, "train/elapsed_seconds")
     assert list(rates) == list(waits) == list(shares) == list(range(1, N_STEPS + 1))
     training = sum(256 / rate for rate in rates.values())
-    # Between the first update and the last there are an evaluation and a checkpoint, both at step 6.
+    # Between the first and the last update, at step 6, there are an evaluation and a checkpoint.
     assert elapsed[N_STEPS] - elapsed[1] > training - 256 / rates[1] + 2 * seconds
     assert all(0 <= waits[step] <= 256 / rates[step] for step in rates)
     assert all(0 < share < 1 for share in shares.values())
@@ -313,7 +313,7 @@ def test_speed_is_of_training_alone(shards, tmp_path, monkeypatch):
 
 @pytest.fixture
 def random_shards(shards, tmp_path) -> Path:
-    """Shards of random ids, no two windows of which begin alike."""
+    """Shards of random ids in which every window begins with another id."""
     folder = tmp_path / "random"
     shutil.copytree(shards, folder)
     paths = sorted(folder.glob("*_train_*.npy"))
@@ -327,7 +327,7 @@ def random_shards(shards, tmp_path) -> Path:
 
 
 def poison(monkeypatch, shards: Path, update: int, fault) -> None:
-    """Let `fault(loss)` take the place of the loss of the windows of one update, wherever it is computed."""
+    """Replace the loss of the windows of one update with `fault(loss)`."""
     forward, dataset = WindowLoss.forward, TokenDataset(str(shards), "train", 32, 1000)
     bad = set(dataset.read(range(8 * (update - 1), 8 * update))[:, 0].tolist())
 
@@ -338,7 +338,7 @@ def poison(monkeypatch, shards: Path, update: int, fault) -> None:
     monkeypatch.setattr(WindowLoss, "forward", poisoned)
 
 
-def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards, tmp_path, monkeypatch, capsys):
+def test_data_that_break_the_run_are_reported_and_can_be_skipped(random_shards, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, random_shards, update=7, fault=lambda loss: loss * math.nan)
     quick = {"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 3, "shuffle_windows": "off"}
     assert train.main(flags(random_shards, tmp_path, **quick)) == 2
@@ -356,7 +356,7 @@ def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards
     assert "skipped     updates 7 to 7" in capsys.readouterr().out
     assert list(read_losses(run)) == [step for step in range(1, N_STEPS + 1) if step != 7]
     whole = read_losses(run)
-    # What was skipped is kept: going on from a later checkpoint needs no flag, and ends the same.
+    # Skips are stored: resuming from a later checkpoint needs no flag and ends the same.
     shutil.rmtree(run / "checkpoints" / "step_0000012")
     run_training(random_shards, tmp_path, **quick)
     assert "- '7:7'" in (run / "config.yaml").read_text()
@@ -369,8 +369,8 @@ def test_data_that_breaks_the_run_are_named_and_can_be_passed_over(random_shards
     assert "already includes updates up to 9" in capsys.readouterr().err
 
 
-def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_path, monkeypatch, capsys):
-    """With the loss scaler of fp16, which accelerate has only for GPUs, given to a run on the CPU."""
+def test_overflows_are_skipped_until_there_are_too_many(random_shards, tmp_path, monkeypatch, capsys):
+    """With the loss scaler of fp16, which accelerate enables only on GPUs."""
     start = train.start_accelerator
 
     def start_with_scaler(precision: str, **settings):
@@ -393,7 +393,7 @@ def test_overflows_are_skipped_until_there_is_no_end_to_them(random_shards, tmp_
     assert "the last 20 updates, up to 20, were skipped" in capsys.readouterr().err
 
 
-def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_later_gives_one_line(random_shards, tmp_path, monkeypatch, capsys):
     def run_out(loss):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -403,7 +403,7 @@ def test_memory_that_runs_out_later_ends_with_one_line(random_shards, tmp_path, 
     assert (tmp_path / "run" / "checkpoints" / "step_0000006").is_dir()
 
 
-def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys, monkeypatch):
+def test_a_smoke_test_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys, monkeypatch):
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda run, step: (time.sleep(2), evaluate(run, step)))
     theirs = tmp_path / "run-smoke" / "final"
@@ -419,20 +419,20 @@ def test_trial_measures_saves_loads_and_leaves_nothing(shards, tmp_path, capsys,
     assert list(tmp_path.rglob("*")) == [tmp_path / "run-smoke", theirs]
 
 
-def test_plan_prints_the_arithmetic_and_touches_nothing(shards, tmp_path, capsys, monkeypatch):
+def test_plan_prints_the_arithmetic_and_writes_nothing(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "start_accelerator", None)
     assert train.main([*flags(shards, tmp_path), "--plan"]) == 0
     out = capsys.readouterr().out
     assert "parameters" in out and "12 steps = " in out and "3 x 512 validation tokens" in out
     assert list(tmp_path.iterdir()) == []
-    # Before the data are there the number of steps must be given.
+    # Without data, the number of steps must be given.
     assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan", "--max_steps=19073"]) == 0
     assert "124,439,808 parameters" in capsys.readouterr().out
     assert train.main([f"--data_dir={tmp_path / 'none'}", "--plan"]) == 2
     assert "create it with prepare_data.py" in capsys.readouterr().err
 
 
-def test_a_cpu_run_of_more_than_a_week_has_to_be_meant(shards, tmp_path, capsys):
+def test_a_cpu_run_of_more_than_a_week_needs_confirmation(shards, tmp_path, capsys):
     endless = {"max_steps": 10**9, "eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0}
     assert train.main(flags(shards, tmp_path, **endless)) == 2
     assert "--yes" in capsys.readouterr().err
@@ -468,7 +468,7 @@ def count_tokens(folder: Path, split: str) -> int:
         ({"plan_tokens_per_second": 0}, "--plan_tokens_per_second must be"),
     ],
 )
-def test_mistakes_end_with_one_line_and_leave_nothing(changes, message, shards, tmp_path, capsys):
+def test_mistakes_give_one_line_and_leave_nothing(changes, message, shards, tmp_path, capsys):
     changes = {"data_dir": shards, **changes}
     data_dir = changes.pop("data_dir")
     assert train.main(flags(data_dir, tmp_path, **changes)) == 2
@@ -477,7 +477,7 @@ def test_mistakes_end_with_one_line_and_leave_nothing(changes, message, shards, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_corpus_shorter_than_a_batch_is_refused(shards, tmp_path, capsys):
+def test_a_corpus_shorter_than_a_batch_is_rejected(shards, tmp_path, capsys):
     short = tmp_path / "short"
     short.mkdir()
     tokens = np.load(shards / "story_val_000000.npy")
@@ -491,8 +491,8 @@ def test_corpus_shorter_than_a_batch_is_refused(shards, tmp_path, capsys):
     assert "fewer than one window of 33" in capsys.readouterr().err
 
 
-def test_nothing_is_put_around_what_a_model_reads(tmp_path):
-    """In a run, and with what it leaves: the tokenizer of the data would begin and end each text, and give types."""
+def test_the_tokenizer_adds_no_special_tokens_anywhere(tmp_path):
+    """In a run and in its models: by itself, the tokenizer of the data adds tokens at both ends, and token types."""
     FAMILIES["bert"]().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text(";".join(f"{i} lighthouses, one keeper, the lazy dog" for i in range(150)))
     argv = [f"--files={tmp_path / 'text.txt'}", "--document_separator=;", f"--tokenizer={tmp_path / 'tokenizer'}"]
@@ -511,7 +511,7 @@ def test_nothing_is_put_around_what_a_model_reads(tmp_path):
         assert json.loads(scores.read_text())[protocol]["acc_norm"] == read_series(run, f"{prefix}/acc_norm")[2]
 
 
-def test_data_of_another_tokenizer_is_refused(tmp_path, capsys):
+def test_data_of_another_tokenizer_are_rejected(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("One lighthouse, one keeper, many ships. " * 200)
     data = tmp_path / "data"
     assert prepare_data.main([f"--files={tmp_path / 'text.txt'}", f"--output_dir={data}", "--val_tokens=200"]) == 0
@@ -528,13 +528,13 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_diverging_run_stops_before_it_harms_the_last_checkpoint(shards, tmp_path, capsys):
+def test_a_diverging_run_stops_before_it_saves(shards, tmp_path, capsys):
     assert train.main(flags(shards, tmp_path, learning_rate=1e30, save_every=1, grad_clip=1e30)) == 2
     assert "a loss of nan" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 
 
-def test_a_resumed_run_keeps_the_micro_batch_that_its_hardware_took(shards, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_micro_batch_on_the_same_hardware(shards, tmp_path, monkeypatch, capsys):
     train_folder = run_training(shards, tmp_path, max_steps=6, lr_schedule="constant", micro_batch_size=4)
     checkpoint = train_folder / "checkpoints" / "step_0000006"
     state = json.loads((checkpoint / "training_state" / "state.json").read_text())
@@ -553,7 +553,7 @@ def test_a_resumed_run_keeps_the_micro_batch_that_its_hardware_took(shards, tmp_
     assert "1 micro-step(s) x 8 sequence(s)" in capsys.readouterr().out
 
 
-def test_what_fits_is_tried_before_the_moments_of_a_checkpoint_take_their_room(shards, tmp_path, monkeypatch):
+def test_the_trial_runs_before_the_optimizer_state_is_loaded(shards, tmp_path, monkeypatch):
     folder = run_training(shards, tmp_path, max_steps=6, lr_schedule="constant")
     shutil.rmtree(folder / "final")
     order, fit, load = [], device_fit.fit_micro_batch, checkpoint_module.load_optimizer_state
@@ -565,9 +565,9 @@ def test_what_fits_is_tried_before_the_moments_of_a_checkpoint_take_their_room(s
     assert order == ["trial", "moments"]
 
 
-def test_an_operation_without_a_deterministic_form_ends_the_run_in_one_line(shards, tmp_path, monkeypatch, capsys):
+def test_an_operation_without_a_deterministic_implementation_gives_one_line(shards, tmp_path, monkeypatch, capsys):
     class Unordered(WindowLoss):
-        """A loss on a device that adds in any order."""
+        """A loss with an operation that has no deterministic implementation."""
 
         def forward(self, windows: torch.Tensor) -> torch.Tensor:
             torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))

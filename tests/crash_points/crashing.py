@@ -1,4 +1,4 @@
-"""Commands that are killed, or hindered, at each of their system calls, and given again."""
+"""Commands that are killed at one of their system calls, or in which that call fails, and that are then repeated."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,16 +15,17 @@ FORMS = {"kill": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, and what has to hold of the folder in which it works.
+    """A command, and what must hold in its folder.
 
     Attributes:
-        module, argv: the command, given the folder.
-        start: makes what is there before, given the folder.
-        check_kept: asserts, given the folder and the calls that were made before, that nothing whole was lost.
-        check_end: asserts, given the folder and whether the command was killed, that it ended as it does undisturbed.
-        script: given the folder, code to run in the command's place.
-        about: what of the folder the calls are about that may be the last.
-        is_racing: threads race to make these calls, so that one of them may not be made the next time.
+        module, argv: the command, as a function of the folder.
+        start: creates the initial contents of the folder.
+        check_kept: asserts that no complete file was lost, from the folder and the calls made so far.
+        check_end: asserts that the repeated command ended like an undisturbed one, from the folder and whether the
+            first command was killed.
+        script: code to run instead of the command, as a function of the folder.
+        about: the part of the folder whose calls are tested.
+        is_racing: threads race to make these calls, so a call may be missing in the next run.
     """
 
     module: str
@@ -38,9 +39,9 @@ class Scenario:
 
 
 class Crasher:
-    """Runs a scenario's command in forks of a process that has imported everything, in a folder of its own each time.
+    """Runs the command of a scenario in forks of a process that has imported everything, each in a fresh folder.
 
-    The folder has always the same path, because paths are parts of some files.
+    The folder always has the same path, because some files contain paths.
     """
 
     def __init__(self, server: ForkServer, scenario: Scenario, folder: Path):
@@ -48,20 +49,20 @@ class Crasher:
         self.folder = folder / "here"
 
     def begin(self) -> None:
-        """Put the folder into the state before the command."""
+        """Reset the folder to its initial contents."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.scenario.start(self.folder)
 
     def run(self, strace: Sequence[str] = ()):
-        """Give the command."""
+        """Run the command."""
         scenario = self.scenario
         argv, script = scenario.argv(self.folder), scenario.script(self.folder)
         return self.server.run(scenario.module, argv, self.home, script=script, strace=strace)
 
     @cached_property
     def calls(self) -> list[Call]:
-        """The calls of the command where nothing happens to it."""
+        """The system calls of an undisturbed command."""
         self.begin()
         self.existing = [str(path) for path in self.folder.rglob("*")]
         result = self.run(list_options(self.home / "trace"))
@@ -70,12 +71,12 @@ class Crasher:
         return read_trace(self.home / "trace")
 
     def find_undurable(self) -> list[str]:
-        """Return what a loss of power could cost (`tracing.find_undurable`)."""
+        """Return what a power failure could lose (see `tracing.find_undurable`)."""
         reports = [str(self.home / name) for name in ("stdout", "stderr")]
         return find_undurable(self.calls, self.folder, self.existing, reports)
 
-    def hit(self, point: Call, form: str) -> str | None:
-        """Let one call be the last, or fail, and give the command again; return what is wrong then."""
+    def disturb(self, point: Call, form: str) -> str | None:
+        """Kill the command at a call, or let the call fail, and repeat the command; return the problem, if any."""
         self.begin()
         options = list_options(self.home / "trace")
         try:
@@ -86,8 +87,8 @@ class Crasher:
             calls = read_trace(self.home / "trace")
             self.scenario.check_kept(self.folder, calls)
             again = self.run(options)
-            assert again.code == 0, f"given again it ended with {again.code}: {again.err}"
-            # What the first command left undone, the second one may not take for done.
+            assert again.code == 0, f"repeated, it ended with {again.code}: {again.err}"
+            # The second command must not rely on anything that the first one left undurable.
             calls += read_trace(self.home / "trace")
             undurable = find_undurable(calls, self.folder, self.existing, is_disturbed=True)
             assert not undurable, "; ".join(undurable)
@@ -96,45 +97,45 @@ class Crasher:
             return f"{form} at {point.name} {point.number} of {', '.join(point.paths)}: {error}"
         return None
 
-    def hit_all(self, form: str, share: float = 1.0) -> tuple[int, list[str]]:
-        """Hit every point, or a share of them; return how many, and what was wrong."""
+    def disturb_all(self, form: str, share: float = 1.0) -> tuple[int, list[str]]:
+        """Test every point, or a share of them; return their number and the problems."""
         points = choose_points(self.calls, self.folder / self.scenario.about, share)
-        problems = [problem for point in points if (problem := self.hit(point, form)) is not None]
+        problems = [problem for point in points if (problem := self.disturb(point, form)) is not None]
         return len(points), problems
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which kills and hinders, is missing")
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace, which injects the faults, is missing")
 class CrashTests:
-    """The tests of the fixture `crasher` of the module in which a class inherits them.
+    """Tests of the fixture `crasher` in the module of a subclass.
 
     Attributes:
-        share: of its points, how large a sample `make test` tries.
-        at_least: how many points there are at least.
+        share: the share of the points that `make test` tries.
+        at_least: the minimum number of points.
     """
 
     share: float
     at_least: int
 
-    def test_what_takes_a_name_is_durable_before_anything_older_goes(self, crasher: Crasher):
+    def test_files_are_durable_before_they_are_named_and_anything_older_is_deleted(self, crasher: Crasher):
         assert crasher.find_undurable() == []
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_some_call_is_the_last_or_fails(self, crasher: Crasher, form: str):
+    def test_a_sample_of_crash_points_is_survived(self, crasher: Crasher, form: str):
         self.assert_survived(crasher, form, self.share)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("form", FORMS)
-    def test_each_call_is_the_last_or_fails(self, crasher: Crasher, form: str):
+    def test_every_crash_point_is_survived(self, crasher: Crasher, form: str):
         self.assert_survived(crasher, form, 1.0)
 
     def assert_survived(self, crasher: Crasher, form: str, share: float) -> None:
-        n_points, problems = crasher.hit_all(form, share)
+        n_points, problems = crasher.disturb_all(form, share)
         print(f"{form}: {n_points - len(problems)} of {n_points} points survived")
         assert not problems, "\n\n".join(problems)
         assert n_points >= self.at_least * share
 
 
 def list_tree(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file under a folder; of a folder itself, nothing."""
+    """Return the contents of all files under a folder by path; those of folders are empty."""
     paths = sorted(folder.rglob("*")) if folder.exists() else []
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}

@@ -1,4 +1,4 @@
-"""Every system call of prepare_data.py that changes a file may be its last one, or fail."""
+"""prepare_data.py survives being killed at, or a failure of, any system call that changes a file."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from small_corpora import list_data_flags, write_corpus, write_tokenizer
 
 import prepare_data
 
-# Three commands in a row, as a scheduler gives them.
+# The three stages in a row, as a scheduler runs them.
 STAGES = """
 import os, prepare_data
 for stage in ("tokenize", "write", "all"):
@@ -20,7 +20,7 @@ WAYS = ("new", "overwritten", "in stages")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[Path, Path]:
-    """Two files of text, which are two tasks, and a tokenizer."""
+    """Two text files, which form two tasks, and a tokenizer."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "texts").mkdir()
     write_corpus(folder / "texts" / "one.jsonl", 30)
@@ -49,7 +49,7 @@ def crasher(request, forks, inputs, tmp_path_factory) -> Crasher:
 
     def check_kept(here, calls):
         found = list_tree(here / "data")
-        for name in ("plan.json", "lock"):  # which the next command removes
+        for name in ("plan.json", "lock"):  # the next command removes them
             found.pop(name, None)
         assert found in ([old, new] if overwrites else [{}, new])
 

@@ -1,4 +1,4 @@
-"""Every system call of what writes, replaces and removes files and folders may be its last one, or fail."""
+"""Writing, replacing and removing files and folders survives a kill at, or a failure of, any system call."""
 
 import textwrap
 
@@ -39,7 +39,7 @@ def build(name: str, exists: bool) -> Scenario:
             assert found in ("old", "new") or (not exists and found is None)
             return
         found = list_tree(folder / "model")
-        # For a moment the old folder has the name from which it is restored, where two cannot swap their names.
+        # On file systems that cannot exchange names, the old folder briefly has the name from which it is restored.
         aside = "swapped" in name and list_tree(folder / f"model{REPLACED_SUFFIX}") == OLD
         assert found in (OLD, NEW) or (not found and (not exists or aside or is_removed))
 

@@ -1,4 +1,4 @@
-"""Every system call with which a run hands its checkpoints over to be published may be its last one, or fail."""
+"""Queueing checkpoints for publishing survives a kill at, or a failure of, any system call."""
 
 import os
 
@@ -45,7 +45,7 @@ def crasher(hub, tmp_path_factory):
             "train",
             lambda here: list_flags(data, here, **BARE, push_to_hub=True),
             lambda here: hub.repositories.pop(REPO, None),
-            lambda here, calls: None,  # test_crash_run.py asks what is kept
+            lambda here, calls: None,  # tested in test_crash_run.py
             check_end,
             about="run/hub_upload",
             is_racing=True,

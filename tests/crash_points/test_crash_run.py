@@ -1,4 +1,4 @@
-"""Every system call of a run that changes a file may be its last one, or fail."""
+"""A run survives being killed at, or a failure of, any system call that changes a file."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.core.files import REPLACED_SUFFIX, TEMPORARY_SUFFIX
 from modeling_gpt2_repro.training.checkpoint import check_whole, list_checkpoints, read_step
 
-# Its best model is that of step 4, and at the end there are checkpoints of steps 4 and 6 and the model of step 2.
+# The best model is that of step 4. At the end there are checkpoints of steps 4 and 6, and the model of step 2.
 SETTINGS = {
     **{"n_layer": 1, "n_head": 1, "n_embd": 8, "sequence_length": 16, "tokens_per_step": 64, "max_steps": 8},
     **{"warmup_tokens": 64, "learning_rate": 3e-2, "mixed_precision": "no", "compile": "off", "eval_every": 2},
@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(forks, data, tmp_path_factory) -> Path:
-    """The folder of a run to which nothing happens, and which keeps everything; `initial/` is the model of step 0."""
+    """The folder of an undisturbed run that keeps everything; `initial/` is the model of step 0."""
     folder = tmp_path_factory.mktemp("reference")
     for name, changes in (("run", {}), ("short", {"max_steps": 1, "learning_rate": 1e-30})):
         result = forks.run("train", list_flags(data, folder, run_name=name, keep_checkpoints=0, **changes), folder)
@@ -58,7 +58,7 @@ def read_weights(folder: Path) -> bytes | None:
 
 
 def find_published(calls: list[Call], name: str) -> list[str]:
-    """Return which names that match have been given in these calls, in order."""
+    """Return the matching names that these calls gave to files and folders, in order."""
     renamed = [call.paths[1] for call in calls if call.name.startswith("rename") and call.is_done]
     return [match[1] for path in renamed if (match := re.fullmatch(rf".*/run/({name})", path))]
 
@@ -72,7 +72,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def check_best(reference: Path, run: Path, is_newest: bool = False) -> None:
-    """Assert that the best model is one of those that the reference had, or the last of them."""
+    """Assert that the best model is one that the reference run had, or its last one."""
     step = json.loads((run / "best" / "metrics.json").read_text())["step"]
     expected = read_weights(reference / "checkpoints" / f"step_{step:07d}") or read_weights(reference / "initial")
     assert read_weights(run / "best") == expected, "the best model is lost"
@@ -100,7 +100,7 @@ def check_end(reference: Path, expected_tree: list[str], folder: Path, was_kille
     assert read_numbers(run) == read_numbers(reference)
     for name in ("log.txt", "samples.jsonl", "final/model.safetensors"):
         assert (run / name).read_bytes() == (reference / name).read_bytes(), f"{name} differs"
-    check_best(reference, run, is_newest=was_killed)  # one that could not be written is not missed by a finished run
+    check_best(reference, run, is_newest=was_killed)  # a finished run does not need one that could not be written
     last = f"checkpoints/step_{SETTINGS['max_steps']:07d}"
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["step"]) == ("finished", SETTINGS["max_steps"]) and status["versions"]
@@ -110,7 +110,7 @@ def check_end(reference: Path, expected_tree: list[str], folder: Path, was_kille
     if was_killed:
         assert tree == expected_tree
     for name in ("model.safetensors", "training_state/optimizer.pt"):
-        if was_killed or (run / last).exists():  # one that could not be written is not missed by a finished run
+        if was_killed or (run / last).exists():  # a finished run does not need one that could not be written
             assert (run / last / name).read_bytes() == (reference / last / name).read_bytes(), f"{name} differs"
 
 

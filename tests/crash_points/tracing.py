@@ -1,7 +1,7 @@
-"""What strace says of a process: its calls that change files, in order, and what of them is durable when.
+"""Traces of strace: the system calls that change files, in order, and when their effects are durable.
 
-`read_trace` gives the calls; `choose_points` those of them that may be the last; `find_undurable` what a loss of power
-could lose.
+`read_trace` returns the calls, `choose_points` those at which a command is disturbed, and `find_undurable` what a
+power failure could lose.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ REMOVING = ("unlink", "unlinkat", "rmdir")
 MAKING = ("mkdir", "mkdirat")
 SYNCING = ("fsync", "fdatasync")
 WRITING = ("write", "pwrite64", "sendfile", "copy_file_range")
-# Each in turn is the last, or fails.
+# Crash points: a command is killed at each of these calls, or the call fails.
 POINTS = (*NAMING, *REMOVING, *MAKING, *SYNCING, "ftruncate")
-# Of these only some are: a file of megabytes has thousands.
+# Only every tenth of these is one, because a file of megabytes takes thousands.
 RARE_POINTS = ("write", "pwrite64")
 EACH_RARE_POINT = 10
 TRACED = (*POINTS, *WRITING, "openat")
@@ -33,7 +33,7 @@ NAME = re.compile(r'(?:AT_FDCWD|\d+)<(?P<folder>[^>]*)>(?:\([^)]*\))?|"(?P<name>
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A system call: `number` counts those of its kind in its thread, from 1; `paths` are the absolute ones."""
+    """A system call: `number` counts the calls of this name in its thread, from 1; `paths` are absolute."""
 
     thread: int
     name: str
@@ -43,7 +43,7 @@ class Call:
     is_done: bool
 
     def lies_in(self, root: Path) -> bool:
-        """Tell whether it is about something in a folder."""
+        """Return whether it concerns anything in a folder."""
         return any(is_inside(path, str(root)) for path in self.paths)
 
 
@@ -52,12 +52,12 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def list_options(trace: Path) -> list[str]:
-    """Return the options with which strace writes what `read_trace` reads."""
+    """Return the options of strace whose output `read_trace` reads."""
     return ["-y", "-s", "0", "-o", str(trace), "-e", f"trace={','.join(TRACED)}", "-e", "signal=none"]
 
 
 def read_trace(trace: Path) -> list[Call]:
-    """Read what strace wrote, in the order in which the calls began."""
+    """Read a trace, in the order in which the calls began."""
     counts: dict[tuple[str, str], int] = {}
     began: list[list] = []
     open_calls: dict[str, list] = {}
@@ -93,9 +93,9 @@ def _list_paths(name: str, arguments: str) -> Iterator[str]:
 
 
 def choose_points(calls: Sequence[Call], root: Path, share: float = 1.0) -> list[Call]:
-    """Return the calls about `root` of which each may be the last, or, by chance and always the same, a share of them.
+    """Return the crash points in `root`, or a random share of them, the same on every call.
 
-    Of two threads' calls of the same kind and number only the first is one: it is the one that is hit.
+    If two threads make a call of the same name and number, only the first one counts: strace disturbs that one.
     """
     points: dict[tuple[str, int], Call] = {}
     n_rare = 0
@@ -112,12 +112,12 @@ def choose_points(calls: Sequence[Call], root: Path, share: float = 1.0) -> list
 
 
 def is_temporary(path: str, root: Path) -> bool:
-    """Tell whether a path under `root` is, or lies in, something that has not got its name yet or has lost it."""
+    """Return whether a path under `root` is, or is in, something under a temporary name."""
     return any(part.endswith(TEMPORARY) for part in Path(path).relative_to(root).parts)
 
 
 def _find_home(path: str) -> str:
-    """Return the folder in which what is removed had its name."""
+    """Return the folder that contained what is removed under its final name."""
     temporary = [parent for parent in (Path(path), *Path(path).parents) if parent.name.endswith(TEMPORARY)]
     return str((temporary[-1] if temporary else Path(path)).parent)
 
@@ -129,22 +129,22 @@ def find_undurable(
     reports: Iterable[str] = (),
     is_disturbed: bool = False,
 ) -> list[str]:
-    """Return, in words, what a loss of power at some moment could leave half of, or lose.
+    """Describe what a power failure at some moment could lose or leave incomplete.
 
-    What takes a name must be on the disk before, with all files and folders in it; and the name itself before
-    anything is removed that had one, anything else takes one, or anything is reported.
+    Before something gets its final name, it must be durable with all files and folders in it. Before anything named is
+    removed, anything else is named, or anything is reported, the name itself must be durable.
 
     Args:
-        existing: files and folders that were there before the first call.
-        reports: files that tell people what is done, as a stdout.
-        is_disturbed: some call has failed, or was the last. What could not be made durable for that may stay so, and
-            only what is older in the same folder is kept until it is.
+        existing: files and folders from before the first call.
+        reports: files that report progress to people, such as stdout.
+        is_disturbed: a call failed, or the command was killed. What could not be made durable because of that may stay
+            so; only older things in the same folder must be kept until it is.
     """
     known = set(existing)
-    contents: set[str] = set()  # files whose content is not on the disk
-    names: set[str] = set()  # files and folders whose names in their folders are not
-    named = {path for path in known if not is_temporary(path, root)}  # what has, or had, a name for good
-    pending: dict[str, str] = {}  # folders with a name of a published thing that is not, and that name
+    contents: set[str] = set()  # files whose content is not durable
+    names: set[str] = set()  # files and folders whose entry in their folder is not durable
+    named = {path for path in known if not is_temporary(path, root)}  # everything that has or had a final name
+    pending: dict[str, str] = {}  # folders with a final name that is not durable, and that name
     found = []
 
     def move(old: str, new: str) -> None:

@@ -1,4 +1,4 @@
-"""What the tests that want a GPU rely on. Without one they skip; `GPU_TESTS_DEVICE=cpu` runs them at toy size."""
+"""Fixtures of the GPU tests. Without a GPU they are skipped; `GPU_TESTS_DEVICE=cpu` runs them at toy size."""
 
 import gc
 import os
@@ -14,14 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Scale:
-    """The device of a session, and sizes at which its tests take minutes.
+    """The device of the session, and sizes at which the tests take minutes.
 
     Attributes:
-        shape: of the model that runs train; `n_layer` is small because compiling takes time for every layer.
-        learning_rate: at which a few updates show in the loss.
-        precision: that runs train in, as `--mixed_precision` calls it.
-        n_items: of HellaSwag.
-        n_updates: of a run that a signal has to reach in time.
+        shape: the shape of the trained model; `n_layer` is small because each layer adds to the compile time.
+        learning_rate: so large that a few updates change the loss.
+        precision: the `--mixed_precision` of runs.
+        n_items: the number of HellaSwag items.
+        n_updates: the updates of a run, enough for a signal to arrive before the last one.
     """
 
     device: torch.device
@@ -35,12 +35,12 @@ class Scale:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether what only CUDA has can be checked."""
+        """Whether checks that need CUDA can run."""
         return self.device.type == "cuda"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Flags of a run whose update is four compiled micro-steps; the same ones everywhere, to compile them once."""
+        """Flags of a run with four compiled micro-steps per update; shared, so that they are compiled only once."""
         tokens_per_step = 4 * self.micro_batch_size * self.sequence_length
         return {
             **self.shape,
@@ -92,7 +92,7 @@ def scale() -> Scale:
 
 @pytest.fixture(scope="module", autouse=True)
 def _device(scale) -> Iterator[None]:
-    """Take back that tests compute on the CPU, and leave nothing compiled, set or allocated to the next module."""
+    """Allow the GPU, which other tests disable; clean up compiled code, settings and memory after each module."""
     precision, is_deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
         if scale.is_cuda:
@@ -109,7 +109,7 @@ def _device(scale) -> Iterator[None]:
 
 @pytest.fixture
 def exact_float32() -> Iterator[None]:
-    """Products of float32 matrices without TF32."""
+    """Multiply float32 matrices without TF32."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -118,7 +118,7 @@ def exact_float32() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder of shards: random ids, small ones more often, which is what there is to learn."""
+    """A folder of shards of random ids; small ids are more frequent, which a model can learn."""
     folder = tmp_path_factory.mktemp("corpus")
     generator = np.random.default_rng(0)
     for name, n_tokens in (("x_val_000000", 10_000), ("x_train_000001", 200_000), ("x_train_000002", 150_000)):

@@ -1,4 +1,4 @@
-"""Models with random weights, their gradients, and how far two tensors are apart."""
+"""Models with random weights, their gradients, and the distance between two tensors."""
 
 import torch
 
@@ -8,7 +8,7 @@ VOCAB_SIZE = 50257
 
 
 def draw_model(shape: dict[str, int], n_positions: int) -> GPT2ReproForCausalLM:
-    """Return a model in float32 on the CPU where every weight shows in the loss, and no attention in one token alone.
+    """Return a float32 model on the CPU whose every weight affects the loss, and whose attention spreads over tokens.
 
     Fresh weights would not do: biases and layer norms at 0 and 1 hide a mix-up, and attention is nearly uniform.
     """
@@ -32,7 +32,7 @@ def draw_windows(n_windows: int, sequence_length: int, seed: int) -> torch.Tenso
 def compute_gradients(
     loss_model: torch.nn.Module, windows: torch.Tensor, precision: torch.dtype = torch.float32
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss and its gradients, by the parameters' names, and leave none behind."""
+    """Return the loss and its gradients by parameter name, and clear the gradients."""
     loss_model.zero_grad(set_to_none=True)
     with torch.autocast(windows.device.type, precision, enabled=precision != torch.float32):
         loss = loss_model(windows)
@@ -45,7 +45,7 @@ def compute_gradients(
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the norm of the difference, as a fraction of the norm of what is expected."""
+    """Return the norm of the difference relative to the norm of the expected tensor."""
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     assert expected.norm() > 0
     return ((actual - expected).norm() / expected.norm()).item()
@@ -54,7 +54,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_gradients_close(
     actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], whole: float, each: float
 ) -> None:
-    """Assert bounds on the relative error of the gradient as a whole, and of the part of each parameter."""
+    """Assert bounds on the relative error of the whole gradient and of each parameter's."""
     assert actual.keys() == expected.keys()
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     vectors = (torch.cat([gradients[name].flatten() for name in expected]) for gradients in (actual, expected))

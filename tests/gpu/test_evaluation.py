@@ -1,4 +1,4 @@
-"""HellaSwag under each implementation of attention that torch has for the device."""
+"""HellaSwag with each of torch's attention backends for the device."""
 
 import contextlib
 import math
@@ -18,23 +18,23 @@ from modeling_gpt2_repro.evaluation.scoring import can_share_context, evaluation
 from modeling_gpt2_repro.evaluation.shared_context import build_rows
 from modeling_gpt2_repro.model.limits import get_max_positions
 
-# How far an ending's sum, of about 200 nats, may be from that of attention written out in the same precision.
+# Tolerance of an ending's sum, of about 200 nats, against attention written out in the same precision.
 LARGEST_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 LEAST_AGREEMENT = 0.98
 BACKENDS = {
     "flash": [SDPBackend.FLASH_ATTENTION],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
-    "chosen": None,  # by torch, as in a run
+    "chosen": None,  # torch chooses, as in a run
 }
 
 
-# Flash and cuDNN attention have no float32 on a GPU.
+# On a GPU, flash and cuDNN attention do not support float32.
 PAIRS = [(name, torch.bfloat16) for name in BACKENDS] + [(name, torch.float32) for name in ("efficient", "chosen")]
 
 
 def find_items() -> Path:
-    """Return HellaSwag's validation set where it is at hand, else the package's sample."""
+    """Return HellaSwag's validation set if it is available, else the packaged sample."""
     places = (SHARED_DATA / "hellaswag_val.jsonl", REPOSITORY / ".gpu" / "hellaswag_val.jsonl.gz")
     return next((path for path in places if path.exists()), SAMPLE_FILE)
 
@@ -73,10 +73,10 @@ def restrict_attention(backends: list[SDPBackend] | None) -> contextlib.Abstract
 def can_attend(
     backends: list[SDPBackend] | None, precision: torch.dtype, device: torch.device, is_masked: bool
 ) -> bool:
-    """Tell whether a backend takes queries of this precision, causal alone or under a mask of pairs."""
+    """Return whether a backend supports this precision, causal or with a mask."""
     states = torch.randn(2, 12, 137, 64, device=device, dtype=precision)
     mask = torch.zeros(2, 1, 137, 137, device=device, dtype=precision) if is_masked else None
-    with restrict_attention(backends), warnings.catch_warnings(action="ignore"):  # it says at length why not
+    with restrict_attention(backends), warnings.catch_warnings(action="ignore"):  # it warns at length
         try:
             torch.nn.functional.scaled_dot_product_attention(states, states, states, mask, is_causal=not is_masked)
         except torch.OutOfMemoryError:
@@ -87,7 +87,7 @@ def can_attend(
 
 
 def test_the_model_prefers_one_ending_to_another(expected, encoded):
-    """Or the tests below would compare nothing."""
+    """Otherwise the tests below would compare nothing."""
     for result in expected.values():
         assert {item.predicted_norm for item in result.scored_items} == {0, 1, 2, 3}
         best = [
@@ -98,7 +98,7 @@ def test_the_model_prefers_one_ending_to_another(expected, encoded):
 
 
 @pytest.mark.parametrize("name, precision", PAIRS)
-def test_endings_get_the_sums_of_attention_written_out(
+def test_endings_have_the_sums_of_attention_written_out(
     scale, model, encoded, expected, exact_float32, name, precision
 ):
     backends = BACKENDS[name]
@@ -108,9 +108,9 @@ def test_endings_get_the_sums_of_attention_written_out(
     with restrict_attention(backends), warnings.catch_warnings(action="ignore"):
         result = evaluate(model, encoded, precision)
         with evaluation_mode(model), choose_precision(precision, scale.device):
-            # A backend that takes the mask computes with it what it computes without.
+            # A backend that supports masks gives the same result with and without one.
             shares_context = can_share_context(model, encoded.items, get_max_positions(model))
-            # Next to the longest, most of the shortest is padding.
+            # Beside the longest item, the shortest consists mostly of padding.
             items = sorted(encoded.items, key=lambda item: item.n_read)
             pair = [items[0], items[-1]]
             rows = [build_rows(item, get_max_positions(model), shares_context) for item in pair]

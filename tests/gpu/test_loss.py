@@ -1,4 +1,4 @@
-"""The head and its cross-entropy on the device, against the same written out in float64."""
+"""The head and its cross-entropy on the device, against a plain computation in float64."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from gpu.drawn_models import VOCAB_SIZE, relative_error
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
 
 CHUNK_TOKENS = 128
-# A unit of rounding is 4e-3, 5e-4 and 6e-8, and a sum of products has less of it than its terms.
+# Unit roundoffs are 4e-3, 5e-4 and 6e-8; the relative error of a sum of products is smaller than that of its terms.
 LARGEST_ERRORS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
@@ -19,11 +19,11 @@ def compute_loss(states: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
 
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("precision", LARGEST_ERRORS, ids=str)
-def test_loss_and_gradients_are_those_of_float64(scale, exact_float32, precision, is_compiled):
+def test_loss_and_gradients_match_float64(scale, exact_float32, precision, is_compiled):
     generator = torch.Generator().manual_seed(3 * precision.itemsize + is_compiled)
-    n_tokens, width = 3 * CHUNK_TOKENS // 2, scale.shape["n_embd"]  # the last chunk is a short one
+    n_tokens, width = 3 * CHUNK_TOKENS // 2, scale.shape["n_embd"]  # the last chunk is short
     states = torch.randn(n_tokens, width, generator=generator)
-    # Logits with a deviation of 3: some tokens are likely, as in a trained model.
+    # Logits with a standard deviation of 3, so that some tokens are likely, as in a trained model.
     weight = 3 / width**0.5 * torch.randn(VOCAB_SIZE, width, generator=generator)
     targets = torch.randint(0, VOCAB_SIZE, (n_tokens,), generator=generator)
     is_ignored = torch.rand(n_tokens, generator=generator) < 0.1

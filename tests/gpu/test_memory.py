@@ -1,4 +1,4 @@
-"""What a run does where the device's memory is too small for the micro-batch that it begins with."""
+"""A run on a device whose memory is too small for the first micro-batch size."""
 
 import gc
 
@@ -16,7 +16,7 @@ from modeling_gpt2_repro.training.memory import StepMemory
 LENGTH = 1024
 
 
-def test_where_memory_runs_out_the_run_takes_less_at_once_and_stays_compiled(
+def test_when_memory_runs_out_the_micro_batch_shrinks_and_the_run_stays_compiled(
     scale, corpus, tmp_path, monkeypatch, capsys
 ):
     if not scale.is_cuda:
@@ -42,7 +42,7 @@ def test_where_memory_runs_out_the_run_takes_less_at_once_and_stays_compiled(
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    # The activations of 64 sequences alone are more; the driver knows nothing of the limit, so the run begins there.
+    # Less than the activations of 64 sequences. The driver does not report this limit, so the run starts with 64.
     limit = torch.cuda.memory_reserved() + 0.6 * memory.estimate(ACCELERATOR_MICRO_BATCH_SIZE)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     try:

@@ -1,4 +1,4 @@
-"""Loss and gradients of the whole model: the device's against the CPU's, compiled, and with activations recomputed."""
+"""Loss and gradients of the whole model: against the CPU's, compiled, and with recomputed activations."""
 
 import copy
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from modeling_gpt2_repro.training.batch_fit import WindowLoss
 N_LAYERS = 4
 
 
-def test_float32_on_the_device_is_float32_on_the_cpu(scale, exact_float32):
-    """There with fused attention and a chunked loss, here with attention and logits written out."""
+def test_float32_on_the_device_matches_float32_on_the_cpu(scale, exact_float32):
+    """On the device with fused attention and a chunked loss; on the CPU with attention and logits written out."""
     model = draw_model({**scale.shape, "n_layer": N_LAYERS}, scale.sequence_length)
     on_device = WindowLoss(copy.deepcopy(model)).to(scale.device)
     on_device.model.loss_chunk_tokens = 100
@@ -33,7 +33,7 @@ def test_float32_on_the_device_is_float32_on_the_cpu(scale, exact_float32):
 
 @dataclass
 class Measured:
-    """Of a loss on the same windows: its value, its gradients, and the bytes that it took at most."""
+    """The loss on the same windows, its gradients, and its peak memory in bytes."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -42,11 +42,11 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def measured(scale) -> dict[str, Measured]:
-    """One model in bf16: eager and compiled, with all activations kept and with them recomputed."""
+    """One model in bf16, eager and compiled, with stored and with recomputed activations."""
     found = {}
     for name in ("eager", "compiled", "eager, recomputed", "compiled, recomputed"):
         model = draw_model({**scale.shape, "n_layer": N_LAYERS}, scale.sequence_length).to(scale.device)
-        model.loss_chunk_tokens = 1024  # or the logits would be most of the memory
+        model.loss_chunk_tokens = 1024  # otherwise the logits would take most of the memory
         if "recomputed" in name:
             enable_checkpointing(model)
         loss_model = WindowLoss(model)
@@ -58,7 +58,7 @@ def measured(scale) -> dict[str, Measured]:
 
 
 def enable_checkpointing(model) -> None:
-    """Recompute activations, under the name that the installed transformers has for it."""
+    """Recompute activations, with the class that the installed transformers has for it."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -73,7 +73,7 @@ def measure(loss_model: torch.nn.Module, scale: Scale) -> Measured:
     return Measured(loss, gradients, torch.cuda.max_memory_allocated() - before if scale.is_cuda else 0)
 
 
-def test_the_compiled_step_is_the_eager_one(measured):
+def test_the_compiled_step_matches_the_eager_one(measured):
     eager, compiled = measured["eager"], measured["compiled"]
     assert compiled.loss == pytest.approx(eager.loss, abs=1e-2)
     assert_gradients_close(compiled.gradients, eager.gradients, whole=2e-2, each=5e-2)
@@ -87,8 +87,9 @@ def test_recomputed_activations_give_the_same_gradients(measured, way):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_recomputed_activations_take_less_memory(scale, measured, way):
+def test_recomputed_activations_need_less_memory(scale, measured, way):
     if not scale.is_cuda:
         pytest.skip("torch does not count a CPU's memory")
-    # Of what four layers keep, 36.6 bytes a token and unit of width each, one layer's is left, and their inputs.
+    # Of the activations of four layers (36.6 bytes per token and unit of width each), those of one layer remain,
+    # besides the layers' inputs.
     assert measured[f"{way}, recomputed"].peak_bytes < 0.8 * measured[way].peak_bytes

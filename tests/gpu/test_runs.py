@@ -1,4 +1,4 @@
-"""Runs as real processes on the device: resumed, stopped by a signal and distributed, they have the same numbers."""
+"""Runs as real processes on the device: resumed, stopped by a signal, and distributed, with the same results."""
 
 import json
 import os
@@ -23,7 +23,7 @@ N_DISTRIBUTED_UPDATES = 12
 
 
 def list_flags(scale: Scale, corpus: Path, folder: Path, run_name: str, **changes) -> list[str]:
-    """Return the flags of a run that gives the same bits each time, and whose length does not show in its updates."""
+    """Return the flags of a reproducible run whose updates do not depend on its length."""
     settings = {
         **scale.settings,
         **{"eval_every": 0, "hellaswag_every": 0, "sample_every": 0, "save_every": 0},
@@ -33,7 +33,7 @@ def list_flags(scale: Scale, corpus: Path, folder: Path, run_name: str, **change
 
 
 def build_environment(scale: Scale) -> dict[str, str]:
-    """Return this process's environment without what forces tests to the CPU."""
+    """Return this process's environment without the variables that force tests onto the CPU."""
     forced = ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS") if scale.is_cuda else ()
     environment = {name: value for name, value in os.environ.items() if name not in forced}
     return environment | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -50,7 +50,7 @@ def start(scale: Scale, command: list[str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, exit_code: int = 0) -> str:
-    """Wait for a process, check how it ended, and return what it said."""
+    """Wait for a process, check its exit code, and return its output."""
     try:
         output, _ = process.communicate(timeout=SECONDS)
     finally:
@@ -69,7 +69,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def assert_same_end(run: Path, expected: Path) -> None:
-    """Assert that two runs have the same losses at all updates that both made, and the same weights, bit by bit."""
+    """Assert that two runs have the same losses at all common updates, and the same weights, bit for bit."""
     losses, others = read_losses(run), read_losses(expected)
     assert losses and all(others[step] == loss for step, loss in losses.items())
     weights, other_weights = (load_file(folder / "final" / "model.safetensors") for folder in (run, expected))
@@ -84,7 +84,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_run(scale, corpus, runs) -> Path:
-    """A run that nothing happened to, with a checkpoint half-way."""
+    """An undisturbed run with a checkpoint half-way."""
     output = run_training(scale, list_flags(scale, corpus, runs, "whole", save_every=scale.n_updates // 2))
     assert f"x 4 micro-step(s) x {scale.micro_batch_size} sequence(s)" in output
     return runs / "whole"
@@ -97,7 +97,7 @@ def test_a_resumed_run_keeps_its_micro_batch_and_ends_with_the_same_bits(scale, 
     shutil.copytree(checkpoint, runs / "resumed" / "checkpoints" / checkpoint.name)
     changes = {"micro_batch_size": "auto", "save_every": scale.n_updates}
     output = run_training(scale, list_flags(scale, corpus, runs, "resumed", **changes))
-    # On its own, `auto` takes a whole update at once.
+    # A new run with `auto` would take a whole update at once.
     assert f"from step {half:,}" in output
     assert f"x 4 micro-step(s) x {scale.micro_batch_size} sequence(s)" in output
     assert list(read_losses(runs / "resumed")) == list(range(half + 1, scale.n_updates + 1))
@@ -108,7 +108,7 @@ def test_a_resumed_run_keeps_its_micro_batch_and_ends_with_the_same_bits(scale, 
         assert (state["micro_batch_size"], state["hardware"]) == (scale.micro_batch_size, f"1 x {device}")
 
 
-def test_a_run_that_gets_sigterm_saves_and_the_same_command_finishes_it(scale, corpus, runs, whole_run):
+def test_a_run_stopped_by_sigterm_resumes_to_the_same_bits(scale, corpus, runs, whole_run):
     argv, run = list_flags(scale, corpus, runs, "stopped"), runs / "stopped"
     process = start(scale, [str(REPOSITORY / "train.py"), *argv])
     wait_for_update(process, run, 3)
@@ -133,7 +133,7 @@ def wait_for_update(process: subprocess.Popen, run: Path, update: int) -> None:
     raise AssertionError(f"no update {update}: {process.communicate()[0]}")
 
 
-# accelerate distributes from two processes on; one is enough for all that NCCL, the wrapper and the compiler are
+# accelerate distributes only from two processes on, but one is enough to test NCCL, the wrapper and the compiler
 # together.
 DISTRIBUTED = """
 import sys
@@ -154,7 +154,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_distributed_run_has_the_losses_of_one_that_is_not(scale, corpus, runs, whole_run, tmp_path):
+def test_a_distributed_run_has_the_losses_of_a_single_process(scale, corpus, runs, whole_run, tmp_path):
     (tmp_path / "distributed.py").write_text(DISTRIBUTED)
     argv = list_flags(scale, corpus, runs, "distributed", max_steps=N_DISTRIBUTED_UPDATES)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]

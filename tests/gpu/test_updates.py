@@ -1,4 +1,4 @@
-"""Updates as train.py makes them: one graph, one wait for the device, stock GPT-2's losses, and fp16's overflows."""
+"""Updates of train.py: one graph, one synchronization, the losses of stock GPT-2, and overflows under fp16."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ USUAL_SCALE = 2.0**16
 
 @dataclass
 class WatchedRun:
-    """What was seen of a run: by update, the graphs there were after it and the lines that waited for the device."""
+    """What a run did: after each update the number of graphs, and in it the lines that waited for the device."""
 
     output: str = ""
     metrics: dict[str, list[int]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ def recorded_waits(scale: Scale) -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # Setting the mode warns as well, once, of the mode itself.
+    # Setting the mode itself also warns once.
     sign = "called a synchronizing CUDA operation"
     found += [f"{each.filename}:{each.lineno}" for each in caught if sign in str(each.message)]
 
@@ -82,7 +82,7 @@ def watched_run(scale, corpus, tmp_path_factory) -> WatchedRun:
     return seen
 
 
-def test_updates_are_one_graph_whatever_lies_between_them(watched_run):
+def test_updates_are_one_graph_despite_evaluations_between_them(watched_run):
     assert "torch.compile failed" not in watched_run.output and "x 4 micro-step(s)" in watched_run.output
     assert watched_run.metrics == {
         "val/loss": [0, 2, 4, 6, 8, 10],
@@ -99,12 +99,12 @@ def test_an_update_waits_for_the_device_once(scale, watched_run):
         pytest.skip("nothing waits for a CPU")
     with recorded_waits(scale) as waits:
         torch.ones(1, device=scale.device).item()
-    assert len(waits) == 1  # or it would not be seen
-    # The loss and the gradient norm are read, together.
+    assert len(waits) == 1  # otherwise waits would go unnoticed
+    # The loss and the gradient norm are read together.
     assert [len(waits) for waits in watched_run.waits[-3:]] == [1, 1, 1], watched_run.waits[-1]
 
 
-def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(scale, corpus, tmp_path, tokenizer, exact_float32):
+def test_losses_match_a_plain_loop_over_stock_gpt2(scale, corpus, tmp_path, tokenizer, exact_float32):
     """The same windows, accumulation, clipping, schedule and optimizer, on transformers' own model."""
     n_steps, settings = 20, {**scale.settings, **BARE, "mixed_precision": "no", "tf32": False, "grad_clip": 0.5}
     torch._dynamo.reset()
@@ -138,17 +138,17 @@ def test_losses_are_those_of_a_plain_loop_over_stock_gpt2(scale, corpus, tmp_pat
         norms[step + 1] = torch.nn.utils.clip_grad_norm_(stock.parameters(), 0.5).item()
         losses[step + 1] = loss.item()
         optimizer.step()
-    assert max(norms.values()) > 0.5  # or clipping is not seen
-    assert losses[n_steps] < losses[1] - 0.1  # and neither are updates
+    assert max(norms.values()) > 0.5  # otherwise clipping would not be tested
+    assert losses[n_steps] < losses[1] - 0.1  # nor would updates
     assert read_losses(run) == pytest.approx(losses, abs=1e-4)
     assert read_series(run, "train/grad_norm") == pytest.approx(norms, rel=1e-2)
 
 
-def test_an_fp16_update_that_overflows_is_not_made_and_halves_the_scale(scale, corpus, tmp_path, monkeypatch):
+def test_an_fp16_update_that_overflows_is_skipped_and_halves_the_scale(scale, corpus, tmp_path, monkeypatch):
     start, update, seen = train.start_accelerator, train.update, {}
 
     def start_with_scaler(*arguments, **settings):
-        """accelerate has a scaler for GPUs only."""
+        """accelerate has a scaler only for GPUs."""
         accelerator = start(*arguments, **settings)
         accelerator.scaler = accelerator.scaler or torch.amp.GradScaler(scale.device.type)
         return accelerator
@@ -157,7 +157,7 @@ def test_an_fp16_update_that_overflows_is_not_made_and_halves_the_scale(scale, c
         scaler, loss_model = run.accelerator.scaler, run.loss_model
         before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
         if step == 2:
-            # Far above what fp16 can hold; float32, which stands in for it on a CPU, needs a larger loss besides.
+            # Too large for fp16. On a CPU, float32 stands in for it and also needs a larger loss.
             scaler.update(2.0**60 if scale.is_cuda else 2.0**120)
             if not scale.is_cuda:
                 run.loss_model = lambda windows: loss_model(windows) * 2.0**20
@@ -174,7 +174,7 @@ def test_an_fp16_update_that_overflows_is_not_made_and_halves_the_scale(scale, c
     monkeypatch.setattr(train, "update", overflow_in_third)
     torch._dynamo.reset()
     run = run_training(corpus, tmp_path, **scale.settings | BARE | {"mixed_precision": "fp16", "max_steps": 12})
-    # Whether the weights stayed as they were, the updates that AdamW counts, and what became of the scale.
+    # Whether the weights are unchanged, the number of updates that AdamW counts, and the change of the scale.
     assert seen == {step: (step == 3, step - (step >= 3), 0.5 if step == 3 else 1.0) for step in range(1, 13)}
     assert list(read_series(run, "train/grad_norm")) == [step for step in range(1, 13) if step != 3]
     losses = read_losses(run)

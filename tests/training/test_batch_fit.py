@@ -1,4 +1,4 @@
-"""The trial before the first step: compiling, falling back, and finding what fits in memory."""
+"""The trial before the first step: compiling, falling back to eager, and finding the size that fits in memory."""
 
 import shutil
 import weakref
@@ -33,12 +33,12 @@ def fit(loss_model, windows, sizes, compile="off"):
     return fit_micro_batch(loss_model, windows, sizes, compile, Accelerator(), said.append), said
 
 
-def test_loss_is_that_of_the_windows_targets(model, windows):
+def test_the_loss_is_that_of_the_windows_targets(model, windows):
     expected = model.eval()(windows, labels=windows).loss
     torch.testing.assert_close(WindowLoss(model.train())(windows), expected)
 
 
-def test_trial_leaves_weights_gradients_and_rng_alone(model, windows):
+def test_a_trial_leaves_weights_gradients_and_random_state_unchanged(model, windows):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
     found, _ = fit(WindowLoss(model), windows, [4, 2, 1])
@@ -49,7 +49,7 @@ def test_trial_leaves_weights_gradients_and_rng_alone(model, windows):
 
 
 class SmallMemory(WindowLoss):
-    """A model on a device that holds two windows."""
+    """A model on a device with memory for two windows."""
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         if len(windows) > 2:
@@ -57,13 +57,13 @@ class SmallMemory(WindowLoss):
         return super().forward(windows)
 
 
-def test_micro_batch_is_the_largest_that_fits(model, windows):
+def test_the_micro_batch_is_the_largest_that_fits(model, windows):
     assert fit(SmallMemory(model), windows, [4, 2, 1])[0].micro_batch_size == 2
     with pytest.raises(UserError, match=r"even 4 sequence\(s\) per micro-step do not fit"):
         fit(SmallMemory(model), windows, [8, 4])
 
 
-def test_an_attempt_that_did_not_fit_leaves_nothing_behind(model, windows):
+def test_an_attempt_that_did_not_fit_frees_its_memory(model, windows):
     alive = []
 
     class RunsOutInBackward(WindowLoss):
@@ -81,11 +81,11 @@ def test_an_attempt_that_did_not_fit_leaves_nothing_behind(model, windows):
 
     held = []
     assert fit(RunsOutInBackward(model), windows, [4, 2, 1])[0].micro_batch_size == 1
-    assert not any(any(each) for each in alive[:3])  # the first three are one attempt each
+    assert not any(any(each) for each in alive[:3])  # one attempt each
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_step_has_the_gradients_of_the_eager_one(model, windows):
+def test_a_compiled_step_has_the_gradients_of_the_eager_one(model, windows):
     found, said = fit(WindowLoss(model), windows, [4], compile="on")
     compiled = found.loss_model
     assert not any("failed" in line for line in said)
@@ -97,7 +97,7 @@ def test_compiled_step_has_the_gradients_of_the_eager_one(model, windows):
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
-    # The plain module inside is still eager: another shape does not compile anything anew.
+    # The module inside is still eager: another shape compiles nothing.
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert model.eval()(windows[:1, :3]).logits.shape == (1, 3, 64)
 
@@ -111,13 +111,13 @@ def test_without_a_compiler_the_run_is_eager_and_says_so(model, windows, monkeyp
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler nothing is compiled on a CPU")
 @pytest.mark.parametrize("fault", ["compiler", "cache"])
-def test_a_compiler_that_fails_leaves_the_run_eager_unless_it_was_asked_for(
+def test_a_failing_compiler_leaves_the_run_eager_unless_compilation_was_requested(
     model, windows, monkeypatch, tmp_path, fault
 ):
     torch._dynamo.reset()
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / ("file" if fault == "cache" else "folder")))
-    # By inductor's own means: pytest's would leave a setting behind that is an alias.
+    # With inductor's own patch: `monkeypatch` would leave behind a setting that is an alias.
     compiler = {"cpp.cxx": ("no-such-compiler",)} if fault == "compiler" else {}
     with torch._inductor.config.patch(compiler | {"force_disable_caches": True}):
         found, said = fit(WindowLoss(model), windows, [4], compile="auto")
@@ -127,13 +127,13 @@ def test_a_compiler_that_fails_leaves_the_run_eager_unless_it_was_asked_for(
     assert any(line.startswith("falling back to eager mode: torch.compile ") for line in said)
 
 
-def test_advice_stands_where_nothing_fits(model, windows):
+def test_an_error_about_memory_contains_the_advice(model, windows):
     with pytest.raises(UserError, match=r"memory: use --micro_batch_size auto, --model_size 124M$"):
         fit_micro_batch(SmallMemory(model), windows, [4], "off", Accelerator(), print, "--model_size 124M")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_after_sizes_that_do_not_fit_the_next_is_compiled_and_each_makes_one_graph(model, windows, monkeypatch):
+def test_each_size_that_is_tried_is_compiled_into_one_graph(model, windows, monkeypatch):
     torch._dynamo.reset()
     tried, time_micro_step = [], batch_fit._time_micro_step
 
@@ -141,7 +141,7 @@ def test_after_sizes_that_do_not_fit_the_next_is_compiled_and_each_makes_one_gra
         tried.append(size)
         return time_micro_step(loss_model, dataset, size, accelerator)
 
-    def run_out(gradient):  # at the end of a compiled backward pass, as of a real device
+    def run_out(gradient):  # at the end of a compiled backward pass, as on a real device
         if tried[-1] > 1:
             raise torch.OutOfMemoryError("out of memory")
 
@@ -161,7 +161,7 @@ def test_after_sizes_that_do_not_fit_the_next_is_compiled_and_each_makes_one_gra
 FIT = """
 import torch
 from torch._inductor import config as inductor_config
-if rank == 1:  # by its own means too, as the environment may have been read before the fork
+if rank == 1:  # in the configuration, too: the environment may have been read before the fork
     os.environ |= {{"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": {cache!r}}}
     inductor_config.cpp.cxx = ("no-such-compiler",)
 from accelerate import Accelerator
@@ -176,7 +176,7 @@ class Fails(WindowLoss):
         if rank == 1 and {runs_out} and len(windows) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(windows)
-say = lambda line: os.write(1, f"{{rank}}: {{line}}\\n".encode())  # at once, or lines of both would mix
+say = lambda line: os.write(1, f"{{rank}}: {{line}}\\n".encode())  # unbuffered, or the lines of both would mix
 try:
     fit = fit_micro_batch(Fails(model), windows, [4, 2, 1], {compile!r}, accelerator, say)
     say(f"answers {{type(fit.loss_model).__name__}} {{fit.micro_batch_size}}")
@@ -198,7 +198,7 @@ def fit_in_two_processes(forks, tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("compile, reason", [("auto", "there is no compiler"), ("on", "torch.compile failed")])
-def test_processes_compile_together_or_not_at_all_and_say_why(fit_in_two_processes, compile, reason):
+def test_all_processes_compile_or_none_does_and_reports_why(fit_in_two_processes, compile, reason):
     lines = fit_in_two_processes(compile)
     answers = {f"{process}: answers Fails 4" for process in "01"}
     assert answers <= set(lines) if compile == "auto" else not answers & set(lines)

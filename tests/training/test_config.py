@@ -1,4 +1,4 @@
-"""Settings of a run and the arithmetic on them."""
+"""The settings of a run, and what is derived from them."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from modeling_gpt2_repro.core.errors import UserError
 from modeling_gpt2_repro.training.config import FOREIGN_FLAGS, TrainingConfig
 
 
-def test_defaults_are_the_reproduction():
+def test_the_defaults_reproduce_gpt2():
     config = TrainingConfig()
     assert config.windows_per_step == 512
     assert config.warmup_steps == 715
-    # 9.854 B training tokens, as FineWeb-Edu's 10 B sample leaves them beside a validation shard of 0.1 B.
+    # FineWeb-Edu's 10 B sample has 9.854 B tokens besides the validation shard of 0.1 B.
     assert config.derive_max_steps(n_windows=(9_854_000_000 - 1) // 1024) == 18_795
 
 
@@ -30,7 +30,7 @@ def test_automatic_micro_batch_size_starts_at_64_and_falls(n_processes, micro_ba
     assert sizes[-1] == 1
 
 
-def test_indivisible_batches_name_what_would_divide():
+def test_an_error_about_indivisible_batches_suggests_a_size_that_divides():
     with pytest.raises(UserError, match=r"40 does not divide the 64 .* use 32"):
         TrainingConfig(micro_batch_size="40").list_micro_batch_sizes(8, largest=64)
     with pytest.raises(UserError, match="among 6 processes: use 4"):
@@ -39,21 +39,21 @@ def test_indivisible_batches_name_what_would_divide():
         TrainingConfig(tokens_per_step=524_000)
 
 
-def test_evaluating_a_model_is_no_other_experiment_and_needs_no_step():
+def test_evaluating_a_model_does_not_change_the_experiment_or_need_whole_steps():
     config = TrainingConfig(eval_only=True, init_from="gpt2", sequence_length=1000)
     assert "eval_only" not in config.experiment
     with pytest.raises(UserError, match="not a multiple of --sequence_length 1,000"):
         TrainingConfig(init_from="gpt2", sequence_length=1000)
 
 
-def test_windows_are_permuted_from_the_second_epoch_over_a_shuffled_corpus():
+def test_a_shuffled_corpus_is_permuted_from_the_second_epoch_on():
     assert TrainingConfig().first_permuted_epoch(is_shuffled=True) == 1
     assert TrainingConfig().first_permuted_epoch(is_shuffled=False) == 0
     assert TrainingConfig(shuffle_windows="on").first_permuted_epoch(is_shuffled=True) == 0
     assert TrainingConfig(shuffle_windows="off").first_permuted_epoch(is_shuffled=False) is None
 
 
-def test_names_from_elsewhere_point_at_ours():
+def test_flags_of_other_projects_point_to_ours():
     ours = set(TrainingConfig.__dataclass_fields__)
     assert not ours & set(FOREIGN_FLAGS)
     for name in (

@@ -1,4 +1,4 @@
-"""What a person sees of a run."""
+"""What a run prints."""
 
 import io
 import sys
@@ -23,8 +23,8 @@ def run_steps(console: Console, n_steps: int) -> None:
     console.close()
 
 
-def test_plain_lines_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
-    now = iter(range(0, 1000, 5))  # five seconds a step
+def test_without_a_terminal_occasional_plain_lines_are_printed(capsys, monkeypatch):
+    now = iter(range(0, 1000, 5))  # five seconds per step
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(now))
     run_steps(Console(enabled=True), 10)
     lines = capsys.readouterr().out.splitlines()
@@ -33,7 +33,7 @@ def test_plain_lines_now_and_then_where_there_is_no_terminal(capsys, monkeypatch
     assert lines[1].endswith("30 s left")
 
 
-def test_one_bar_on_a_terminal(capsys, monkeypatch):
+def test_a_terminal_shows_a_progress_bar(capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run_steps(Console(enabled=True), 3)
@@ -73,7 +73,7 @@ def test_long_lines_are_wrapped_on_a_terminal_only(monkeypatch, capsys):
     assert " ".join([first, *others]).split() == line.split()
 
 
-def test_only_one_process_speaks(capsys):
+def test_only_one_process_prints(capsys):
     console = Console(enabled=False)
     console.say("hello")
     run_steps(console, 3)
@@ -84,5 +84,5 @@ def test_only_one_process_speaks(capsys):
     "seconds, text",
     [(45, "45 s"), (720, "12 min"), (3.4 * 3600, "3.4 h"), (11 * 86400, "11 days"), (876.6 * 86400, "2.4 years")],
 )
-def test_durations_as_people_write_them(seconds, text):
+def test_durations_are_formatted_for_people(seconds, text):
     assert format_duration(seconds) == text

@@ -1,4 +1,4 @@
-"""What a run does where its model meets a GPU, of which a test knows the memory alone."""
+"""Fitting a run to a GPU, of which these tests fake the memory."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from modeling_gpt2_repro.training.memory import describe_step_memory
         (25, "1558M", [1], "--model_size 774M"),
     ],
 )
-def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, sizes, advice, monkeypatch):
+def test_on_a_gpu_the_trial_starts_at_the_largest_size_estimated_to_fit(gigabytes, size, sizes, advice, monkeypatch):
     monkeypatch.setattr(device_fit, "measure_device_memory", lambda device: gigabytes * 1e9)
     accelerator = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16", num_processes=1)
     config = TrainingConfig(model_size=size)
@@ -35,14 +35,14 @@ def test_on_a_gpu_the_trial_begins_where_memory_should_suffice(gigabytes, size, 
 
     assert list_tried(None) == sizes
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    # What ran before is taken at its word, also where it was set by hand.
+    # On the same hardware, the size of the earlier run is used, even if it was set by hand.
     before = SimpleNamespace(micro_batch_size=16, hardware="1 x NVIDIA H100 80GB HBM3")
     assert list_tried(before) == [16, 8, 4, 2, 1]
     assert list_tried(SimpleNamespace(micro_batch_size=16, hardware="2 x NVIDIA H100 80GB HBM3")) == sizes
     assert list_tried(SimpleNamespace(micro_batch_size=None, hardware=None)) == sizes
 
 
-def test_weights_that_do_not_fit_a_gpu_are_told_from_what_would(monkeypatch):
+def test_weights_that_do_not_fit_a_gpu_are_reported_with_what_would(monkeypatch):
     def run_out(device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 308.00 MiB")
 

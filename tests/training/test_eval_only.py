@@ -1,4 +1,4 @@
-"""`train.py --eval_only`: any causal language model on the tokens and items that a run is measured on."""
+"""`train.py --eval_only`: any causal language model on the validation tokens and items of a run."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def gpt2(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> tuple[Path, dict]:
-    """A short run, and the numbers that it ended with."""
+    """A short run and its last metrics."""
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "max_steps": 2, "tokens_per_step": 256, "warmup_tokens": 0}
     rest = {"learning_rate": 2e-2, "compile": "off", "sample_every": 0, "output_dir": tmp_path_factory.mktemp("runs")}
     assert train.main(build_flags(shards, **shape, **rest, run_name="run")) == 0
@@ -81,7 +81,7 @@ def trained(shards, tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.parametrize("folder", ["final", "checkpoints/step_0000002"])
-def test_a_run_s_model_gets_the_numbers_that_the_run_ended_with(folder, trained, data, capsys):
+def test_the_model_of_a_run_gets_the_scores_from_the_end_of_the_run(folder, trained, data, capsys):
     run, last = trained
     assert evaluate(data, run / folder) == 0
     (entry,) = read_entries(data)
@@ -91,7 +91,7 @@ def test_a_run_s_model_gets_the_numbers_that_the_run_ended_with(folder, trained,
     assert entry["hellaswag"]["acc"] == last["hellaswag/acc"]
 
 
-def test_the_result_is_printed_and_kept_and_no_run_is_made(gpt2, data, tmp_path, capsys, monkeypatch):
+def test_the_result_is_printed_and_stored_without_a_run_folder(gpt2, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate(data, gpt2) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -116,12 +116,12 @@ def test_the_result_is_printed_and_kept_and_no_run_is_made(gpt2, data, tmp_path,
     assert "warning" not in errors
 
 
-def test_the_loss_is_of_the_first_validation_tokens(gpt2, data):
-    """In windows that need not divide a training step, however many are taken at once."""
+def test_the_loss_covers_the_first_validation_tokens(gpt2, data):
+    """In windows that need not divide a training step, in batches of any size."""
     assert evaluate(data, gpt2, sequence_length=30, eval_tokens=499, micro_batch_size=5, hellaswag_every=0) == 0
     tokens = torch.from_numpy(np.load(data / "story_val_000000.npy").astype(np.int64))
     windows = torch.stack([tokens[30 * i : 30 * i + 31] for i in range(16)])
-    with torch.no_grad():  # which shifts the labels itself
+    with torch.no_grad():  # GPT2LMHeadModel shifts the labels itself
         expected = GPT2LMHeadModel.from_pretrained(gpt2)(input_ids=windows, labels=windows).loss.item()
     (entry,) = read_entries(data)
     assert entry["validation"]["n_tokens"] == 480
@@ -138,7 +138,7 @@ def test_models_of_other_architectures_are_measured(data, tmp_path, tokenizer):
     assert read_entries(data)[0]["validation"]["val/loss"] == pytest.approx(np.log(len(tokenizer)), abs=0.1)
 
 
-def test_two_processes_give_the_numbers_of_one(gpt2, data, forks, tmp_path):
+def test_two_processes_give_the_same_result_as_one(gpt2, data, forks, tmp_path):
     assert evaluate(data, gpt2) == 0
     (alone,) = read_entries(data)
     (data / BASELINES_NAME).unlink()
@@ -153,7 +153,7 @@ def test_two_processes_give_the_numbers_of_one(gpt2, data, forks, tmp_path):
         assert both["hellaswag"][name] == pytest.approx(alone["hellaswag"][name], abs=1e-6)
 
 
-def test_repeating_replaces_what_is_measured_again(gpt2, data):
+def test_a_repeated_measurement_replaces_the_earlier_one(gpt2, data):
     assert evaluate(data, gpt2) == 0
     (before,) = read_entries(data)
     assert evaluate(data, gpt2, hellaswag_limit=2, eval_every=0) == 0
@@ -174,7 +174,7 @@ def test_a_data_folder_that_cannot_be_written_does_not_lose_the_result(gpt2, dat
     assert "the result was not stored" in warning and "Permission denied" in warning
 
 
-def test_prepared_data_stays_what_it_is(gpt2, tmp_path, capsys):
+def test_evaluating_leaves_the_prepared_data_valid(gpt2, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("One lighthouse, one keeper, many ships. " * 200)
     prepare = [f"--files={tmp_path / 'text.txt'}", f"--output_dir={tmp_path / 'data'}", "--val_tokens=200"]
     prepare.append(f"--tokenizer={gpt2}")
@@ -198,7 +198,7 @@ def test_prepared_data_stays_what_it_is(gpt2, tmp_path, capsys):
         ({"hellaswag_file": "missing.jsonl"}, "missing.jsonl"),
     ],
 )
-def test_mistakes_end_with_one_line(changes, message, gpt2, data, capsys):
+def test_mistakes_give_one_line(changes, message, gpt2, data, capsys):
     settings = {"init_from": gpt2, "data_dir": data, **changes}
     assert train.main(["--eval_only", *build_flags(settings.pop("data_dir"), **settings)]) == 2
     printed, errors = capsys.readouterr()
@@ -207,7 +207,7 @@ def test_mistakes_end_with_one_line(changes, message, gpt2, data, capsys):
     assert not (data / BASELINES_NAME).exists()
 
 
-def test_a_model_of_another_tokenizer_is_refused(data, tmp_path, tokenizer, capsys):
+def test_a_model_with_another_tokenizer_is_rejected(data, tmp_path, tokenizer, capsys):
     folder = save_gpt2(tmp_path / "other", tokenizer)
     definition = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = definition["model"]["vocab"]
@@ -219,7 +219,7 @@ def test_a_model_of_another_tokenizer_is_refused(data, tmp_path, tokenizer, caps
     assert "has another tokenizer than" in errors.splitlines()[-1]
 
 
-def test_a_damaged_file_of_baselines_is_named_before_the_work(gpt2, data, capsys):
+def test_a_damaged_baselines_file_is_reported_before_any_work(gpt2, data, capsys):
     (data / BASELINES_NAME).write_text("[{")
     assert evaluate(data, gpt2) == 2
     printed, errors = capsys.readouterr()
@@ -229,7 +229,7 @@ def test_a_damaged_file_of_baselines_is_named_before_the_work(gpt2, data, capsys
 
 
 class CrowdedModel(torch.nn.Module):
-    """A model on a device whose memory takes `n_rows` sequences at once."""
+    """A model on a device with memory for `n_rows` sequences."""
 
     def __init__(self, n_rows: int):
         super().__init__()
@@ -256,7 +256,7 @@ def measure(model):
     return measure_validation(model, inputs, config, Accelerator())
 
 
-def test_fewer_sequences_are_taken_at_once_where_memory_runs_out():
+def test_batches_shrink_when_memory_runs_out():
     torch.manual_seed(0)
     model = CrowdedModel(n_rows=3)
     result = measure(model)
@@ -268,7 +268,7 @@ def test_fewer_sequences_are_taken_at_once_where_memory_runs_out():
         measure(model)
 
 
-def test_a_loss_that_is_no_number_is_refused():
+def test_a_loss_that_is_not_finite_is_rejected():
     model = build_stock_model()
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = torch.nan

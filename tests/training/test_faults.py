@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run is said so that it can be put right."""
+"""Errors in the middle of a run, and their advice."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from modeling_gpt2_repro.training.faults import (
 )
 
 
-def test_a_broken_update_names_its_windows_and_the_way_past():
+def test_a_non_finite_update_reports_its_windows_and_how_to_skip_it():
     error = NonFiniteError(7, float("nan"), float("inf"), np.arange(48, 56))
     assert "update 7 has a loss of nan" in str(error)
     assert "windows 48 to 55" in str(error)
@@ -28,19 +28,19 @@ def test_a_broken_update_names_its_windows_and_the_way_past():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: x")]
 )
-def test_memory_that_runs_out_names_what_needs_less(size, advice, error):
+def test_running_out_of_memory_suggests_settings_that_need_less(size, advice, error):
     with pytest.raises(UserError, match=advice) as raised, explained_out_of_memory([8, 4, 2, 1], size):
         raise error
     assert "--gradient_checkpointing" in str(raised.value)
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_not_changed():
     with pytest.raises(RuntimeError, match="shape") as raised, explained_out_of_memory([1], 1):
         raise RuntimeError("shape mismatch")
     assert not isinstance(raised.value, UserError)
 
 
-def test_an_operation_without_a_deterministic_form_is_named():
+def test_an_operation_without_a_deterministic_implementation_is_named():
     torch.use_deterministic_algorithms(True)
     try:
         with (
@@ -66,12 +66,12 @@ def test_an_operation_without_a_deterministic_form_is_named():
     ],
     ids=["torch", "torch at its end", "tokenizers", "Python"],
 )
-def test_a_full_disk_is_known_whoever_writes(tokenizer, write):
+def test_a_full_disk_is_recognized_in_every_librarys_error(tokenizer, write):
     with pytest.raises(Exception) as raised:
         write(Path("/dev/full"), tokenizer)
     assert is_write_failure(raised.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), Exception("no such model"), ValueError("os error")])
-def test_other_errors_are_no_full_disk(error):
+def test_other_errors_are_not_taken_for_a_full_disk(error):
     assert not is_write_failure(error)

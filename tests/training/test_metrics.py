@@ -1,4 +1,4 @@
-"""What the lines of a run's metrics say of one model."""
+"""Reading and merging the metrics of a run."""
 
 from modeling_gpt2_repro.training.metrics import (
     find_last_validation,
@@ -15,7 +15,7 @@ LINES = [
 ]
 
 
-def test_what_is_measured_now_and_then_counts_for_its_own_model_only():
+def test_occasional_measurements_are_merged_only_into_their_own_step():
     assert merge_metrics(LINES) == {"step": 2, "train/loss": 7.0, "train/tokens": 10}
     assert merge_metrics(LINES[:2], step=1) == {
         "step": 1,
@@ -35,7 +35,7 @@ def test_the_last_validation_is_that_of_the_highest_step():
     assert format_validation({"val/loss": 3.0, "val/bpb": 1.0}).endswith(", 1.0000 bits per byte")
 
 
-def test_lines_that_a_crash_left_broken_are_skipped(tmp_path):
+def test_lines_broken_by_a_crash_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1.5, "b": "x", "c": NaN, "d": 1e200}\n{"step": 2\n[3]\n{"step": -1}\n\n{"st')
     assert read_metrics(path) == [{"step": 1, "a": 1.5}]

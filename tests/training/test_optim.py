@@ -6,7 +6,7 @@ from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.training.optim import build_adamw, set_learning_rate
 
 
-def test_matrices_and_embeddings_decay_and_nothing_else_does():
+def test_only_matrices_and_embeddings_decay():
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, n_positions=8))
     optimizer = build_adamw(model, 1e-3, 0.1, (0.9, 0.95))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

@@ -1,4 +1,4 @@
-"""The arithmetic of a run, checked against figures that people know."""
+"""The arithmetic of a run, checked against published figures."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ REPRODUCTION = Plan(
 @pytest.mark.parametrize(
     "model_size, n_parameters", [("124M", 124_439_808), ("350M", 354_823_168), ("1558M", 1_557_611_200)]
 )
-def test_parameters_and_flops_of_the_published_sizes(model_size, n_parameters):
+def test_parameters_and_flops_match_the_published_sizes(model_size, n_parameters):
     config = TrainingConfig(model_size=model_size)
     model = build_skeleton(config, vocab_size=50257)
     assert model.num_parameters() == n_parameters
@@ -41,9 +41,10 @@ def test_parameters_and_flops_of_the_published_sizes(model_size, n_parameters):
 @pytest.mark.parametrize(
     "max_steps, first_step, every", [(10, 0, 5), (12, 0, 5), (12, 7, 5), (12, 10, 5), (3, 0, 250)]
 )
-def test_counts_what_is_due_in_the_rest_of_the_run(max_steps, first_step, every):
+def test_evaluations_in_the_rest_of_a_run_are_counted(max_steps, first_step, every):
     plan = replace(REPRODUCTION, max_steps=max_steps, last_step=max_steps, first_step=first_step)
-    # A resumed run's first step counts where it is due, an upper bound: it was evaluated before it was saved.
+    # The first step of a resumed run counts if an evaluation is due there, although it was made before saving: an
+    # upper bound.
     start = first_step - first_step % every
     due = [step for step in range(start, max_steps + 1) if plan.is_due(every, step)]
     assert plan.count_due(every) == len(due)
@@ -59,7 +60,7 @@ def test_duration_follows_from_the_rate_and_includes_evaluations():
     assert replace(REPRODUCTION, config=alone).estimate_seconds(1e6) == pytest.approx(training / 1e6)
 
 
-def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
+def test_costs_include_the_accumulation_on_other_numbers_of_processes():
     text = "\n".join(REPRODUCTION.describe_costs())
     assert "524,288 tokens = 8 process(es) x 1 micro-step(s) x 64 sequence(s) x 1,024 tokens" in text
     assert "on 1 process(es) 8 micro-step(s) x 64 sequence(s)" in text
@@ -67,7 +68,7 @@ def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
     assert "PaLM paper" in text and "8.55e+18 in total" in text
     assert "78 x 10,485,760 validation tokens" in text
     assert "2.9 h at 1,000,000 tokens/s" in text
-    # A micro-batch that does not divide on other numbers of processes is no matter of this run.
+    # A micro-batch size that other numbers of processes cannot use does not concern this run.
     small = TrainingConfig(max_steps=10, tokens_per_step=65_536, micro_batch_size="64")
     alone = replace(REPRODUCTION, n_processes=1, config=small)
     assert "on 2 process(es) 1 micro-step(s) x 32 sequence(s)" in "\n".join(alone.describe_costs())
@@ -75,7 +76,7 @@ def test_costs_are_said_with_the_accumulation_of_other_numbers_of_processes():
     assert at_a_rate.describe_costs()[-1] == "time        1.9 h at 1,500,000 tokens/s"
 
 
-def test_checkpoints_that_wait_for_the_hub_need_room():
-    """All of them, in the worst case: 20 are saved, and each model is 4 bytes a parameter."""
+def test_checkpoints_waiting_for_the_hub_count_as_disk_space():
+    """In the worst case all 20 wait, each a model of 4 bytes per parameter."""
     published = replace(REPRODUCTION, config=replace(REPRODUCTION.config, push_to_hub=True))
     assert published.estimate_disk_bytes() - REPRODUCTION.estimate_disk_bytes() == 20 * 4 * REPRODUCTION.n_parameters

@@ -24,20 +24,20 @@ def record(tmp_path) -> RunRecord:
 
 
 def begin_again(record: RunRecord) -> RunRecord:
-    """Let a record's process end, and return that of the next one."""
+    """Close a record, and return that of the next process."""
     record.close()
     return RunRecord(record.folder, Accelerator(), print, [])
 
 
-def test_log_has_the_original_format(record):
+def test_the_log_has_the_original_scripts_format(record):
     assert (record.folder.path / "log.txt").read_text() == (
         "0 train 4.000000\n1 train 3.000000\n2 train 2.000000\n3 train 1.000000\n4 val 1.5000\n4 hella 0.2500\n"
     )
 
 
-def test_resuming_forgets_later_steps_in_every_file(record, tmp_path):
+def test_resuming_deletes_later_steps_from_every_file(record, tmp_path):
     with open(record.folder.path / "metrics.jsonl", "a") as stream:
-        stream.write('{"step": 5, "train/lo')  # as a crash leaves it
+        stream.write('{"step": 5, "train/lo')  # as after a crash
     again = begin_again(record)
     again.start(TrainingConfig(), first_step=2)
     again.log(3, {"train/loss": 9.0})
@@ -46,7 +46,7 @@ def test_resuming_forgets_later_steps_in_every_file(record, tmp_path):
     assert (record.folder.path / "log.txt").read_text() == "0 train 4.000000\n1 train 3.000000\n2 train 9.000000\n"
 
 
-def test_numbers_that_are_none_are_left_out_of_a_line(record):
+def test_non_finite_numbers_are_omitted(record):
     record.log(5, {"train/loss": float("nan"), "train/lr": 1.0})
     assert json.loads((record.folder.path / "metrics.jsonl").read_text().splitlines()[-1]) == {
         "step": 5,
@@ -54,12 +54,12 @@ def test_numbers_that_are_none_are_left_out_of_a_line(record):
     }
 
 
-def test_a_run_that_never_started_leaves_the_old_status(record, tmp_path):
+def test_a_run_that_never_started_keeps_the_old_status(record, tmp_path):
     RunRecord(RunFolder(tmp_path / "run"), Accelerator(), print, []).set_status("failed")
     assert json.loads((record.folder.path / "status.json").read_text())["status"] == "running"
 
 
-def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
+def test_the_elapsed_time_of_a_resumed_run_continues(record, tmp_path):
     record.log(5, {"train/elapsed_seconds": 500.0})
     record.log(6, {"train/elapsed_seconds": 9000.0})
     again = begin_again(record)
@@ -76,7 +76,7 @@ def test_the_clock_of_a_resumed_run_goes_on(record, tmp_path):
         (2, "elsewhere/step_0000002", ["best", "final"]),
     ],
 )
-def test_a_model_stays_until_another_one_takes_its_place(record, tmp_path, first_step, resume_from, kept):
+def test_a_model_is_kept_until_another_one_replaces_it(record, tmp_path, first_step, resume_from, kept):
     for name in ("best", "final"):
         (record.folder.path / name).mkdir()
     again = begin_again(record)
@@ -84,7 +84,7 @@ def test_a_model_stays_until_another_one_takes_its_place(record, tmp_path, first
     assert [name for name in ("best", "final") if (record.folder.path / name).exists()] == kept
 
 
-def test_checkpoints_may_lie_on_another_disk(record, tmp_path):
+def test_checkpoints_can_be_on_another_disk(record, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "step_0000002").mkdir(parents=True)
     (record.folder.path / "checkpoints").symlink_to(elsewhere)

@@ -1,4 +1,4 @@
-"""The folder of a run: its names, its readers, and what a run that starts over or goes back leaves of it."""
+"""The folder of a run: its files, its readers, and what remains after starting over or going back."""
 
 import json
 
@@ -12,7 +12,7 @@ from modeling_gpt2_repro.training.run_folder import RunFolder
 
 @pytest.fixture
 def folder(tmp_path) -> RunFolder:
-    """The folder of a run that was saved at steps 2 and 4, and recorded at each."""
+    """The folder of a run of four steps with checkpoints at steps 2 and 4."""
     folder = RunFolder(tmp_path / "run")
     for path in (folder.final, folder.best, folder.tensorboard):
         path.mkdir(parents=True)
@@ -32,7 +32,7 @@ def list_names(folder: RunFolder) -> set[str]:
     return {path.name for path in folder.path.iterdir()}
 
 
-def test_everything_in_the_folder_has_a_name_there(folder):
+def test_every_file_in_the_folder_has_an_attribute(folder):
     folder.log.touch()
     folder.curves.touch()
     named = {path.name for path in vars(folder).values()}
@@ -40,7 +40,7 @@ def test_everything_in_the_folder_has_a_name_there(folder):
     assert {path.name for path in (*folder.files, *folder.replaced_folders)} == list_names(folder)
 
 
-def test_readers_give_what_was_written_up_to_a_step(folder):
+def test_readers_return_what_was_written_up_to_a_step(folder):
     assert folder.read_config() == TrainingConfig(run_name="run", seed=7)
     assert [line["step"] for line in folder.read_metrics()] == [1, 2, 3, 4]
     assert [line["step"] for line in folder.read_metrics(up_to=2)] == [1, 2]
@@ -48,7 +48,7 @@ def test_readers_give_what_was_written_up_to_a_step(folder):
     assert (folder.read_best_loss(3), folder.read_best_loss(2)) == (2.5, None)
 
 
-def test_a_finished_model_counts_while_it_is_there(folder):
+def test_a_finished_model_counts_only_with_a_valid_status(folder):
     assert folder.get_finished_step() == 4
     folder.status.write_text('{"status": "finished", "step": "4"}')
     assert folder.get_finished_step() == 0
@@ -56,7 +56,7 @@ def test_a_finished_model_counts_while_it_is_there(folder):
     assert folder.get_finished_step() == 0
 
 
-def test_a_run_that_goes_back_forgets_what_came_later(folder):
+def test_going_back_deletes_everything_later(folder):
     folder.go_back(2)
     assert [line["step"] for line in folder.read_metrics()] == [1, 2]
     assert [line["step"] for line in folder.read_samples()] == [2]
@@ -66,19 +66,19 @@ def test_a_run_that_goes_back_forgets_what_came_later(folder):
 
 
 @pytest.mark.parametrize("keeps_best", [True, False])
-def test_a_run_that_starts_over_replaces_all_but_its_settings(keeps_best, folder):
+def test_starting_over_replaces_everything_but_the_settings(keeps_best, folder):
     folder.clear(keeps_best)
     assert list_names(folder) == {"config.yaml", "status.json", "checkpoints", *(["best"] if keeps_best else [])}
     assert not list(folder.checkpoints.iterdir())
 
 
-def test_files_that_are_not_a_run_s_are_not_replaced(folder):
+def test_a_folder_that_is_not_a_run_is_not_replaced(folder):
     folder.check_replaceable()
     folder.config.unlink()
     with pytest.raises(UserError, match="is not a run folder"):
         folder.check_replaceable()
     for path in folder.replaced_files:
         path.unlink(missing_ok=True)
-        path.touch()  # empty places, as links to another disk lead to
+        path.touch()  # empty files, as behind links to another disk
     folder.clear(keeps_best=False)
     folder.check_replaceable()

@@ -17,7 +17,7 @@ def original_script(step: int) -> float:
 
 
 @pytest.mark.parametrize("step", [0, 1, 713, 714, 715, 716, 9000, 19071, 19072])
-def test_cosine_is_the_original_schedule(step):
+def test_cosine_is_the_original_scripts_schedule(step):
     assert Schedule(kind="cosine", **REPRODUCTION)(step) == pytest.approx(original_script(step))
 
 
@@ -29,7 +29,7 @@ def test_warm_up_rises_to_the_peak(schedule):
     assert rates[714] == pytest.approx(6e-4) == rates[715]
 
 
-def test_wsd_stays_and_then_falls_to_the_end():
+def test_wsd_is_constant_and_then_decays():
     schedule = Schedule(kind="wsd", max_steps=100, warmup_steps=10, peak=1.0, min_ratio=0.1)
     rates = [schedule(step) for step in range(101)]
     assert rates[10:81] == [1.0] * 71
@@ -37,9 +37,9 @@ def test_wsd_stays_and_then_falls_to_the_end():
     assert rates[100] == pytest.approx(0.1)
 
 
-def test_constant_stays():
+def test_constant_never_decays():
     assert Schedule(kind="constant", **REPRODUCTION)(19072) == 6e-4
 
 
-def test_no_warm_up_starts_at_the_peak():
+def test_without_warm_up_the_rate_starts_at_the_peak():
     assert Schedule(kind="cosine", max_steps=10, warmup_steps=0, peak=1.0, min_ratio=0.0)(0) == 1.0

@@ -1,4 +1,4 @@
-"""Speed, and what it is measured against."""
+"""Throughput, and the peaks of devices."""
 
 import time
 
@@ -56,7 +56,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize("name, teraflops", KNOWN)
-def test_peak_of_known_devices(name, teraflops):
+def test_peaks_of_known_devices(name, teraflops):
     half = find_peak(name, "bf16")
     assert half.flops == pytest.approx(teraflops * 1e12)
     assert find_peak(name, "fp16") == half
@@ -67,7 +67,7 @@ def test_peak_of_known_devices(name, teraflops):
         assert single == Peak(half.flops / 2, half.source)
 
 
-def test_each_entry_is_reached_and_has_a_source():
+def test_every_entry_is_reachable_and_has_a_source():
     assert {find_peak(name, "bf16") for name, _ in KNOWN} == {
         Peak(rate * 1e12, source) for rate, source in PEAK_FLOPS.values()
     }
@@ -113,7 +113,7 @@ def test_each_entry_is_reached_and_has_a_source():
         "NVIDIA Graphics Device",
     ],
 )
-def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_that_is(name):
+def test_an_unknown_device_is_not_mistaken_for_a_known_one(name):
     assert find_peak(name, "bf16") is None
     assert find_peak(name, "no") is None
 
@@ -128,13 +128,13 @@ def test_a_device_that_is_not_in_the_table_is_not_taken_for_one_that_is(name):
         ("NVIDIA GeForce RTX 4090 D", "bf16", True, Peak(1e12, "measured by a matrix product")),
     ],
 )
-def test_a_gpu_is_looked_up_or_else_measured(name, precision, tf32, expected, monkeypatch):
+def test_an_unknown_gpu_is_measured(name, precision, tf32, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(throughput, "measure_peak_flops", lambda device, precision: 1e12)
     assert choose_peak(torch.device("cuda"), precision, tf32) == expected
 
 
-def test_a_cpu_is_measured_and_said_to_be():
+def test_a_cpu_is_measured():
     peak = choose_peak(torch.device("cpu"), "no")
     assert peak.source == "measured by a matrix product"
     assert 1e9 < peak.flops < 1e14
@@ -151,7 +151,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_peak_is_measured_on_numbers_like_those_of_training(precision, monkeypatch):
+def test_the_peak_is_measured_on_random_finite_numbers(precision, monkeypatch):
     monkeypatch.setattr(throughput, "CPU_PROBE_SIZE", 64)
     with Products() as products:
         measure_peak_flops(torch.device("cpu"), precision)
@@ -159,7 +159,7 @@ def test_a_peak_is_measured_on_numbers_like_those_of_training(precision, monkeyp
     assert (products.operand @ products.operand).isfinite().all()
 
 
-def test_clock_adds_up_activities_and_forgets_failed_ones():
+def test_the_clock_records_activities_that_succeed():
     clock = Clock()
     for _ in range(2):
         with clock.measure("evaluation"):

@@ -1,4 +1,4 @@
-"""What trackers get to know of a run, in the files that they write themselves."""
+"""What trackers receive from a run, read from their own files."""
 
 import json
 import os
@@ -54,12 +54,12 @@ def read_wandb_runs(run: Path) -> list[dict]:
 
 
 def read_table(run: Path) -> list:
-    """Return the last table of samples that wandb was given."""
+    """Return the last table of samples that wandb received."""
     tables = [json.loads(path.read_text()) for path in run.rglob("samples_*.table.json")]
     return max((table["data"] for table in tables), key=len)
 
 
-def test_trackers_show_what_the_files_say_also_of_a_resumed_run(shards, tmp_path, forks):
+def test_trackers_show_the_same_as_the_files_even_after_a_resume(shards, tmp_path, forks):
     argv = flags(shards, tmp_path, report_to="wandb,tensorboard")
     printed = train_in_a_terminal(forks, argv, tmp_path)
     assert "trackers: wandb and tensorboard" in printed
@@ -109,7 +109,7 @@ def log_steps(record: RunRecord, steps: range) -> None:
         record.log_samples(step, [f"text {step}", f"other {step}"])
 
 
-def test_a_tracker_that_does_not_start_is_told_all_at_the_end_and_others_at_once(tmp_path):
+def test_a_tracker_that_does_not_start_receives_everything_at_the_end(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").touch()
     record = start_record(tmp_path / "run", "wandb,tensorboard")
@@ -126,7 +126,7 @@ def test_a_tracker_that_does_not_start_is_told_all_at_the_end_and_others_at_once
     assert {step: items["train/loss"] for step, items in run["history"].items()} == {1: 4.0, 2: 3.0, 3: 2.0}
 
 
-def test_what_wandb_missed_while_its_service_was_dead_is_told_at_the_end(tmp_path):
+def test_wandb_receives_at_the_end_what_its_dead_service_missed(tmp_path):
     record = start_record(tmp_path / "run", "wandb")
     log_steps(record, range(1, 4))
     (service,) = (child for child in psutil.Process().children(recursive=True) if child.name() == "wandb-core")
@@ -139,14 +139,14 @@ def test_what_wandb_missed_while_its_service_was_dead_is_told_at_the_end(tmp_pat
     assert last == "the tracker wandb has received at the end what it missed"
     told = read_wandb_run(max(record.folder.path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime))
     losses = {step: items["train/loss"] for step, items in told["history"].items()}
-    # One message may vanish in the dead service's socket before anybody knows.
+    # A message in the dead service's socket can be lost.
     assert losses == {step: 5.0 - step for step in range(min(losses), 8)} and min(losses) <= 5
     assert told["id"] == record.tracker_run_id
     assert read_table(record.folder.path)[-2:] == [[7, "text 7"], [7, "other 7"]]
     assert len(read_table(record.folder.path)) == 14
 
 
-def test_a_resumed_run_does_not_show_what_it_went_back_from(tmp_path):
+def test_a_resumed_run_shows_repeated_steps_once(tmp_path):
     record = start_record(tmp_path / "run", "tensorboard")
     log_steps(record, range(1, 6))
     record.close()
@@ -158,7 +158,7 @@ def test_a_resumed_run_does_not_show_what_it_went_back_from(tmp_path):
     assert list(texts["samples"]) == [1, 2, 3]
 
 
-def test_a_new_run_in_the_folder_of_another_is_another_one(tmp_path):
+def test_a_run_that_starts_over_has_a_new_tracker_id(tmp_path):
     record = start_record(tmp_path / "run", "tensorboard")
     record.log(0, {"val/loss": 9.0})
     log_steps(record, range(1, 6))
@@ -187,20 +187,20 @@ def test_wandb_is_chosen_only_with_a_key_or_on_request(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("requested", ["tensorbord", "wandb,", "all", "wandb, tensorboard", "none,wandb", ""])
-def test_unknown_trackers_are_refused(requested):
+def test_unknown_trackers_are_rejected(requested):
     with pytest.raises(UserError, match="must be auto, none, or one or more of wandb, tensorboard"):
         TrainingConfig(report_to=requested)
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_reported_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
     with pytest.raises(UserError, match="pip install tensorboard"):
         choose_trackers("tensorboard")
 
 
-def test_nobody_needs_a_home(monkeypatch, tmp_path):
-    """As in a container, whose user id has neither a name nor a home."""
+def test_a_user_without_a_home_folder_can_train(monkeypatch, tmp_path):
+    """As in a container whose user id has neither a name nor a home folder."""
 
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -217,7 +217,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 class _Answer(BaseHTTPRequestHandler):
-    """Says to every request what the server's `status` is, or nothing at all."""
+    """Answers every request with the server's `status`, or never."""
 
     def do_GET(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -237,7 +237,7 @@ class _Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Serve an answer on a port of this machine, and return the address; a status of `None` is silence."""
+    """Return a function that starts a server with one status for all requests (`None`: silent) and returns its URL."""
     servers = []
 
     def serve(status):
@@ -255,8 +255,8 @@ def serve():
 
 
 def record_run(tmp_path) -> tuple[Warnings, list[dict], float]:
-    """Record a run of three steps with wandb; return the warnings, the offline runs, and the wait before it."""
-    wandb.teardown()  # what it remembers of the environment
+    """Record a run of three steps with wandb; return the warnings, the offline runs, and the seconds of its start."""
+    wandb.teardown()  # forget the environment that it has read
     started = time.monotonic()
     record = start_record(tmp_path / "run", "wandb")
     seconds = time.monotonic() - started
@@ -269,7 +269,7 @@ def record_run(tmp_path) -> tuple[Warnings, list[dict], float]:
 @pytest.mark.parametrize(
     "trouble", ["refused", "500", "401", "silent", "bad key", "bad mode", "bad address", "bad id", "bad resume"]
 )
-def test_trouble_with_wandb_ends_as_an_offline_run_that_lacks_nothing(trouble, serve, tmp_path, monkeypatch):
+def test_trouble_with_wandb_leads_to_a_complete_offline_run(trouble, serve, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_settings, "ANSWER_SECONDS", 1)
     environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"} | {
         "refused": {},
@@ -285,7 +285,7 @@ def test_trouble_with_wandb_ends_as_an_offline_run_that_lacks_nothing(trouble, s
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     (warning,), (run,), seconds = record_run(tmp_path)
-    assert seconds < 30  # on a busy machine, where wandb by itself takes minutes
+    assert seconds < 30  # even on a busy machine; wandb alone takes minutes
     assert warning.startswith("wandb is offline") and warning.endswith(f"wandb sync {run['path'].parent}")
     assert {step: items["train/loss"] for step, items in run["history"].items()} == {1: 4.0, 2: 3.0, 3: 2.0}
     assert {name: os.environ[name] for name in environment} == environment
@@ -294,7 +294,7 @@ def test_trouble_with_wandb_ends_as_an_offline_run_that_lacks_nothing(trouble, s
 @pytest.mark.parametrize(
     "environment", [{"WANDB_MODE": "OFFLINE"}, {"WANDB_MODE": "dryrun"}, {"WANDB_MODE": ""}, {"WANDB_MODE": "online"}]
 )
-def test_wandb_goes_offline_without_a_word_where_it_is_told_to_or_has_no_key(environment, tmp_path, monkeypatch):
+def test_wandb_goes_offline_silently_when_told_to_or_without_a_key(environment, tmp_path, monkeypatch):
     if environment["WANDB_MODE"] not in ("", "online"):
         monkeypatch.setenv("WANDB_API_KEY", KEY)
     for name, value in environment.items():
@@ -303,7 +303,7 @@ def test_wandb_goes_offline_without_a_word_where_it_is_told_to_or_has_no_key(env
     assert warnings == [] and len(runs) == 1 and len(runs[0]["history"]) == 3
 
 
-def test_wandb_s_own_variables_come_first(tmp_path, monkeypatch):
+def test_wandbs_own_variables_take_precedence(tmp_path, monkeypatch):
     theirs = {
         "WANDB_RUN_ID": "mine",
         "WANDB_NAME": "a name",
@@ -318,7 +318,7 @@ def test_wandb_s_own_variables_come_first(tmp_path, monkeypatch):
     assert b"project" in run["path"].read_bytes()
 
 
-def test_wandb_writes_to_the_run_folder_where_it_can_write_nowhere_else(tmp_path, monkeypatch):
+def test_wandb_writes_to_the_run_folder_if_it_cannot_write_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "file" / "nowhere"))
@@ -328,7 +328,7 @@ def test_wandb_writes_to_the_run_folder_where_it_can_write_nowhere_else(tmp_path
 
 
 @pytest.mark.parametrize("file", [None, "wandb/settings", "home/.config/wandb/settings"])
-def test_wandb_s_switches_for_not_at_all(file, tmp_path, monkeypatch):
+def test_wandbs_own_switches_turn_it_off(file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_trackers("auto") == ["wandb"]
     if file is None:
@@ -358,7 +358,7 @@ def test_wandb_s_switches_for_not_at_all(file, tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("place", [".netrc", "_netrc", "NETRC"])
-def test_keys_that_wandb_login_keeps(lines, base_url, expected, place, tmp_path, monkeypatch):
+def test_keys_stored_by_wandb_login_are_found(lines, base_url, expected, place, tmp_path, monkeypatch):
     path = tmp_path / "home" / place
     path.parent.mkdir()
     path.write_text(lines)
@@ -370,7 +370,7 @@ def test_keys_that_wandb_login_keeps(lines, base_url, expected, place, tmp_path,
     assert has_key() is expected
 
 
-def test_a_name_service_that_is_silent_is_not_waited_for(monkeypatch):
+def test_a_silent_name_service_does_not_delay_the_run(monkeypatch):
     monkeypatch.setattr(wandb_settings, "ANSWER_SECONDS", 0.2)
     over = threading.Event()
 
