@@ -3,12 +3,13 @@
     python benchmarks/bench_hellaswag.py [--data_file FILE.jsonl] [--items 60] [--rounds 3]
 
 The model is transformers' GPT-2 in the 124M shape with random weights. The harness runs at the best of its batch
-sizes. This package runs in the peer's protocol, in float32 like the peer, and in bfloat16. They take turns. Wall time
-and processor time are both measured: the latter is valid on a busy machine, with OMP_NUM_THREADS=1. Everything from
-text to log-probabilities is timed, except building the harness's requests. Also reported: the ratio of floating-point
-operations to rows without padding, the largest difference between the log-probabilities, and how often bfloat16 picks
-the same ending. Without --data_file the items are those of .gpu/hellaswag_val.jsonl.gz, or, if there is no such file,
-the package's own 48 items in HellaSwag's format.
+sizes. This package runs in the peer's protocol, in float32 like the peer, and also in bfloat16 where the processor has
+instructions for it. They take turns. Wall time and processor time are both measured: the latter is valid on a busy
+machine, with OMP_NUM_THREADS=1. Everything from text to log-probabilities is timed, except building the harness's
+requests. Also reported: the ratio of floating-point operations to rows without padding, the largest difference between
+the log-probabilities, and how often bfloat16 picks the same ending. Without --data_file the items are those of
+.gpu/hellaswag_val.jsonl.gz or .gpu/hellaswag_val.jsonl, or, without such a file, the package's own 48 items in
+HellaSwag's format.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import torch
 from harness import HFLM, build_task, silence_harness
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.measurements import Report, build_parser, find_hellaswag
+from benchmarks.measurements import Report, build_parser, choose_dtype, find_hellaswag
 from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.data.tokenizer import load_tokenizer
 from modeling_gpt2_repro.evaluation.hellaswag import evaluate_hellaswag
@@ -120,17 +121,20 @@ def find_batch_size(trial: Callable[[int], Sums]) -> int:
 
 def build_peers(options: argparse.Namespace, tokenizer, items: list[HellaSwagItem]) -> dict[str, Callable[[], Sums]]:
     """Return the scoring functions by name; the harness runs at its best batch size."""
-    model, in_bf16 = build_model(options.seed), build_model(options.seed).bfloat16()
+    model = build_model(options.seed)
     harness, trial = build_harness(model, tokenizer, items), build_harness(model, tokenizer, items[:TRIAL_ITEMS])
     batch_size = find_batch_size(trial)
-    return {
+    peers = {
         "this package, lm_eval": partial(score_with_package, model, tokenizer, items, "lm_eval"),
         f"lm-evaluation-harness, batch size {batch_size}": partial(harness, batch_size),
         "this package, original": partial(score_with_package, model, tokenizer, items, "original"),
         "one item at a time": partial(score_one_at_a_time, model, tokenizer, items),
-        "this package, lm_eval, bf16": partial(score_with_package, in_bf16, tokenizer, items, "lm_eval"),
-        "this package, original, bf16": partial(score_with_package, in_bf16, tokenizer, items, "original"),
     }
+    if choose_dtype() == "bfloat16":
+        in_bf16 = build_model(options.seed).bfloat16()
+        for protocol in ("lm_eval", "original"):
+            peers[f"this package, {protocol}, bf16"] = partial(score_with_package, in_bf16, tokenizer, items, protocol)
+    return peers
 
 
 def report_rates(report: Report, part: str, seconds: dict[str, list[tuple[float, float]]], n_items: int) -> None:
@@ -139,23 +143,23 @@ def report_rates(report: Report, part: str, seconds: dict[str, list[tuple[float,
         for unit, column in (("items/s", 0), ("items/s of processor time", 1)):
             report.add_median(part, name, [n_items / each[column] for each in times], unit)
     lm_eval, harness, original, single, *in_bf16 = seconds
-    for name, peer in zip((lm_eval, original, *in_bf16), (harness, single) * 2, strict=True):
+    for name, peer in zip((lm_eval, original, *in_bf16), (harness, single) * 2, strict=False):
         report.compare(part, name, peer)
 
 
 def report_agreement(report: Report, tokenizer, items: list[HellaSwagItem], sums: dict[str, Sums]) -> None:
     """Report by how much the sums differ, how often bfloat16 picks the same ending, and the ratio of operations."""
-    lm_eval, harness, original, single, *in_bf16 = sums
-    for protocol, name, peer, bf16 in (
-        ("lm_eval", lm_eval, harness, in_bf16[0]),
-        ("original", original, single, in_bf16[1]),
-    ):
+    lm_eval, harness, original, single, *_ = sums
+    for protocol, name, peer in (("lm_eval", lm_eval, harness), ("original", original, single)):
         encoded, part = encode_hellaswag(items, tokenizer, protocol), f"protocol {protocol}"
         plain, shared = count_flops(encoded)
         report.add(part, "floating-point operations, without and with a shared context", plain / shared, "x")
         difference = (torch.tensor(sums[name]) - torch.tensor(sums[peer])).abs().max().item()
         report.add(part, "log-probabilities in float32, largest difference from the peer", difference, "nats")
-        same = (pick_all(encoded, sums[name]) == pick_all(encoded, sums[bf16])).double().mean(dim=0)
+        if (in_bf16 := sums.get(f"{name}, bf16")) is None:
+            report.omit(part, "bf16", "the processor has no instructions for it, and emulation is slow")
+            continue
+        same = (pick_all(encoded, sums[name]) == pick_all(encoded, in_bf16)).double().mean(dim=0)
         for score, share in zip(("acc", "acc_norm"), same.tolist(), strict=True):
             report.add(part, f"items on which bfloat16 picks the same ending, {score}", 100 * share, "%")
 

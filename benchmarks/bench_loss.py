@@ -19,7 +19,7 @@ import torch
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear_cross_entropy, pad
 
-from benchmarks.measurements import Report, build_parser
+from benchmarks.measurements import Report, build_parser, choose_dtype
 from modeling_gpt2_repro.core.devices import prepare_cpu_process
 from modeling_gpt2_repro.modeling_gpt2_repro import HeadCrossEntropy
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__, "loss")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--n_embd", type=int, default=768)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default=choose_dtype(), choices=["bfloat16", "float32"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(argv)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.measurements import SHAPES, Report, build_parser
+from benchmarks.measurements import SHAPES, Report, build_parser, choose_dtype
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model_size", default="124M", choices=SHAPES)
     parser.add_argument("--batch_size", type=int, default=2, help="sequences per step")
     parser.add_argument("--sequence_length", type=int, default=1024, help="tokens")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", default=choose_dtype(), choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)

@@ -4,7 +4,8 @@
 
 The straightforward loop is transformers' `GPT2LMHeadModel` called with `labels` under autocast, `clip_grad_norm_` and
 torch's default AdamW, eager and compiled. train.py's step is built as train.py builds it. A step is forward, backward,
-clipping, the update, and reading the loss. All have the same weights, tokens, hyperparameters and no dropout.
+clipping, the update, and reading the loss. All have the same weights, tokens, hyperparameters and precision (bfloat16
+where the device has it, else float32), and no dropout.
 
 Each peer is a process of its own with the allocator settings of its loop. Its peak resident memory includes compiling
 (nothing is cached), three steps and the libraries. The processes take turns, one step at a time.
@@ -24,7 +25,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, logging
 
-from benchmarks.measurements import SHAPES, Report, build_parser, time_call
+from benchmarks.measurements import SHAPES, Report, build_parser, choose_dtype, time_call
 from modeling_gpt2_repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2_repro.core.devices import measure_peak_memory, prepare_cpu_process
 from modeling_gpt2_repro.core.launch import start_accelerator
@@ -75,7 +76,7 @@ class StockLoop:
     def step(self) -> float:
         """Make an update, and return the loss before it."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=choose_dtype() == "bfloat16"):
             loss = self.forward(self.inputs, labels=self.inputs).loss
         loss.backward()
         clip_grad_norm_(self.model.parameters(), CONFIG.grad_clip)
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         losses, memory, seconds = measure(options)
     n_tokens = options.batch_size * options.sequence_length
-    part = f"{options.model_size}, {options.batch_size} x {options.sequence_length} tokens, bfloat16"
+    part = f"{options.model_size}, {options.batch_size} x {options.sequence_length} tokens, {choose_dtype()}"
     for name in options.peers:
         report.add_median(part, name, [n_tokens / each for each in seconds[name]], "tokens/s")
         report.add(part, name, memory[name], "GB at peak", statistic="single run")

@@ -32,7 +32,7 @@ import psutil
 import torch
 
 from modeling_gpt2_repro import MODEL_SIZES
-from modeling_gpt2_repro.core.devices import count_cores, list_versions, read_container_limit
+from modeling_gpt2_repro.core.devices import count_cores, list_versions, read_container_limit, supports_bf16
 from modeling_gpt2_repro.core.files import write_json
 
 SCHEMA = 2
@@ -188,6 +188,11 @@ def build_parser(doc: str, benchmark: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{benchmark}.json", help="file of results")
     return parser
+
+
+def choose_dtype() -> str:
+    """Return "bfloat16" if the device has instructions for it, else "float32", as train.py does: emulation is slow."""
+    return "bfloat16" if supports_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "float32"
 
 
 def free_memory() -> None:
