@@ -16,7 +16,9 @@ import eval_hellaswag
 import prepare_data
 import train
 from modeling_gpt2_repro import __main__ as package
+from modeling_gpt2_repro.data.prepare import config as preparation
 from modeling_gpt2_repro.evaluation.hellaswag_data import SAMPLE_FILE
+from modeling_gpt2_repro.training import config as training
 
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 NAMES = [str(path.relative_to(REPOSITORY)) for path in DOCUMENTS]
@@ -161,3 +163,13 @@ def test_documented_messages_exist():
     messages, known = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE), list_messages()
     assert len(messages) > 20
     assert not [message for message in messages if message not in known]
+
+
+def test_the_flags_of_other_projects_are_answered_with_ours():
+    """Except for llm.c's, which are single letters."""
+    text = (REPOSITORY / "docs" / "coming-from.md").read_text().partition("## How we compare")[0]
+    cells = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    flags = {name.replace("-", "_") for cell in cells for name in re.findall(r"`(?:--)?([a-z][a-z_-]+)`", cell)}
+    ours = training.TrainingConfig.__dataclass_fields__.keys() | preparation.PrepareConfig.__dataclass_fields__.keys()
+    assert len(flags) > 50
+    assert flags - ours - {"torchrun"} <= training.FOREIGN_FLAGS.keys() | preparation.FOREIGN_FLAGS.keys()

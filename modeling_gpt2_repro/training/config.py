@@ -88,8 +88,9 @@ class TrainingConfig(Config):
 
     micro_batch_size: str = setting(
         "auto",
-        "sequences per device and micro-step; never changes the experiment; auto: the largest size estimated to fit, "
-        "at most 64 (fewer on a CPU), reduced while memory runs out before the first step; kept on resume",
+        "sequences per device and micro-step; only divides the work, except under dropout; auto: the largest size "
+        "estimated to fit, at most 64 (fewer on a CPU), reduced while memory runs out before the first step; kept on "
+        "resume",
         heading="device",
         private=True,
     )
