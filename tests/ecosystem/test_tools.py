@@ -41,9 +41,10 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def final(shards, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    return run_training(shards, folder, "tiny", sequence_length=256, tokens_per_step=1024, hellaswag_every=0) / "final"
+def final(gpt2_shards, tmp_path_factory) -> Path:
+    """A model with GPT-2's vocabulary."""
+    folder, changes = tmp_path_factory.mktemp("runs"), {"sequence_length": 256, "tokens_per_step": 1024}
+    return run_training(gpt2_shards, folder, "tiny", hellaswag_every=0, **changes) / "final"
 
 
 def draw_ids(batch: int, length: int) -> torch.Tensor:
